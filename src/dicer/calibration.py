@@ -1,0 +1,292 @@
+"""Text to tokens: calibration samples [S, T] with a record of where they come from, and windows for perplexity."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import pydoc_data.topics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dicer.errors import CalibrationError
+from dicer.recipe import Recipe
+
+Tokenize = Callable[[str], list[int]]
+
+# A longer document is read as several: the place of a window stays random without tokenizing gigabytes.
+_DOCUMENT_CHARACTERS = 1_000_000
+# How many documents of a streamed data set are drawn from; more would mean more download for the same randomness.
+_HUB_DOCUMENTS = 10_000
+
+
+class HubText(NamedTuple):
+    """A text data set on the hub."""
+
+    path: str
+    config: str | None
+    split: str
+    field: str
+    revision: str | None = None
+
+
+# bookcorpus has a loading script, which datasets no longer runs; the hub's own parquet conversion has the same rows.
+HUB_TEXTS = MappingProxyType(
+    {
+        "bookcorpus": HubText("bookcorpus/bookcorpus", None, "train", "text", "refs/convert/parquet"),
+        "c4": HubText("allenai/c4", "en", "train", "text"),
+        "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is shown.
+
+    Attributes:
+        tokens: int64 [S, T].
+        provenance: source, how the samples were taken, and a hash of the tokens; no path, no time.
+        notes: what the user should know (documents joined, windows overlap ...).
+    """
+
+    tokens: Tensor
+    provenance: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def load_calibration(recipe: Recipe, tokenize: Tokenize | None) -> Calibration:
+    """Take the samples that a recipe asks for (METHODS section 4).
+
+    Args:
+        recipe: ``calib``, ``samples``, ``seq_len``, ``seed`` and the hub fields are read.
+        tokenize: text -> token ids without special tokens; not needed for ready ``input_ids``.
+
+    Raises:
+        CalibrationError: the source cannot be had, or is too short for one sample.
+    """
+    source = recipe.calib
+    path = Path(source)
+    if _is_local(source):
+        if path.suffix != ".txt" and (rows := _ready_rows(path)) is not None:
+            return _ready(path, rows, recipe)
+        documents: Iterable[str] = _read_documents(path, recipe.calib_field)
+        name = path.name
+    elif source == "builtin":
+        return _builtin(recipe, _need(tokenize))
+    else:
+        documents, name = _hub_documents(recipe), source
+    return _sample(documents, name, recipe, _need(tokenize))
+
+
+def load_windows(source: str, tokenize: Tokenize, length: int, count: int, field: str = "text") -> Tensor:
+    """The first ``count`` windows of a text, side by side, for perplexity.
+
+    Args:
+        source: ``builtin`` (the windows that calibration never sees) or a local file.
+        tokenize: text -> token ids without special tokens.
+        length: tokens in a window.
+        count: most windows to return.
+        field: text field of a .jsonl file.
+
+    Returns:
+        int64 [W, length], 1 <= W <= count.
+
+    Raises:
+        CalibrationError: the source cannot be read, or is shorter than one window.
+    """
+    if source == "builtin":
+        windows = _side_by_side(tokenize(_builtin_text()), length)[1::2]
+    elif _is_local(source):
+        windows = _side_by_side(tokenize("\n\n".join(_read_documents(Path(source), field))), length)
+    else:
+        raise CalibrationError(f"perplexity text '{source}' is neither 'builtin' nor a .txt, .jsonl or .jsonl.gz file.")
+    if not windows:
+        raise CalibrationError(f"'{source}' is shorter than one window of {length} tokens; use a longer text.")
+    return torch.tensor(windows[:count])
+
+
+def _is_local(source: str) -> bool:
+    return source.endswith((".txt", ".jsonl", ".jsonl.gz"))
+
+
+def _need(tokenize: Tokenize | None) -> Tokenize:
+    if tokenize is None:
+        raise CalibrationError(
+            "the model has no tokenizer, so text cannot become tokens; give ready input_ids rows in a .jsonl file."
+        )
+    return tokenize
+
+
+def _lines(path: Path) -> Iterator[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            yield from file
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CalibrationError(f"calibration file {path} cannot be read: {reason}.") from None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise CalibrationError(f"{path}, line {number}: not a JSON object.")
+        yield row
+
+
+def _ready_rows(path: Path) -> list[list[int]] | None:
+    """The rows of a .jsonl file with ``input_ids``; None where its first row has none."""
+    rows = []
+    for number, row in enumerate(_json_lines(path), start=1):
+        ids = row.get("input_ids")
+        if ids is None and not rows:
+            return None
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise CalibrationError(f"{path}, row {number}: input_ids must be a list of token ids.")
+        if rows and len(ids) != len(rows[0]):
+            raise CalibrationError(
+                f"{path}, row {number}: {len(ids)} tokens, and the first row has {len(rows[0])}; "
+                "ready rows must all be of one length."
+            )
+        rows.append(ids)
+    return rows or None
+
+
+def _ready(path: Path, rows: list[list[int]], recipe: Recipe) -> Calibration:
+    if len(rows[0]) < 2:
+        raise CalibrationError(f"{path}: rows of one token are too short for a sample.")
+    notes = [f"{len(rows)} ready samples of {len(rows[0])} tokens are used as they are"]
+    asked = {name: getattr(recipe, name) for name in ("samples", "seq_len") if name in recipe.model_fields_set}
+    if asked:
+        notes.append(f"{', '.join(asked)} of the recipe do not apply to ready input_ids")
+    return _calibration(torch.tensor(rows), {"source": path.name, "kind": "input_ids"}, notes)
+
+
+def _read_documents(path: Path, field: str) -> Iterator[str]:
+    if path.suffix == ".txt":
+        yield "".join(_lines(path))
+        return
+    for number, row in enumerate(_json_lines(path), start=1):
+        if not isinstance(row.get(field), str):
+            raise CalibrationError(f"{path}, row {number}: no text in the field '{field}' (has: {', '.join(row)}).")
+        yield row[field]
+
+
+def _builtin_text() -> str:
+    """The language reference that ships with CPython; public, English, and always there."""
+    topics: dict[str, str] = pydoc_data.topics.topics
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _builtin(recipe: Recipe, tokenize: Tokenize) -> Calibration:
+    even = _side_by_side(tokenize(_builtin_text()), recipe.seq_len)[0::2]
+    if not even:
+        raise CalibrationError(f"the builtin text is shorter than one sample of {recipe.seq_len} tokens.")
+    rng, notes = np.random.default_rng(recipe.seed), []
+    if recipe.samples > len(even):
+        notes.append(f"the builtin text has {len(even)} samples of {recipe.seq_len} tokens; some are used again")
+    order = np.concatenate([rng.permutation(len(even)) for _ in range(-(-recipe.samples // len(even)))])
+    rows = [even[i] for i in order[: recipe.samples]]
+    return _calibration(torch.tensor(rows), {"source": "builtin", "kind": "windows", "seed": recipe.seed}, notes)
+
+
+def _sample(documents: Iterable[str], name: str, recipe: Recipe, tokenize: Tokenize) -> Calibration:
+    """Windows at seeded random places, one a document until all long documents have been used, then again."""
+    length, rng, notes = recipe.seq_len, np.random.default_rng(recipe.seed), []
+    pieces = [p for d in itertools.islice(documents, _HUB_DOCUMENTS) for p in _pieces(d)]
+    if not pieces:
+        raise CalibrationError(f"'{name}' holds no text.")
+    chosen: list[list[int]] = []
+    for index in rng.permutation(len(pieces)):
+        ids = tokenize(pieces[index])
+        if len(ids) >= length:
+            chosen.append(ids)
+        if len(chosen) == recipe.samples:
+            break
+    if not chosen:
+        joined = tokenize("\n\n".join(pieces))
+        if len(joined) < length:
+            raise CalibrationError(
+                f"'{name}' gives {len(joined)} tokens, too short for one sample of {length}; "
+                "use a longer text or a smaller --seq-len."
+            )
+        notes.append(f"no document of '{name}' has {length} tokens, so its {len(pieces)} documents were joined")
+        chosen = [joined]
+    if sum(len(ids) // length for ids in chosen) < recipe.samples:
+        notes.append(f"'{name}' is shorter than {recipe.samples} x {length} tokens, so samples overlap")
+    rows = []
+    for i in range(recipe.samples):
+        ids = chosen[i % len(chosen)]
+        start = int(rng.integers(len(ids) - length + 1))
+        rows.append(ids[start : start + length])
+    provenance = {"source": name, "kind": "random windows", "seed": recipe.seed, "joined": len(notes) > 0}
+    return _calibration(torch.tensor(rows), provenance, notes)
+
+
+def _pieces(document: str) -> Iterator[str]:
+    for start in range(0, len(document), _DOCUMENT_CHARACTERS):
+        yield document[start : start + _DOCUMENT_CHARACTERS]
+
+
+def _side_by_side(ids: Sequence[int], length: int) -> list[list[int]]:
+    return [list(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
+
+
+def _hub_documents(recipe: Recipe) -> Iterator[str]:
+    known = HUB_TEXTS.get(recipe.calib)
+    if known is None and recipe.calib.count("/") != 1:
+        raise CalibrationError(
+            f"calibration source '{recipe.calib}' is unknown: use builtin, {', '.join(HUB_TEXTS)}, OWNER/NAME of a hub "
+            "data set, or a .txt, .jsonl or .jsonl.gz file."
+        )
+    text = known or HubText(recipe.calib, recipe.calib_config, recipe.calib_split, recipe.calib_field)
+    try:
+        import datasets
+    except ImportError:
+        raise CalibrationError(
+            f"calibration on '{recipe.calib}' needs the datasets library: pip install 'dicer[data]', "
+            "or use --calib builtin or a local file."
+        ) from None
+    try:
+        rows = datasets.load_dataset(text.path, text.config, split=text.split, revision=text.revision, streaming=True)
+        for row in rows.shuffle(seed=recipe.seed, buffer_size=_HUB_DOCUMENTS):
+            if not isinstance(row.get(text.field), str):
+                raise CalibrationError(
+                    f"data set '{recipe.calib}' has no text field '{text.field}' (has: {', '.join(row)}); "
+                    "name it with --calib-field."
+                )
+            if row[text.field].strip():
+                yield row[text.field]
+    except CalibrationError:
+        raise
+    except Exception as error:  # the library raises a dozen kinds for: offline, no such set, split or config
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"data set '{recipe.calib}' cannot be had: {reason.rstrip('.')}. Check name, split and connection, or use "
+            "--calib builtin or a local file."
+        ) from None
+
+
+def _calibration(tokens: Tensor, provenance: dict[str, Any], notes: Sequence[str]) -> Calibration:
+    record = {
+        **provenance,
+        "samples": tokens.shape[0],
+        "seq_len": tokens.shape[1],
+        "tokens_sha256": hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
+    }
+    return Calibration(tokens, record, tuple(notes))

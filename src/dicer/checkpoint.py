@@ -1,0 +1,335 @@
+"""Tensors by their names on disk: lazy reads from sharded checkpoints, and a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dicer.errors import ModelError, OutputError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
+_MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
+_MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.numel * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Tensors that can be asked for by name, one at a time."""
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's shape and dtype, without reading it."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop-1 of one tensor, without reading the others."""
+        ...
+
+
+class MemorySource:
+    """Tensors of a model in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's shape and dtype."""
+        return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, not copied."""
+        return self._tensors[name]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of one tensor, not copied."""
+        return self._tensors[name][start:stop]
+
+
+class SafetensorsSource:
+    """Tensors of a folder with ``model.safetensors`` or an index and its shards.
+
+    Raises:
+        ModelError: no weights, only pickled weights, a missing, truncated or corrupt shard, an index that points out of
+            the folder or at tensors that its shards do not hold, or a dtype that cannot be pruned.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = _weight_map(folder)
+        self._infos: dict[str, TensorInfo] = {}
+        for file in sorted(set(self._files.values())):
+            held = self._read_header(file)
+            self._infos.update((name, info) for name, info in held.items() if self._files.get(name, file) == file)
+            missing = [name for name, where in self._files.items() if where == file and name not in held and name]
+            if missing:
+                raise ModelError(
+                    f"{folder}: the index says that {file} holds '{missing[0]}', but it does not. "
+                    "Fetch the model again: index and shards are from different versions."
+                )
+        self._files = {name: self._files.get(name, WEIGHTS) for name in self._infos}
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's shape and dtype, from the headers alone."""
+        return self._infos
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, read from its shard."""
+        with self._open(self._files[name]) as shard:
+            tensor: Tensor = shard.get_tensor(name)
+            return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop-1 of one tensor; only they are read."""
+        with self._open(self._files[name]) as shard:
+            rows: Tensor = shard.get_slice(name)[start:stop]
+            return rows
+
+    def _read_header(self, file: str) -> dict[str, TensorInfo]:
+        infos = {}
+        with self._open(file) as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict
+                piece = shard.get_slice(name)
+                dtype = _DTYPES.get(piece.get_dtype())
+                if dtype is None:
+                    raise ModelError(
+                        f"{self._folder / file}: tensor '{name}' has dtype {piece.get_dtype()}, which cannot be pruned. "
+                        "Use the checkpoint in bf16, fp16 or fp32."
+                    )
+                infos[name] = TensorInfo(tuple(piece.get_shape()), dtype)
+        return infos
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        path = self._folder / file
+        try:
+            with safe_open(path, framework="pt") as shard:  # type: ignore[no-untyped-call]
+                yield shard
+        except FileNotFoundError:
+            raise ModelError(
+                f"{self._folder}: weight file {file} is missing. Fetch the model again, or finish the download."
+            ) from None
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} cannot be read: {error}. The file is truncated or corrupt; fetch it again."
+            ) from None
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file; for a single file the one entry {"": file}, as its header is the only list of names."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {str(name): str(file) for name, file in weight_map.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index} is not a weight index: {error!r}. Fetch the model again.") from None
+        for file in files.values():
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ModelError(f"{index} names '{file}', which is not a .safetensors file of this folder. Not read.")
+        return files
+    if (folder / WEIGHTS).is_file():
+        return {"": WEIGHTS}
+    pickles = sorted(p.name for p in folder.glob("*.bin") if p.is_file()) + sorted(p.name for p in folder.glob("*.pt*"))
+    if pickles:
+        raise ModelError(
+            f"{folder} has only pickled weights ({pickles[0]}); pickle can run any code, so dicer does not open it. "
+            "Convert the model to safetensors, or use a revision that has them."
+        )
+    raise ModelError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there.")
+
+
+def fingerprint(source: TensorSource) -> str:
+    """A hash that tells two models apart without reading them whole: every name, shape, dtype, first and last row.
+
+    The same for every sharding, and for the model in memory.
+    """
+    digest = hashlib.sha256()
+    for name, info in sorted(source.infos().items()):
+        digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+        if info.shape and info.shape[0]:
+            for start in (0, info.shape[0] - 1):
+                row = source.read_rows(name, start, start + 1).detach().cpu().contiguous()
+                digest.update(row.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class CheckpointSink:
+    """A checkpoint folder in the making: written as ``<out>.partial``, renamed when whole.
+
+    Use as a context manager. After an exception the partial folder is removed; after a kill it stays under a name that
+    nothing loads and that the next run clears away. With ``overwrite`` the old folder is replaced only after the new
+    one is whole.
+
+    Raises:
+        OutputError: the folder is there and not empty, cannot be written, or the disk is too full.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + ".partial")
+        self._old = out.with_name(out.name + ".replaced")
+        self._shard_bytes = shard_bytes
+        if self._old.exists() and not out.exists():  # a kill between the two renames of _finish
+            self._old.rename(out)
+        check_output(out, overwrite=overwrite)
+
+    def __enter__(self) -> CheckpointSink:
+        try:
+            if self.folder.exists():
+                if not (self.folder / _MARKER).exists():
+                    raise OutputError(f"{self.folder} is in the way and was not made by dicer; move it away.")
+                shutil.rmtree(self.folder)
+            # The marker is there from the first moment on, so the folder is made elsewhere and renamed.
+            fresh = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
+            fresh.mkdir(parents=True)
+            (fresh / _MARKER).touch()
+            fresh.rename(self.folder)
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.out.parent}: {error.strerror}.") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        self._finish()
+
+    def _finish(self) -> None:
+        (self.folder / _MARKER).unlink()
+        if self._old.exists():
+            shutil.rmtree(self._old)
+        if self.out.exists():
+            self.out.rename(self._old)
+        self.folder.rename(self.out)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def require_space(self, weight_bytes: int) -> None:
+        """Refuse before the first write when the disk cannot hold the weights.
+
+        Raises:
+            OutputError: with the bytes that are needed and those that are free.
+        """
+        need, free = weight_bytes + _MARGIN, shutil.disk_usage(self.folder).free
+        if need > free:
+            raise OutputError(
+                f"{self.out} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk. Make room, or "
+                "choose another folder."
+            )
+
+    def write_tensors(
+        self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], progress: Callable[[int], None]
+    ) -> None:
+        """Write all weights, one shard in memory at a time.
+
+        Args:
+            infos: every tensor that will be written, in the order of writing; the shards are laid out from this.
+            read: makes one tensor.
+            progress: called with the number of tensors done.
+        """
+        shards = list(_shards(infos, self._shard_bytes))
+        names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+        done = 0
+        for file, members in zip(names, shards, strict=True):
+            tensors = {}
+            for name in members:
+                tensors[name] = read(name).detach().cpu().contiguous()
+                progress(done := done + 1)
+            save_file(tensors, self.folder / file, metadata={"format": "pt"})
+        if len(shards) > 1:  # last, so that no index ever points at a shard that is not there
+            self.write_json(
+                INDEX,
+                {
+                    "metadata": {
+                        "total_parameters": sum(info.numel for info in infos.values()),
+                        "total_size": sum(info.nbytes for info in infos.values()),
+                    },
+                    "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+                },
+            )
+
+    def write_json(self, name: str, value: object) -> None:
+        """One JSON file, keys sorted, so that the same content gives the same bytes."""
+        self.write_text(name, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """One text file."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+
+def check_output(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that would lose something, before any work is done.
+
+    Raises:
+        OutputError: it is a file, or not empty without ``overwrite``, or holds something other than a checkpoint.
+    """
+    if out.is_file():
+        raise OutputError(f"output {out} is a file; choose a folder that does not exist yet.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"output folder {out} is not empty. Choose another, or pass --overwrite to replace it.")
+    if not (out / "config.json").is_file():
+        raise OutputError(f"{out} holds no checkpoint (no config.json), so --overwrite does not replace it.")
+
+
+def _shards(infos: Mapping[str, TensorInfo], limit: int) -> Iterable[list[str]]:
+    shard: list[str] = []
+    size = 0
+    for name, info in infos.items():
+        if shard and size + info.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += info.nbytes
+    yield shard
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,16 @@
+"""Criteria: one score for each unit, higher = keep (METHODS section 2)."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from dicer.criteria.activation import act_l2, act_mean
+from dicer.criteria.random import random
+from dicer.criteria.registry import Criterion, criterion, find_criterion
+from dicer.criteria.taylor import taylor
+from dicer.criteria.weight import weight_l2
+
+CRITERIA: Mapping[str, Criterion] = MappingProxyType(
+    {c.name: c for c in (random, act_l2, act_mean, weight_l2, taylor)}
+)
+
+__all__ = ["CRITERIA", "Criterion", "criterion", "find_criterion"]

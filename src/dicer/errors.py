@@ -1,0 +1,53 @@
+"""What can go wrong, as one tree of exceptions.
+
+DicerError              anything that a user can mend; the command line turns it into one line and exit code 2
+├── RecipeError         what was asked for contradicts itself, the model, or the registries
+├── ModelError          the model cannot be read, or is not what its config says
+│   └── UnknownFamily   its model_type has no row in the family table
+├── CalibrationError    the text cannot be had, or gives not one sample
+├── PlanError           the plan file is broken, or was made for another model
+└── OutputError         the result cannot be written where it was asked for
+
+Every message says what was asked, what was found and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DicerError(Exception):
+    """Something that the user can mend; its text is one complete line."""
+
+
+class RecipeError(DicerError):
+    """What was asked for contradicts itself, the model, or the registries."""
+
+
+class ModelError(DicerError):
+    """The model cannot be read, or is not what its config says."""
+
+
+class UnknownFamily(ModelError):  # noqa: N818 - reads as a sentence where it is raised
+    """The model_type has no row in the family table."""
+
+
+class CalibrationError(DicerError):
+    """The calibration text cannot be had, or gives not one sample."""
+
+
+class PlanError(DicerError):
+    """The plan file is broken, or was made for another model."""
+
+
+class OutputError(DicerError):
+    """The result cannot be written where it was asked for."""
+
+
+def unknown(kind: str, name: str, options: Iterable[str]) -> str:
+    """The one line for a name that is in no registry: what was asked, the nearest name, all names."""
+    known = sorted(options)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"unknown {kind} '{name}'.{hint} Available: {', '.join(known)}."

@@ -1,0 +1,1 @@
+"""Forms of a pruned model other than the stock checkpoint."""

@@ -1,0 +1,202 @@
+"""PrunePlan: which units stay, and everything needed to do it again; the only intermediate file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dicer.errors import PlanError
+
+PLAN_JSON = "dicer_plan.json"
+PLAN_TENSORS = "dicer_plan.safetensors"
+FORMAT = 1
+
+_MERGE_FIELDS = ("row", "weight_in", "weight_out")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What stays of one layer along one axis.
+
+    Attributes:
+        units: N, before.
+        keep: int64 [K], sorted.
+        scores: float32 [N], what the criterion said; kept for whoever wants to know which units mattered.
+        row: int64 [N], the survivor that a unit is merged into, -1 for none; None where nothing is merged.
+        weight_in: float32 [N], entries of M_in.
+        weight_out: float32 [N], entries of M_out.
+    """
+
+    units: int
+    keep: Tensor
+    scores: Tensor
+    row: Tensor | None = None
+    weight_in: Tensor | None = None
+    weight_out: Tensor | None = None
+
+    def merge_matrices(self) -> tuple[Tensor, Tensor] | None:
+        """(M_in, M_out), each a sparse float32 [K, N]; None where nothing is merged."""
+        if self.row is None or self.weight_in is None or self.weight_out is None:
+            return None
+        unit = torch.nonzero(self.row >= 0).flatten()  # [M]
+        place = torch.stack([self.row[unit], unit])  # [2, M]
+        shape = (len(self.keep), self.units)
+        make = torch.sparse_coo_tensor
+        return (
+            make(place, self.weight_in[unit], shape, check_invariants=True),
+            make(place, self.weight_out[unit], shape, check_invariants=True),
+        )
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """A decision about a model, before any weight is written.
+
+    Attributes:
+        model: ``name``, ``model_type``, ``fingerprint`` of the model that it was made for.
+        recipe: what was asked, without paths of the machine.
+        calibration: provenance of the tokens; empty when none were needed.
+        versions: of dicer, torch and transformers.
+        axes: axis name -> layer -> what stays.
+    """
+
+    model: dict[str, str]
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    axes: dict[str, dict[int, LayerPlan]] = field(default_factory=dict)
+
+    @property
+    def mlp(self) -> dict[int, LayerPlan]:
+        """The MLP axis."""
+        return self.axes.get("mlp", {})
+
+    def check_model(self, model_type: str, fingerprint: str) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Raises:
+            PlanError: with what differs.
+        """
+        if self.model["model_type"] != model_type:
+            raise PlanError(
+                f"the plan was made for a '{self.model['model_type']}' model ({self.model['name']}), and this is a "
+                f"'{model_type}'. Make a plan for this model with 'dicer plan'."
+            )
+        if self.model["fingerprint"] != fingerprint:
+            raise PlanError(
+                f"the plan was made for other weights ({self.model['name']}, fingerprint "
+                f"{self.model['fingerprint'][:12]}; this model has {fingerprint[:12]}). Make a plan for this model "
+                "with 'dicer plan'."
+            )
+
+    def files(self) -> dict[str, bytes]:
+        """The plan as file name -> content; the same plan gives the same bytes."""
+        tensors = {}
+        axes: dict[str, dict[str, Any]] = {}
+        for axis, layers in self.axes.items():
+            for index, layer in sorted(layers.items()):
+                axes.setdefault(axis, {})[str(index)] = {"units": layer.units, "keep": len(layer.keep)}
+                for name in ("keep", "scores", *_MERGE_FIELDS):
+                    value = getattr(layer, name)
+                    if value is not None:
+                        tensors[f"{axis}.{index}.{name}"] = value.contiguous()
+        record = {
+            "format": FORMAT,
+            "model": self.model,
+            "recipe": self.recipe,
+            "calibration": self.calibration,
+            "versions": self.versions,
+            "axes": axes,
+        }
+        text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return {PLAN_JSON: text.encode(), PLAN_TENSORS: save(tensors)}
+
+    def save(self, folder: Path) -> None:
+        """Write the two files into a folder, which is made if needed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            partial = folder / f"{name}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / name)
+
+    def explain(self) -> list[str]:
+        """One line for each layer: what stays, and how scores of kept and dropped units compare."""
+        lines = []
+        for axis, layers in self.axes.items():
+            for index, layer in sorted(layers.items()):
+                kept = torch.zeros(layer.units, dtype=torch.bool)
+                kept[layer.keep] = True
+                inside, outside = layer.scores[kept], layer.scores[~kept]
+                gone = f", dropped median {outside.median():.4g}" if len(outside) else ""
+                lines.append(
+                    f"layer {index:>3} {axis}: {layer.units} -> {len(layer.keep)}; score: kept median "
+                    f"{inside.median():.4g}{gone}"
+                )
+        return lines
+
+    def diff(self, other: PrunePlan) -> list[str]:
+        """One line for each layer in which two plans keep different units."""
+        lines = []
+        for axis in sorted({*self.axes, *other.axes}):
+            mine, theirs = self.axes.get(axis, {}), other.axes.get(axis, {})
+            for index in sorted({*mine, *theirs}):
+                a = set(mine[index].keep.tolist()) if index in mine else None
+                b = set(theirs[index].keep.tolist()) if index in theirs else None
+                if a is None or b is None:
+                    lines.append(f"layer {index} {axis}: only in the {'second' if a is None else 'first'} plan")
+                elif a != b:
+                    both = len(a & b)
+                    lines.append(f"layer {index} {axis}: {both} kept by both, {len(a) - both} and {len(b) - both} by one")
+        return lines
+
+
+def load_plan(path: Path) -> PrunePlan:
+    """Read a plan from its folder, its JSON file, or a checkpoint that carries it.
+
+    Raises:
+        PlanError: a file is missing, broken, of another format, or the two do not agree.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        record = json.loads((folder / PLAN_JSON).read_text(encoding="utf-8"))
+        if record.get("format") != FORMAT:
+            raise PlanError(
+                f"{folder / PLAN_JSON} has format {record.get('format')}, and this version of dicer reads {FORMAT}."
+            )
+        tensors = load_file(folder / PLAN_TENSORS)
+        axes = {
+            str(axis): {int(i): _layer(tensors, axis, int(i), int(entry["units"])) for i, entry in layers.items()}
+            for axis, layers in record["axes"].items()
+        }
+        model = {key: str(record["model"][key]) for key in ("name", "model_type", "fingerprint")}
+        return PrunePlan(model, record["recipe"], record["calibration"], record["versions"], axes)
+    except FileNotFoundError as error:
+        name = Path(str(error.filename)).name if error.filename else PLAN_TENSORS
+        raise PlanError(f"no plan at {path}: {name} is missing. 'dicer plan' writes one.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
+
+
+def _layer(tensors: Mapping[str, Tensor], axis: str, index: int, units: int) -> LayerPlan:
+    prefix = f"{axis}.{index}."
+    keep, scores = tensors[prefix + "keep"], tensors[prefix + "scores"]
+    merges = [tensors.get(prefix + name) for name in _MERGE_FIELDS]
+    ordered = keep.ndim == 1 and keep.dtype == torch.int64 and len(keep) > 0 and bool((keep.diff() > 0).all())
+    if not ordered or int(keep[0]) < 0 or int(keep[-1]) >= units or scores.shape != (units,):
+        raise ValueError(f"layer {index} does not keep a sorted selection of its {units} units")
+    if any(m is None for m in merges) != all(m is None for m in merges):
+        raise ValueError(f"layer {index} has a part of a merge only")
+    row = merges[0]
+    if row is not None and (
+        any(m is None or m.shape != (units,) for m in merges) or int(row.min()) < -1 or int(row.max()) >= len(keep)
+    ):
+        raise ValueError(f"layer {index} has a merge that does not fit its {units} units")
+    return LayerPlan(units, keep, scores, *merges)

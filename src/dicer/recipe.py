@@ -1,0 +1,221 @@
+"""What the user asks, validated: Recipe, the presets of the paper, layer lists, and their TOML form."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dicer.errors import RecipeError, unknown
+
+Activation = Literal["pre", "post", "mod"]
+DEFAULT_METHOD = "rc-a"
+
+
+class Preset(NamedTuple):
+    """A method of the paper: criterion x grouping x merge (METHODS section 2)."""
+
+    criterion: str
+    activation: Activation | None
+    grouping: str
+    merge: str
+    seed_code_name: str
+    paper: str
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "random": Preset("random", None, "none", "prune", "random-prune", "Table 1"),
+        "act-l2": Preset("act-l2", "post", "none", "prune", "squared-magnitude", "Table 1"),
+        "act-mean": Preset("act-mean", "post", "none", "prune", "", "Tables 1, 3, 8"),
+        "weight-l2": Preset("weight-l2", None, "none", "prune", "weight-l2", "Table 1"),
+        "taylor": Preset("taylor", None, "none", "prune", "gradient-magnitude", "Table 1"),
+        "rc-a": Preset("act-l2", "post", "random", "prune", "random-merge, --apply-mode prune", "Tables 1, 4, 5"),
+        "sim-a": Preset("act-l2", "mod", "similarity", "prune", "activation-merge, --apply-mode prune", "Table 2"),
+        "sim-a-post": Preset(
+            "act-l2", "post", "similarity", "prune", "post-activation-merge, --apply-mode prune", "Table 9"
+        ),
+        "sim-mean": Preset("act-l2", "mod", "similarity", "mean", "activation-merge, --apply-mode mean", "Table 2"),
+        "sim-dominant": Preset(
+            "act-l2", "mod", "similarity", "dominant", "activation-merge, --apply-mode dominant", "Table 2"
+        ),
+    }
+)
+
+
+class Method(NamedTuple):
+    """What a recipe comes to: every choice made.
+
+    Attributes:
+        criterion: a registry name, or ``file.py:name``.
+        activation: what activation criteria read.
+        grouping: how neurons are put together.
+        grouped_by: the activation whose vectors similarity clusters.
+        merge: what a group leaves.
+        groups: number of groups C; None means one group for each kept neuron (C = K).
+    """
+
+    criterion: str
+    activation: Activation
+    grouping: str
+    grouped_by: Activation
+    merge: str
+    groups: int | None
+
+
+class Recipe(BaseModel):
+    """Everything that decides the result, in one value; every field is also a flag and a TOML key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    method: str | None = Field(None, description="preset of the paper; 'dicer methods' lists them (default: rc-a)")
+    criterion: str | None = Field(None, description="criterion by name, or FILE.py:NAME for your own")
+    activation: Activation | None = Field(None, description="which activation is read: pre, post or mod")
+    grouping: str | None = Field(None, description="none, random or similarity")
+    merge: str | None = Field(None, description="what a group leaves: prune, mean or dominant")
+    groups: int | None = Field(None, ge=1, description="random groups C that keep K/C neurons each (default: C = K)")
+    ratio: float = Field(0.25, description="fraction of the neurons of each chosen layer that goes, in (0, 1)")
+    layers: str = Field("all", description="'all', or indices and ranges as in 5,6,9-12; -1 is the last layer")
+    width_multiple: int = Field(1, ge=1, description="round the kept width to a multiple of this")
+    calib: str = Field("builtin", description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a .txt/.jsonl(.gz)")
+    calib_config: str | None = Field(None, description="configuration of the hub data set OWNER/NAME")
+    calib_split: str = Field("train", description="split of the hub data set OWNER/NAME")
+    calib_field: str = Field("text", description="text field of the hub data set or of the .jsonl file")
+    samples: int = Field(10, ge=1, description="calibration samples")
+    seq_len: int = Field(128, ge=2, description="tokens in a sample")
+    seed: int = Field(42, ge=0, lt=2**63, description="seed of every draw")
+    batch_size: int | None = Field(None, ge=1, description="samples in a forward pass (default: 4,096 tokens' worth)")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype that calibration computes in (auto: the checkpoint's own, which the output keeps)"
+    )
+    gradient_checkpointing: bool = Field(False, description="taylor only: less memory, one more forward pass")
+
+    @field_validator("ratio")
+    @classmethod
+    def _ratio_inside(cls, value: float) -> float:
+        if not 0.0 < value < 1.0:
+            raise RecipeError(f"ratio must lie between 0 and 1, both excluded; got {value}.")
+        return value
+
+    @field_validator("method")
+    @classmethod
+    def _method_known(cls, value: str | None) -> str | None:
+        if value is not None and value not in PRESETS:
+            raise RecipeError(unknown("method", value, PRESETS))
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_readable(cls, value: str) -> str:
+        _layer_ranges(value)
+        return value
+
+    def resolve(self) -> Method:
+        """Every choice made: the preset's parts, with the parts that were named on top.
+
+        Without ``method``, naming any part starts from plain pruning (act-l2, no groups); naming none means rc-a.
+
+        Raises:
+            RecipeError: for a combination that has no meaning.
+        """
+        parts = (self.criterion, self.activation, self.grouping, self.merge)
+        plain = self.method is None and any(part is not None for part in parts)
+        base = PRESETS["act-l2" if plain else self.method or DEFAULT_METHOD]
+        grouping = self.grouping or base.grouping
+        merge = self.merge or base.merge
+        preset_activation = None if plain else base.activation
+        if self.groups is not None and grouping != "random":
+            raise RecipeError(f"--groups {self.groups} needs --grouping random, and the grouping is '{grouping}'.")
+        if self.groups is not None and merge != "prune":
+            raise RecipeError(
+                f"--groups {self.groups} keeps several neurons of a group, which merge '{merge}' cannot do; "
+                "use --merge prune, or leave --groups out."
+            )
+        return Method(
+            criterion=self.criterion or base.criterion,
+            activation=self.activation or preset_activation or "post",
+            grouping=grouping,
+            grouped_by=self.activation or preset_activation or "mod",
+            merge=merge,
+            groups=self.groups,
+        )
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A Recipe from flags or a TOML table; None values are left to their defaults.
+
+    Raises:
+        RecipeError: one line for the first thing that is wrong.
+    """
+    try:
+        return Recipe(**{key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        raise RecipeError(_first_line(error)) from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The values of a recipe file, to be overridden by flags and given to :func:`make_recipe`.
+
+    Raises:
+        RecipeError: the file cannot be read, is no TOML, or has a key that no recipe has.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"recipe {path} cannot be read: {reason}.") from None
+    for key in values:
+        if key not in Recipe.model_fields:
+            raise RecipeError(f"recipe {path}: " + unknown("key", key, Recipe.model_fields))
+    return values
+
+
+def select_layers(text: str, count: int) -> list[int]:
+    """The layer indices that ``--layers`` names, sorted, each once.
+
+    Args:
+        text: as in ``5-26``, ``5,6,9-12``, ``all``, ``-4--1``; ranges include both ends.
+        count: how many layers the model has.
+
+    Raises:
+        RecipeError: a layer that does not exist, or a range that runs backwards.
+    """
+    if text.strip() == "all":
+        return list(range(count))
+    chosen: set[int] = set()
+    for first, last in _layer_ranges(text):
+        ends = []
+        for index in (first, last):
+            if not -count <= index < count:
+                raise RecipeError(f"layer {index} does not exist: the model has layers 0 to {count - 1}.")
+            ends.append(index % count)
+        if ends[0] > ends[1]:
+            raise RecipeError(f"layer range '{first}-{last}' runs backwards (layers {ends[0]} to {ends[1]}).")
+        chosen.update(range(ends[0], ends[1] + 1))
+    return sorted(chosen)
+
+
+def _layer_ranges(text: str) -> list[tuple[int, int]]:
+    if text.strip() == "all":
+        return []
+    ranges = []
+    for piece in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d{1,6})(?:-(-?\d{1,6}))?\s*", piece)
+        if match is None:
+            raise RecipeError(f"layers '{text}' cannot be read at '{piece}'; write 'all', or as in 5,6,9-12 or -4--1.")
+        ranges.append((int(match[1]), int(match[2] if match[2] is not None else match[1])))
+    return ranges
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return unknown("recipe key", field, Recipe.model_fields)
+    return f"{field}: {first['msg']}, got {first['input']!r}."

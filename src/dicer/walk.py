@@ -1,0 +1,270 @@
+"""The walk: a model's decoder layers one after the other, each with its weights and what its tokens did in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dicer.families import Axis, Family, UnitWeights, unit_weights
+from dicer.layer_statistics import Need, Sums
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, besides the hidden states
+
+
+@dataclass(frozen=True)
+class LayerVisit:
+    """One layer, alive while it is visited.
+
+    Attributes:
+        index: which decoder layer.
+        weights: views of its MLP weights.
+        sums: what was asked for of its activations.
+        gradient: dL/dW, float32, or None when it was not asked for.
+    """
+
+    index: int
+    weights: UnitWeights
+    sums: Sums
+    gradient: UnitWeights | None
+
+
+@dataclass
+class Recording:
+    """The first layer's input and every layer's own arguments.
+
+    Attributes:
+        hidden: one tensor [B, T, d] for each batch.
+        arguments: number of rows of a batch -> arguments of each layer. They depend on positions and masks, not on the
+            tokens, so batches of one size share them; layers do not (sliding and full attention take turns).
+    """
+
+    hidden: list[Tensor] = field(default_factory=list)
+    arguments: dict[int, list[Arguments]] = field(default_factory=dict)
+
+
+class LayerStore(Protocol):
+    """Where layers come from: all in memory, or (later) one at a time from disk."""
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        ...
+
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        """One decoder layer, ready to run inside the ``with`` block."""
+        ...
+
+    def record(self, batches: Sequence[Tensor]) -> Recording:
+        """Run everything before the first layer."""
+        ...
+
+    def gradients(
+        self, batches: Sequence[Tensor], layers: Collection[int], *, checkpointing: bool, progress: Progress
+    ) -> dict[int, UnitWeights]:
+        """dL/dW of the chosen layers' MLP weights."""
+        ...
+
+
+class ResidentStore:
+    """A whole model in memory.
+
+    Args:
+        model: a transformers model of a known family; put in eval mode, otherwise left as it is.
+        family: its row of the table.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.family = family
+        self._model: Any = model.eval()
+        self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
+
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        """One decoder layer."""
+        return nullcontext(self._layers[index])
+
+    @torch.no_grad()
+    def record(self, batches: Sequence[Tensor]) -> Recording:
+        """Embed every batch and note what each layer is called with; no layer runs, no logits are computed.
+
+        Args:
+            batches: int64 [B, T] each.
+        """
+        recording = Recording()
+        for batch in batches:
+            calls: list[Arguments] = []
+
+            def recorder(hidden: Tensor, *args: Any, _calls: list[Arguments] = calls, **kwargs: Any) -> Tensor:
+                if not _calls:
+                    recording.hidden.append(hidden)
+                _calls.append((args, kwargs))
+                return hidden
+
+            with _forwards(self._layers, lambda _: recorder):  # noqa: B023 - used and dropped in this round
+                self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
+            recording.arguments.setdefault(batch.shape[0], calls)
+        return recording
+
+    def gradients(
+        self, batches: Sequence[Tensor], layers: Collection[int], *, checkpointing: bool, progress: Progress
+    ) -> dict[int, UnitWeights]:
+        """dL/dW of the chosen layers' MLP weights, L the mean next-token cross-entropy of all batches together.
+
+        Args:
+            batches: int64 [B, T] each.
+            layers: which decoder layers.
+            checkpointing: keep only the layers' inputs and run each layer again on the way back.
+            progress: called after each batch.
+
+        Returns:
+            layer -> float32 gradients in the form of the weights, summed over the batches before anything else, so that
+            the batch size does not matter.
+        """
+        axis = self.family.mlp
+        gradients: dict[int, dict[str, Tensor]] = {index: {} for index in layers}
+        predicted = sum(batch[:, 1:].numel() for batch in batches)
+        with ExitStack() as stack:
+            stack.enter_context(_only_trainable(self._model))
+            for index, held in gradients.items():
+                for name, weight in _mlp_weights(axis, self._layers[index]).items():
+                    weight.requires_grad_(True)
+                    handle = weight.register_post_accumulate_grad_hook(_accumulate(held, name))
+                    stack.callback(handle.remove)
+            if checkpointing:
+                stack.enter_context(_forwards(self._layers, _checkpointed))
+            stack.enter_context(torch.enable_grad())
+            for done, tokens in enumerate(batches, start=1):
+                batch = tokens.to(self._model.device)
+                logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]  # [B, T-1, V]
+                loss = nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+                )
+                (loss / predicted).backward()  # type: ignore[no-untyped-call]
+                progress("gradients", done, len(batches))
+        return {index: unit_weights(axis, held) for index, held in gradients.items()}
+
+
+def walk(
+    store: LayerStore,
+    layers: Collection[int],
+    batches: Sequence[Tensor],
+    *,
+    needs: Collection[Need] = (),
+    gradient: bool = False,
+    checkpointing: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Iterator[LayerVisit]:
+    """Visit the chosen layers in order; one pass over the tokens serves all needs.
+
+    The forward pass is layer-major, stops after the last chosen layer and computes no logits; where nothing is asked of
+    the activations it does not run at all.
+
+    Args:
+        store: where the layers come from.
+        layers: which to visit.
+        batches: calibration tokens, int64 [B, T] each; may be empty when nothing is asked for.
+        needs: sums over activations.
+        gradient: also dL/dW, by one forward and backward pass of the whole model.
+        checkpointing: with ``gradient``, trade a second forward pass for memory.
+        progress: called with (stage, done, total).
+    """
+    axis = store.family.mlp
+    chosen, last = set(layers), max(layers)
+    gradients: Mapping[int, UnitWeights] = {}
+    if gradient:
+        gradients = store.gradients(batches, sorted(chosen), checkpointing=checkpointing, progress=progress)
+    recording = store.record(batches) if needs else Recording()
+    for index in range(last + 1):
+        if index not in chosen and not needs:
+            continue
+        with store.layer(index) as layer:
+            sums = Sums(needs if index in chosen else ())
+            with torch.no_grad(), _listening(layer, axis, sums):
+                for number, hidden in enumerate(recording.hidden):
+                    args, kwargs = recording.arguments[hidden.shape[0]][index]
+                    recording.hidden[number] = layer(hidden, *args, **kwargs)
+            progress("calibration", index + 1, last + 1)
+            if index in chosen:
+                weights = unit_weights(axis, {n: w.detach() for n, w in _mlp_weights(axis, layer).items()})
+                yield LayerVisit(index, weights, sums, gradients.get(index))
+
+
+@contextmanager
+def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
+    """Feed the layer's activations to the sums while it runs; nothing is kept of them."""
+    wanted = {need.activation for need in sums.needs}
+    with ExitStack() as stack:
+
+        def at_activation(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            for activation, values in (("pre", inputs[0]), ("post", output)):
+                if activation in wanted:
+                    sums.add(activation, values)
+
+        def at_output(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums.count += inputs[0].shape[:-1].numel()
+            if "mod" in wanted:
+                sums.add("mod", inputs[0])
+
+        if wanted:
+            activation, output = layer.get_submodule(axis.activation), layer.get_submodule(axis.output)
+            stack.callback(activation.register_forward_hook(at_activation).remove)
+            stack.callback(output.register_forward_pre_hook(at_output).remove)
+        yield
+
+
+@contextmanager
+def _forwards(layers: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Replace each layer's forward for a while."""
+    replaced = [(layer, make(layer)) for layer in layers]
+    try:
+        for layer, forward in replaced:
+            layer.__dict__["forward"] = forward
+        yield
+    finally:
+        for layer, _ in replaced:
+            layer.__dict__.pop("forward", None)
+
+
+def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
+    # transformers' own switch works only in training mode, which would also turn dropout on.
+    forward = layer.forward
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@contextmanager
+def _only_trainable(model: nn.Module) -> Iterator[None]:
+    """Freeze all parameters, and give them their own flags and no gradients afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _mlp_weights(axis: Axis, layer: nn.Module) -> dict[str, nn.Parameter]:
+    return {piece.name: layer.get_parameter(piece.name) for piece in axis.slices if not piece.optional}
+
+
+def _accumulate(held: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
+    """Move a batch's gradient into a float32 sum, so that a bf16 model loses nothing over many batches."""
+
+    def hook(weight: Tensor) -> None:
+        if weight.grad is None:
+            return
+        if name in held:
+            held[name] += weight.grad
+        else:
+            held[name] = weight.grad.float()
+        weight.grad = None
+
+    return hook
