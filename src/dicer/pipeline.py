@@ -397,19 +397,25 @@ def _perplexity(model: Any, windows: Tensor, stage: str, progress: Progress) -> 
 
 def _build(source: ModelSource, cut: Cut, plan: PrunePlan, template: Any | None, recipe: Recipe) -> Any:
     """The pruned model in memory: a new config and sliced tensors; no module is edited."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    raw = pruned_config(source.raw_config, source.family, pruned_widths(source.config, source.family, plan))
+    from dicer.export import modeling_pruned
+
+    family = source.family
+    raw = pruned_config(source.raw_config, family, pruned_widths(source.config, family, plan))
     kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
-    config = AutoConfig.for_model(kind, **raw)
+    config = transformers.AutoConfig.for_model(kind, **raw)
+    if auto_map is None:
+        model_class = getattr(transformers, family.causal_lm)
+    else:
+        model_class = getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"])
+        config.auto_map = auto_map
     state = {name: cut.read(name) for name in cut.infos}
     if template is not None:
         dtype, device = template.dtype, template.device
     else:
         dtype, device = recipe.dtype, pick_device(recipe.device)
-    pruned: Any = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    if auto_map is not None:  # only now: transformers would take it for remote code and ask where that is
-        pruned.config.auto_map = auto_map
+    pruned: Any = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return pruned.to(device).eval()
 
 
