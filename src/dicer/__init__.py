@@ -59,5 +59,5 @@ def _register(_: Any) -> None:
     importlib.import_module("dicer.export.registration").register()
 
 
-# Not on the auto classes' own module: transformers imports that one half-way through others, where nothing can be added.
+# Not on the auto classes' own module: transformers imports that one half-way through others, too early to add to it.
 wrapt.register_post_import_hook(_register, "transformers")

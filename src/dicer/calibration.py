@@ -151,7 +151,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _ready_rows(path: Path) -> list[list[int]] | None:
     """The rows of a .jsonl file with ``input_ids``; None where its first row has none."""
-    rows = []
+    rows: list[list[int]] = []
     for number, row in enumerate(_json_lines(path), start=1):
         ids = row.get("input_ids")
         if ids is None and not rows:
@@ -218,15 +218,15 @@ def _sample(documents: Iterable[str], name: str, recipe: Recipe, tokenize: Token
             chosen.append(ids)
         if len(chosen) == recipe.samples:
             break
-    if not chosen:
-        joined = tokenize("\n\n".join(pieces))
-        if len(joined) < length:
+    joined = not chosen
+    if joined:
+        chosen = [tokenize("\n\n".join(pieces))]
+        if len(chosen[0]) < length:
             raise CalibrationError(
-                f"'{name}' gives {len(joined)} tokens, too short for one sample of {length}; "
+                f"'{name}' gives {len(chosen[0])} tokens, too short for one sample of {length}; "
                 "use a longer text or a smaller --seq-len."
             )
         notes.append(f"no document of '{name}' has {length} tokens, so its {len(pieces)} documents were joined")
-        chosen = [joined]
     if sum(len(ids) // length for ids in chosen) < recipe.samples:
         notes.append(f"'{name}' is shorter than {recipe.samples} x {length} tokens, so samples overlap")
     rows = []
@@ -234,7 +234,7 @@ def _sample(documents: Iterable[str], name: str, recipe: Recipe, tokenize: Token
         ids = chosen[i % len(chosen)]
         start = int(rng.integers(len(ids) - length + 1))
         rows.append(ids[start : start + length])
-    provenance = {"source": name, "kind": "random windows", "seed": recipe.seed, "joined": len(notes) > 0}
+    provenance = {"source": name, "kind": "random windows", "seed": recipe.seed, "joined": joined}
     return _calibration(torch.tensor(rows), provenance, notes)
 
 

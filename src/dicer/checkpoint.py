@@ -1,4 +1,4 @@
-"""Tensors by their names on disk: lazy reads from sharded checkpoints, and a folder that appears whole or not at all."""
+"""Tensors by their names on disk: lazy reads of sharded checkpoints, and a folder that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ class SafetensorsSource:
                 dtype = _DTYPES.get(piece.get_dtype())
                 if dtype is None:
                     raise ModelError(
-                        f"{self._folder / file}: tensor '{name}' has dtype {piece.get_dtype()}, which cannot be pruned. "
-                        "Use the checkpoint in bf16, fp16 or fp32."
+                        f"{self._folder / file}: tensor '{name}' has dtype {piece.get_dtype()}, which cannot "
+                        "be pruned. Use the checkpoint in bf16, fp16 or fp32."
                     )
                 infos[name] = TensorInfo(tuple(piece.get_shape()), dtype)
         return infos
@@ -149,7 +149,7 @@ class SafetensorsSource:
     def _open(self, file: str) -> Iterator[Any]:
         path = self._folder / file
         try:
-            with safe_open(path, framework="pt") as shard:  # type: ignore[no-untyped-call]
+            with safe_open(path, framework="pt") as shard:
                 yield shard
         except FileNotFoundError:
             raise ModelError(
@@ -282,6 +282,7 @@ class CheckpointSink:
                 tensors[name] = read(name).detach().cpu().contiguous()
                 progress(done := done + 1)
             save_file(tensors, self.folder / file, metadata={"format": "pt"})
+            shutil.copymode(self.folder / _MARKER, self.folder / file)  # safetensors makes files for the owner only
         if len(shards) > 1:  # last, so that no index ever points at a shard that is not there
             self.write_json(
                 INDEX,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def perplexity(
     model: Any, windows: Tensor, *, batch_size: int = 1, progress: Callable[[int, int], None] = lambda *_: None
 ) -> float:
-    """exp of the mean next-token cross-entropy over all windows, each seen on its own (METHODS section 5).
+    """Exp of the mean next-token cross-entropy over all windows, each seen on its own (METHODS section 5).
 
     Args:
         model: a causal language model in eval mode.

@@ -35,7 +35,7 @@ from dicer.surgery import MODELING_FILE, Cut, plan_cut, pruned_config, pruned_wi
 from dicer.walk import LayerVisit, Progress, ResidentStore, walk
 
 BATCH_TOKENS = 4096
-PERPLEXITY_WINDOWS = 16
+PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024
 
 
@@ -130,6 +130,12 @@ class Job:
             notes.append(f"{len(whole)} layers keep all their neurons: the ratio rounds to nothing there")
         return notes
 
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        """What the model has and what it will have, known before anything is computed."""
+        layers = {i: LayerPlan(n, torch.arange(k), torch.zeros(n)) for i, (n, k) in self.layers.items()}
+        outline = PrunePlan({}, {}, {}, {}, {"mlp": layers})
+        return _sizes(self.source, plan_cut(self.source.tensors, self.source.family, outline))
+
 
 def prepare(source: ModelSource, recipe: Recipe, tokenizer: Any | None = None) -> Job:
     """Hold a recipe against a model.
@@ -216,9 +222,7 @@ def _decide(job: Job, visit: LayerVisit) -> LayerPlan:
     """Scores, groups and survivors of one layer."""
     method, seed = job.method, job.recipe.seed
     units, keep = job.layers[visit.index]
-    statistics = LayerStatistics(
-        method.activation, visit.sums, stream(seed, visit.index, "criterion"), visit.gradient
-    )
+    statistics = LayerStatistics(method.activation, visit.sums, stream(seed, visit.index, "criterion"), visit.gradient)
     scores = job.criterion(visit.weights, statistics)
     survivors = _survivors(job, visit, scores, units, keep)
     merge = survivors.merge
@@ -250,7 +254,8 @@ def _portable(recipe: Recipe, method: Method) -> dict[str, Any]:
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
         criterion = f"{Path(file).name}:{name} (sha256 {digest})"
     calib = Path(recipe.calib).name if recipe.calib.endswith((".txt", ".jsonl", ".gz")) else recipe.calib
-    return {**recipe.model_dump(), **method._asdict(), "criterion": criterion, "calib": calib}
+    choices = method._asdict()
+    return {**recipe.model_dump(), "method": choices.pop("preset"), **choices, "criterion": criterion, "calib": calib}
 
 
 def make_plan(
@@ -473,6 +478,58 @@ def _write(
     result.path = out
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What ``dicer info`` shows.
+
+    Attributes:
+        name: of the model.
+        rows: (what, value).
+        left: one row for each ratio: removed, width, parameters, share, bytes.
+    """
+
+    name: str
+    rows: list[tuple[str, str]]
+    left: list[tuple[str, str, str, str, str]]
+
+
+def describe(source: ModelSource) -> Facts:
+    """Family, widths and parameters of a model, and what 10 to 50% would leave; reads headers only."""
+    infos, family = source.tensors.infos(), source.family
+    widths = family.widths(source.config)
+    inside = {name: info.numel for name, info in infos.items() if family.locate(name)}
+    pieces = {piece.name for piece in family.mlp.slices}
+    counts = {
+        "MLP neurons": sum(n for name, n in inside.items() if (p := family.locate(name)) and p[1] in pieces),
+        "attention": sum(n for name, n in inside.items() if "attn." in name),
+        "embeddings and head": sum(
+            info.numel for name, info in infos.items() if name not in inside and len(info.shape) == 2
+        ),
+    }
+    total = sum(info.numel for info in infos.values())
+    counts["norms and the rest"] = total - sum(counts.values())
+    width = str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
+    rows = [
+        ("family", family.model_type),
+        ("layers", f"{len(widths)} (0 to {len(widths) - 1})"),
+        ("neurons a layer", width),
+        ("legal widths", f"any from 1 to {max(widths)}; multiples of 64 or 256 suit tensor cores and K-quants"),
+        ("dtypes", ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))),
+        ("parameters", f"{total:,}"),
+        *((f"- {name}", f"{count:,} ({count / total:.1%})") for name, count in counts.items()),
+        ("bytes of weights", f"{sum(info.nbytes for info in infos.values()):,}"),
+    ]
+    left = []
+    for percent in (10, 20, 25, 30, 40, 50):
+        job = prepare(source, Recipe(method="random", ratio=percent / 100))
+        _, after = job.sizes()
+        kept = sorted({keep for _, keep in job.layers.values()})
+        shown = str(kept[0]) if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
+        share = after.parameters / total
+        left.append((f"{percent}%", shown, f"{after.parameters:,}", f"{share:.1%}", f"{after.nbytes / 1e9:.3f} GB"))
+    return Facts(source.name, rows, left)
+
+
 def load(path: str | os.PathLike[str], **options: Any) -> Any:
     """Load a pruned checkpoint, or any other, without running code from its folder.
 
@@ -503,4 +560,3 @@ def peak_memory() -> dict[str, int]:
         for index in range(torch.cuda.device_count()):
             peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
     return peaks
-

@@ -154,7 +154,9 @@ class PrunePlan:
                     lines.append(f"layer {index} {axis}: only in the {'second' if a is None else 'first'} plan")
                 elif a != b:
                     both = len(a & b)
-                    lines.append(f"layer {index} {axis}: {both} kept by both, {len(a) - both} and {len(b) - both} by one")
+                    lines.append(
+                        f"layer {index} {axis}: {both} kept by both, {len(a) - both} and {len(b) - both} by one"
+                    )
         return lines
 
 

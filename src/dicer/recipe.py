@@ -52,6 +52,7 @@ class Method(NamedTuple):
     """What a recipe comes to: every choice made.
 
     Attributes:
+        preset: the preset that these parts make up, or None.
         criterion: a registry name, or ``file.py:name``.
         activation: what activation criteria read.
         grouping: how neurons are put together.
@@ -60,6 +61,7 @@ class Method(NamedTuple):
         groups: number of groups C; None means one group for each kept neuron (C = K).
     """
 
+    preset: str | None
     criterion: str
     activation: Activation
     grouping: str
@@ -73,28 +75,37 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
-    method: str | None = Field(None, description="preset of the paper; 'dicer methods' lists them (default: rc-a)")
-    criterion: str | None = Field(None, description="criterion by name, or FILE.py:NAME for your own")
-    activation: Activation | None = Field(None, description="which activation is read: pre, post or mod")
-    grouping: str | None = Field(None, description="none, random or similarity")
-    merge: str | None = Field(None, description="what a group leaves: prune, mean or dominant")
-    groups: int | None = Field(None, ge=1, description="random groups C that keep K/C neurons each (default: C = K)")
-    ratio: float = Field(0.25, description="fraction of the neurons of each chosen layer that goes, in (0, 1)")
-    layers: str = Field("all", description="'all', or indices and ranges as in 5,6,9-12; -1 is the last layer")
-    width_multiple: int = Field(1, ge=1, description="round the kept width to a multiple of this")
-    calib: str = Field("builtin", description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a .txt/.jsonl(.gz)")
-    calib_config: str | None = Field(None, description="configuration of the hub data set OWNER/NAME")
-    calib_split: str = Field("train", description="split of the hub data set OWNER/NAME")
-    calib_field: str = Field("text", description="text field of the hub data set or of the .jsonl file")
-    samples: int = Field(10, ge=1, description="calibration samples")
-    seq_len: int = Field(128, ge=2, description="tokens in a sample")
-    seed: int = Field(42, ge=0, lt=2**63, description="seed of every draw")
-    batch_size: int | None = Field(None, ge=1, description="samples in a forward pass (default: 4,096 tokens' worth)")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype that calibration computes in (auto: the checkpoint's own, which the output keeps)"
+    method: str | None = Field(
+        default=None, description="preset of the paper; 'dicer methods' lists them (default: rc-a)"
     )
-    gradient_checkpointing: bool = Field(False, description="taylor only: less memory, one more forward pass")
+    criterion: str | None = Field(default=None, description="criterion by name, or FILE.py:NAME for your own")
+    activation: Activation | None = Field(default=None, description="which activation is read: pre, post or mod")
+    grouping: str | None = Field(default=None, description="none, random or similarity")
+    merge: str | None = Field(default=None, description="what a group leaves: prune, mean or dominant")
+    groups: int | None = Field(
+        default=None, ge=1, description="random groups C that keep K/C neurons each (default: C = K)"
+    )
+    ratio: float = Field(default=0.25, description="fraction of the neurons of each chosen layer that goes, in (0, 1)")
+    layers: str = Field(default="all", description="'all', or indices and ranges as in 5,6,9-12; -1 is the last layer")
+    width_multiple: int = Field(default=1, ge=1, description="round the kept width to a multiple of this")
+    calib: str = Field(
+        default="builtin", description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a .txt/.jsonl(.gz)"
+    )
+    calib_config: str | None = Field(default=None, description="configuration of the hub data set OWNER/NAME")
+    calib_split: str = Field(default="train", description="split of the hub data set OWNER/NAME")
+    calib_field: str = Field(default="text", description="text field of the hub data set or of the .jsonl file")
+    samples: int = Field(default=10, ge=1, description="calibration samples")
+    seq_len: int = Field(default=128, ge=2, description="tokens in a sample")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="seed of every draw")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="samples in a forward pass (default: 4,096 tokens' worth)"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="dtype that calibration computes in (auto: the checkpoint's own, which the output keeps)",
+    )
+    gradient_checkpointing: bool = Field(default=False, description="taylor only: less memory, one more forward pass")
 
     @field_validator("ratio")
     @classmethod
@@ -124,8 +135,8 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: for a combination that has no meaning.
         """
-        parts = (self.criterion, self.activation, self.grouping, self.merge)
-        plain = self.method is None and any(part is not None for part in parts)
+        named = (self.criterion, self.activation, self.grouping, self.merge)
+        plain = self.method is None and any(part is not None for part in named)
         base = PRESETS["act-l2" if plain else self.method or DEFAULT_METHOD]
         grouping = self.grouping or base.grouping
         merge = self.merge or base.merge
@@ -137,14 +148,11 @@ class Recipe(BaseModel):
                 f"--groups {self.groups} keeps several neurons of a group, which merge '{merge}' cannot do; "
                 "use --merge prune, or leave --groups out."
             )
-        return Method(
-            criterion=self.criterion or base.criterion,
-            activation=self.activation or preset_activation or "post",
-            grouping=grouping,
-            grouped_by=self.activation or preset_activation or "mod",
-            merge=merge,
-            groups=self.groups,
-        )
+        criterion, activation = self.criterion or base.criterion, self.activation or preset_activation
+        parts = (criterion, grouping, merge)
+        same = (n for n, p in PRESETS.items() if (p.criterion, p.grouping, p.merge) == parts and self.groups is None)
+        preset = next((n for n in same if PRESETS[n].activation in (None, activation or "post")), None)
+        return Method(preset, criterion, activation or "post", grouping, activation or "mod", merge, self.groups)
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:

@@ -297,17 +297,19 @@ def _as_model_error(name: str, what: str) -> Iterator[None]:
         raise ModelError(f"{name}: the {what} cannot be loaded: {reason}") from None
 
 
+_SIDE_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
+)
+
+
 def copy_side_files(source: Path, target: Path) -> None:
-    """Take along what belongs to a model and is not weights or config: tokenizer, templates, generation config, licence.
+    """Take along what belongs to a model besides weights and config: tokenizer, templates, generation config, licence.
 
     The model's own card comes along as ``BASE_MODEL_CARD.md``. Only known names are copied, and no code.
     """
-    names = (
-        "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt "
-        "merges.txt tokenizer.model spiece.model chat_template.jinja chat_template.json generation_config.json "
-        "LICENSE LICENSE.txt LICENSE.md NOTICE NOTICE.txt"
-    ).split()
-    for name in names:
+    for name in _SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (source / "README.md").is_file():

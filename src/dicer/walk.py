@@ -107,7 +107,7 @@ class ResidentStore:
                 _calls.append((args, kwargs))
                 return hidden
 
-            with _forwards(self._layers, lambda _: recorder):  # noqa: B023 - used and dropped in this round
+            with _forwards(self._layers, lambda _: recorder):
                 self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
             recording.arguments.setdefault(batch.shape[0], calls)
         return recording
@@ -146,7 +146,7 @@ class ResidentStore:
                 loss = nn.functional.cross_entropy(
                     logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
                 )
-                (loss / predicted).backward()  # type: ignore[no-untyped-call]
+                (loss / predicted).backward()
                 progress("gradients", done, len(batches))
         return {index: unit_weights(axis, held) for index, held in gradients.items()}
 

@@ -9,8 +9,6 @@ from dicer.criteria.registry import Criterion, criterion, find_criterion
 from dicer.criteria.taylor import taylor
 from dicer.criteria.weight import weight_l2
 
-CRITERIA: Mapping[str, Criterion] = MappingProxyType(
-    {c.name: c for c in (random, act_l2, act_mean, weight_l2, taylor)}
-)
+CRITERIA: Mapping[str, Criterion] = MappingProxyType({c.name: c for c in (random, act_l2, act_mean, weight_l2, taylor)})
 
 __all__ = ["CRITERIA", "Criterion", "criterion", "find_criterion"]

@@ -10,7 +10,7 @@ from dicer.layer_statistics import LayerStatistics
 
 @criterion("taylor", needs=("gradient",), source="Xu et al. 2025, B.1 eq. 1 (after Ma et al. 2023)")
 def taylor(weights: UnitWeights, statistics: LayerStatistics) -> Tensor:
-    """sum |w * dL/dw| over G_i, U_i and D_:,i, [U]; the gradient is of the whole calibration set."""
+    """Sum |w * dL/dw| over G_i, U_i and D_:,i, [U]; the gradient is of the whole calibration set."""
     gradient = statistics.gradient
     score = (weights.up.float() * gradient.up).abs().sum(1, dtype=torch.float64)  # [U]
     score += (weights.down.float() * gradient.down).abs().sum(0, dtype=torch.float64)

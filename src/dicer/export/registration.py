@@ -1,4 +1,4 @@
-"""Make transformers' auto classes know checkpoints whose widths differ, so that no flag and no remote code is needed."""
+"""Make transformers' auto classes know checkpoints whose widths differ: no flag, no code from the folder."""
 
 from __future__ import annotations
 

