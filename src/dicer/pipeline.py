@@ -113,7 +113,7 @@ class Job:
         """The sums over activations that the method reads."""
         kinds = [kind for kind in ("square_sum", "sum") if kind in self.criterion.needs]
         needs = {Need(kind, self.method.activation) for kind in kinds}
-        if self.method.grouping == "similarity":
+        if self.method.grouped_by is not None:
             needs.add(Need("gram", self.method.grouped_by))
         if self.method.merge == "dominant" and self.method.grouping != "none":
             needs.add(Need("square_sum", "mod"))
@@ -235,10 +235,10 @@ def _survivors(job: Job, visit: LayerVisit, scores: Tensor, units: int, keep: in
     method = job.method
     if method.grouping == "none":
         return keep_top(scores, keep)
-    if method.grouping == "random":
-        labels = random_groups(units, method.groups or keep, stream(job.recipe.seed, visit.index, "grouping"))
-    else:
+    if method.grouped_by is not None:
         labels = similarity_groups(visit.sums.get("gram", method.grouped_by), keep)
+    else:
+        labels = random_groups(units, method.groups or keep, stream(job.recipe.seed, visit.index, "grouping"))
     if method.merge == "mean":
         return merge_mean(scores, labels)
     if method.merge == "dominant":

@@ -56,7 +56,7 @@ class Method(NamedTuple):
         criterion: a registry name, or ``file.py:name``.
         activation: what activation criteria read.
         grouping: how neurons are put together.
-        grouped_by: the activation whose vectors similarity clusters.
+        grouped_by: the activation whose vectors similarity clusters; None for other groupings.
         merge: what a group leaves.
         groups: number of groups C; None means one group for each kept neuron (C = K).
     """
@@ -65,7 +65,7 @@ class Method(NamedTuple):
     criterion: str
     activation: Activation
     grouping: str
-    grouped_by: Activation
+    grouped_by: Activation | None
     merge: str
     groups: int | None
 
@@ -148,11 +148,20 @@ class Recipe(BaseModel):
                 f"--groups {self.groups} keeps several neurons of a group, which merge '{merge}' cannot do; "
                 "use --merge prune, or leave --groups out."
             )
-        criterion, activation = self.criterion or base.criterion, self.activation or preset_activation
-        parts = (criterion, grouping, merge)
-        same = (n for n, p in PRESETS.items() if (p.criterion, p.grouping, p.merge) == parts and self.groups is None)
-        preset = next((n for n in same if PRESETS[n].activation in (None, activation or "post")), None)
-        return Method(preset, criterion, activation or "post", grouping, activation or "mod", merge, self.groups)
+        parts = _complete(self.criterion or base.criterion, self.activation or preset_activation, grouping, merge)
+        same = (
+            name for name, p in PRESETS.items() if _complete(p.criterion, p.activation, p.grouping, p.merge) == parts
+        )
+        preset = None if self.groups is not None else next(same, None)
+        return Method(preset, *parts, self.groups)
+
+
+def _complete(
+    criterion: str, activation: Activation | None, grouping: str, merge: str
+) -> tuple[str, Activation, str, Activation | None, str]:
+    """The parts with their default activations: post for criteria, mod for similarity (METHODS section 2)."""
+    grouped_by = (activation or "mod") if grouping == "similarity" else None
+    return criterion, activation or "post", grouping, grouped_by, merge
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
