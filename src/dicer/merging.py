@@ -84,7 +84,9 @@ def merge_mean(scores: Tensor, labels: Tensor) -> Survivors:
     groups = int(labels.max()) + 1
     survivors = keep_strongest(scores, labels, groups)
     share = 1.0 / torch.bincount(labels, minlength=groups)[labels].float()  # [N]
-    return Survivors(survivors.keep, Merge(_rows(survivors.keep, labels), share, share))
+    return Survivors(
+        survivors.keep, Merge(_rows(survivors.keep, labels), share, share.clone())
+    )  # safetensors: no sharing
 
 
 def merge_dominant(norms: Tensor, labels: Tensor) -> Survivors:
