@@ -45,7 +45,7 @@ class Sums:
                 total = self._totals.setdefault(need, flat.new_zeros(flat.shape[1], flat.shape[1]))
                 total.addmm_(flat.T, flat)
                 continue
-            batch = torch.einsum("tu,tu->u", flat, flat) if need.kind == "square_sum" else flat.sum(0)  # [U]
+            batch = (flat.square() if need.kind == "square_sum" else flat).sum(0)  # [U]
             self._totals[need] = self._totals.get(need, 0.0) + batch.double()
 
     def get(self, kind: Kind, activation: str) -> Tensor:

@@ -1,0 +1,80 @@
+"""What scoring costs, against a bare forward pass through the same layers on the same tokens.
+
+One process, rounds interleaved, medians. Prints ``rc-a / forward: X`` and ``taylor / rc-a: Y`` on lines of their own.
+
+    python benchmarks/calibration.py [--model builtin:smollm2] [--device cpu] [--dtype float32] [--layers 5-28]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers.utils import logging
+
+from dicer.pipeline import BATCH_TOKENS, pick_device, prepare, score_model
+from dicer.recipe import make_recipe
+from dicer.sources import open_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin:smollm2")
+    parser.add_argument("--layers", default="5-28")
+    parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+
+    source = open_model(options.model)
+    asked = {"layers": options.layers, "samples": options.samples, "seq_len": options.seq_len}
+    jobs = {name: prepare(source, make_recipe({"method": name, **asked})) for name in ("rc-a", "act-l2", "taylor")}
+    device = pick_device(options.device)
+    model = source.load_model(options.dtype, device)
+    calibration = jobs["rc-a"].calibration
+    assert calibration is not None
+    batches = calibration.tokens.split(max(1, BATCH_TOKENS // options.seq_len))
+    base, last = model.base_model, max(jobs["rc-a"].layers)
+    layers = base.get_submodule(source.family.layers.split(".", 1)[1])
+
+    def forward() -> None:
+        every = list(layers)
+        del layers[last + 1 :]  # the same layers as rc-a: none behind the last chosen one, and no logits
+        count, base.config.num_hidden_layers = base.config.num_hidden_layers, last + 1
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    base(input_ids=batch.to(device), use_cache=False)
+        finally:
+            base.config.num_hidden_layers = count
+            layers.extend(every[last + 1 :])
+
+    runs: dict[str, Callable[[], object]] = {"forward": forward}
+    for name, job in jobs.items():
+        runs[name] = lambda job=job: score_model(job, model)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(options.rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if number > 0:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+
+    print(f"{options.model}, layers {options.layers}, {options.samples} x {options.seq_len} tokens, {device}")
+    for name, seconds in times.items():
+        print(f"{name:>8}: median {statistics.median(seconds):.3f} s, {min(seconds):.3f} to {max(seconds):.3f}")
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    print(f"rc-a / forward: {median['rc-a'] / median['forward']:.3f}")
+    print(f"taylor / rc-a: {median['taylor'] / median['rc-a']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
