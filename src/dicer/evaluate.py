@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dicer.walk import evaluating
+
 
 @torch.no_grad()
 def perplexity(
@@ -17,7 +19,7 @@ def perplexity(
     """Exp of the mean next-token cross-entropy over all windows, each seen on its own (METHODS section 5).
 
     Args:
-        model: a causal language model in eval mode.
+        model: a causal language model; evaluated without dropout, whatever its mode.
         windows: int64 [W, T]; the T - 1 last tokens of each are predicted.
         batch_size: windows in a forward pass.
         progress: called with (windows done, windows).
@@ -26,12 +28,13 @@ def perplexity(
         Perplexity per token; inf where the loss overflows.
     """
     total, done = 0.0, 0
-    for batch in windows.split(batch_size):
-        ids = batch.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T-1, V]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-        total += float(loss)
-        done += len(batch)
-        progress(done, len(windows))
+    with evaluating(model):
+        for batch in windows.split(batch_size):
+            ids = batch.to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T-1, V]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+            total += float(loss)
+            done += len(batch)
+            progress(done, len(windows))
     mean = total / windows[:, 1:].numel()
     return math.exp(mean) if mean < 700 else math.inf

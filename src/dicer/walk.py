@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
@@ -77,18 +77,18 @@ class ResidentStore:
     """A whole model in memory.
 
     Args:
-        model: a transformers model of a known family; put in eval mode, otherwise left as it is.
+        model: a transformers model of a known family; left as it is, whatever is done with it meanwhile.
         family: its row of the table.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.family = family
-        self._model: Any = model.eval()
+        self._model: Any = model
         self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
         """One decoder layer."""
-        return nullcontext(self._layers[index])
+        return evaluating(self._layers[index])
 
     @torch.no_grad()
     def record(self, batches: Sequence[Tensor]) -> Recording:
@@ -107,7 +107,7 @@ class ResidentStore:
                 _calls.append((args, kwargs))
                 return hidden
 
-            with _forwards(self._layers, lambda _: recorder):
+            with evaluating(self._model), _forwards(self._layers, lambda _: recorder):
                 self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
             recording.arguments.setdefault(batch.shape[0], calls)
         return recording
@@ -131,7 +131,8 @@ class ResidentStore:
         gradients: dict[int, dict[str, Tensor]] = {index: {} for index in layers}
         predicted = sum(batch[:, 1:].numel() for batch in batches)
         with ExitStack() as stack:
-            stack.enter_context(_only_trainable(self._model))
+            stack.enter_context(evaluating(self._model))
+            stack.enter_context(_frozen(self._model))
             for index, held in gradients.items():
                 for name, weight in _mlp_weights(axis, self._layers[index]).items():
                     weight.requires_grad_(True)
@@ -221,15 +222,17 @@ def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
 
 @contextmanager
 def _forwards(layers: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
-    """Replace each layer's forward for a while."""
-    replaced = [(layer, make(layer)) for layer in layers]
+    """Replace each layer's forward for a while; one of the layer's own (accelerate's, say) is put back afterwards."""
+    replaced = [(layer.__dict__, layer.__dict__.get("forward"), make(layer)) for layer in layers]
     try:
-        for layer, forward in replaced:
-            layer.__dict__["forward"] = forward
+        for attributes, _, forward in replaced:
+            attributes["forward"] = forward
         yield
     finally:
-        for layer, _ in replaced:
-            layer.__dict__.pop("forward", None)
+        for attributes, own, _ in replaced:
+            del attributes["forward"]
+            if own is not None:
+                attributes["forward"] = own
 
 
 def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
@@ -239,16 +242,29 @@ def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
 
 
 @contextmanager
-def _only_trainable(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters, and give them their own flags and no gradients afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """Turn dropout off for a while, and give every submodule its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
     try:
-        for parameter, _ in flags:
+        yield module.eval()
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze all parameters and set their gradients aside, and give both back afterwards."""
+    own = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in own:
             parameter.requires_grad_(False)
+            parameter.grad = None
         yield
     finally:
-        for parameter, flag in flags:
+        for parameter, flag, gradient in own:
             parameter.requires_grad_(flag)
+            parameter.grad = gradient
 
 
 def _mlp_weights(axis: Axis, layer: nn.Module) -> dict[str, nn.Parameter]:
