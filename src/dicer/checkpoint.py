@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
 _MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
+_OLD = "old"  # inside it: the checkpoint that --overwrite replaces, between two renames
 _MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
 
 _DTYPES = {
@@ -201,54 +202,68 @@ def fingerprint(source: TensorSource) -> str:
 
 
 class CheckpointSink:
-    """A checkpoint folder in the making: written as ``<out>.partial``, renamed when whole.
+    """A checkpoint folder in the making: written inside ``<out>.partial``, renamed when whole.
 
     Use as a context manager. After an exception the partial folder is removed; after a kill it stays under a name that
     nothing loads and that the next run clears away. With ``overwrite`` the old folder is replaced only after the new
-    one is whole.
+    one is whole; a kill between the two renames leaves it in the partial folder, and the next run puts it back.
 
     Raises:
         OutputError: the folder is there and not empty, cannot be written, or the disk is too full.
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
-        self.out = out
-        self.folder = out.with_name(out.name + ".partial")
-        self._old = out.with_name(out.name + ".replaced")
-        self._shard_bytes = shard_bytes
-        if self._old.exists() and not out.exists():  # a kill between the two renames of _finish
-            self._old.rename(out)
         check_output(out, overwrite=overwrite)
+        self.out = out.resolve()  # of a link, the folder that it points to is replaced
+        self._partial = _partial(self.out)
+        self.folder = self._partial / "new"
+        self._shard_bytes = shard_bytes
 
     def __enter__(self) -> CheckpointSink:
-        try:
-            if self.folder.exists():
-                if not (self.folder / _MARKER).exists():
-                    raise OutputError(f"{self.folder} is in the way and was not made by dicer; move it away.")
-                shutil.rmtree(self.folder)
-            # The marker is there from the first moment on, so the folder is made elsewhere and renamed.
-            fresh = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
-            fresh.mkdir(parents=True)
-            (fresh / _MARKER).touch()
-            fresh.rename(self.folder)
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.out.parent}: {error.strerror}.") from None
+        with self._as_output_error():
+            if self._partial.exists():
+                self._clear()
+            self._partial.mkdir(parents=True)
+            (self._partial / _MARKER).touch()
+            self.folder.mkdir()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        self._finish()
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
+        with self._as_output_error():
+            if error is None:
+                try:
+                    self._finish()
+                finally:
+                    self._clear()
+                return
+            with suppress(OSError):
+                self._clear()
+            if isinstance(error, OSError):
+                raise error
 
     def _finish(self) -> None:
-        (self.folder / _MARKER).unlink()
-        if self._old.exists():
-            shutil.rmtree(self._old)
         if self.out.exists():
-            self.out.rename(self._old)
+            self.out.rename(self._partial / _OLD)
         self.folder.rename(self.out)
-        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _clear(self) -> None:
+        """Put back what a kill or an error left aside, then take the partial folder away, its marker last."""
+        if not (self._partial / _MARKER).exists() and any(self._partial.iterdir()):
+            raise OutputError(f"{self._partial} is in the way and was not made by dicer; move it away.")
+        if (self._partial / _OLD).exists() and not self.out.exists():
+            (self._partial / _OLD).rename(self.out)
+        for inner in (self.folder, self._partial / _OLD):
+            if inner.exists():
+                shutil.rmtree(inner)
+        (self._partial / _MARKER).unlink(missing_ok=True)
+        self._partial.rmdir()
+
+    @contextmanager
+    def _as_output_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(f"cannot write {self.out}: {error.strerror or error}.") from error
 
     def require_space(self, weight_bytes: int) -> None:
         """Refuse before the first write when the disk cannot hold the weights.
@@ -281,8 +296,11 @@ class CheckpointSink:
             for name in members:
                 tensors[name] = read(name).detach().cpu().contiguous()
                 progress(done := done + 1)
-            save_file(tensors, self.folder / file, metadata={"format": "pt"})
-            shutil.copymode(self.folder / _MARKER, self.folder / file)  # safetensors makes files for the owner only
+            try:
+                save_file(tensors, self.folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise OutputError(f"cannot write {self.out}: {error}.") from error
+            shutil.copymode(self._partial / _MARKER, self.folder / file)  # safetensors makes files for the owner only
         if len(shards) > 1:  # last, so that no index ever points at a shard that is not there
             self.write_json(
                 INDEX,
@@ -305,19 +323,39 @@ class CheckpointSink:
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that would lose something, before any work is done.
+    """Refuse an output folder that would lose something or cannot be made, before any work is done.
 
     Raises:
-        OutputError: it is a file, or not empty without ``overwrite``, or holds something other than a checkpoint.
+        OutputError: it is a file, or not empty without ``overwrite``, or holds something that dicer does not write, or
+            lies where nothing can be written.
     """
-    if out.is_file():
+    try:
+        _check_output(out.resolve(), out, overwrite)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}.") from None
+
+
+def _check_output(target: Path, out: Path, overwrite: bool) -> None:
+    if Path.cwd().is_relative_to(target):
+        raise OutputError(f"output {out} is the folder that you are in, or holds it; choose a folder of its own.")
+    if target.is_file():
         raise OutputError(f"output {out} is a file; choose a folder that does not exist yet.")
-    if not out.is_dir() or not any(out.iterdir()):
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {out}: {parent} is a file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {out}: no permission to write in {parent}.")
+    held = target if target.exists() else _partial(target) / _OLD  # set aside by a run that was killed
+    if not held.is_dir() or not any(held.iterdir()):
         return
     if not overwrite:
         raise OutputError(f"output folder {out} is not empty. Choose another, or pass --overwrite to replace it.")
-    if not (out / "config.json").is_file():
-        raise OutputError(f"{out} holds no checkpoint (no config.json), so --overwrite does not replace it.")
+    if not any((held / name).is_file() for name in ("config.json", "dicer_plan.json")):
+        raise OutputError(f"{out} holds neither checkpoint (no config.json) nor plan; --overwrite leaves it.")
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
 
 
 def _shards(infos: Mapping[str, TensorInfo], limit: int) -> Iterable[list[str]]:
