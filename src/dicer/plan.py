@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dicer.errors import PlanError
+from dicer.errors import OutputError, PlanError
 
 PLAN_JSON = "dicer_plan.json"
 PLAN_TENSORS = "dicer_plan.safetensors"
@@ -120,12 +120,19 @@ class PrunePlan:
         return {PLAN_JSON: text.encode(), PLAN_TENSORS: save(tensors)}
 
     def save(self, folder: Path) -> None:
-        """Write the two files into a folder, which is made if needed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files().items():
-            partial = folder / f"{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+        """Write the two files into a folder, which is made if needed.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in self.files().items():
+                partial = folder / f"{name}.partial"
+                partial.write_bytes(content)
+                partial.replace(folder / name)
+        except OSError as error:
+            raise OutputError(f"cannot write the plan to {folder}: {error.strerror or error}.") from error
 
     def explain(self) -> list[str]:
         """One line for each layer: what stays, and how scores of kept and dropped units compare."""
@@ -173,9 +180,16 @@ def load_plan(path: Path) -> PrunePlan:
             raise PlanError(
                 f"{folder / PLAN_JSON} has format {record.get('format')}, and this version of dicer reads {FORMAT}."
             )
+        for part in ("recipe", "calibration", "versions"):
+            if not isinstance(record[part], dict):
+                raise ValueError(f"'{part}' is no table")
+        if "method" not in record["recipe"]:
+            raise ValueError("its recipe does not say 'method'")
+        if record["axes"].keys() != {"mlp"} or not record["axes"]["mlp"]:
+            raise ValueError(f"its axes are {sorted(record['axes'])}, expected layers of 'mlp' and nothing else")
         tensors = load_file(folder / PLAN_TENSORS)
         axes = {
-            str(axis): {int(i): _layer(tensors, axis, int(i), int(entry["units"])) for i, entry in layers.items()}
+            str(axis): {int(i): _layer(tensors, axis, int(i), entry) for i, entry in layers.items()}
             for axis, layers in record["axes"].items()
         }
         model = {key: str(record["model"][key]) for key in ("name", "model_type", "fingerprint")}
@@ -187,18 +201,23 @@ def load_plan(path: Path) -> PrunePlan:
         raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
 
 
-def _layer(tensors: Mapping[str, Tensor], axis: str, index: int, units: int) -> LayerPlan:
-    prefix = f"{axis}.{index}."
+def _layer(tensors: Mapping[str, Tensor], axis: str, index: int, entry: Mapping[str, Any]) -> LayerPlan:
+    prefix, units = f"{axis}.{index}.", int(entry["units"])
     keep, scores = tensors[prefix + "keep"], tensors[prefix + "scores"]
     merges = [tensors.get(prefix + name) for name in _MERGE_FIELDS]
     ordered = keep.ndim == 1 and keep.dtype == torch.int64 and len(keep) > 0 and bool((keep.diff() > 0).all())
     if not ordered or int(keep[0]) < 0 or int(keep[-1]) >= units or scores.shape != (units,):
         raise ValueError(f"layer {index} does not keep a sorted selection of its {units} units")
+    if len(keep) != entry["keep"]:
+        raise ValueError(f"layer {index} keeps {len(keep)} units in one file and {entry['keep']} in the other")
     if any(m is None for m in merges) != all(m is None for m in merges):
         raise ValueError(f"layer {index} has a part of a merge only")
     row = merges[0]
     if row is not None and (
-        any(m is None or m.shape != (units,) for m in merges) or int(row.min()) < -1 or int(row.max()) >= len(keep)
+        any(m is None or m.shape != (units,) for m in merges)
+        or row.dtype != torch.int64
+        or int(row.min()) < -1
+        or int(row.max()) >= len(keep)
     ):
         raise ValueError(f"layer {index} has a merge that does not fit its {units} units")
     return LayerPlan(units, keep, scores, *merges)
