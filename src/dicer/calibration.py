@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import pydoc_data.topics
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             yield from file
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CalibrationError(f"calibration file {path} cannot be read: {reason}.") from None
 
@@ -156,7 +157,7 @@ def _ready_rows(path: Path) -> list[list[int]] | None:
         ids = row.get("input_ids")
         if ids is None and not rows:
             return None
-        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < 2**63 for i in ids):
             raise CalibrationError(f"{path}, row {number}: input_ids must be a list of token ids.")
         if rows and len(ids) != len(rows[0]):
             raise CalibrationError(
@@ -182,9 +183,12 @@ def _read_documents(path: Path, field: str) -> Iterator[str]:
         yield "".join(_lines(path))
         return
     for number, row in enumerate(_json_lines(path), start=1):
-        if not isinstance(row.get(field), str):
+        text = row.get(field)
+        if not isinstance(text, str):
             raise CalibrationError(f"{path}, row {number}: no text in the field '{field}' (has: {', '.join(row)}).")
-        yield row[field]
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # JSON can say it, tokenizers refuse it
+            raise CalibrationError(f"{path}, row {number}: no Unicode text in the field '{field}' (half a surrogate).")
+        yield text
 
 
 def _builtin_text() -> str:

@@ -50,4 +50,4 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> str:
     known = sorted(options)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"unknown {kind} '{name}'.{hint} Available: {', '.join(known)}."
+    return f"unknown {kind} '{name}'.{hint} Available: {', '.join(known) or 'none'}."

@@ -41,7 +41,10 @@ class Criterion:
         Raises:
             RecipeError: the function returned another shape, or a value that is not finite.
         """
-        scores = self.score(weights, statistics).detach().to("cpu", torch.float32)
+        scores = self.score(weights, statistics)
+        if not isinstance(scores, Tensor):
+            raise RecipeError(f"criterion '{self.name}' returned {type(scores).__name__}, expected a tensor of scores.")
+        scores = scores.detach().to("cpu", torch.float32)
         if scores.shape != (weights.units,):
             raise RecipeError(
                 f"criterion '{self.name}' returned shape {tuple(scores.shape)}, expected one score for each of the "
@@ -87,7 +90,10 @@ def find_criterion(name: str, registry: Mapping[str, Criterion]) -> Criterion:
     if spec is None or spec.loader is None:
         raise RecipeError(f"criterion file {path} cannot be imported.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RecipeError(f"criterion file {path} cannot be run: {type(error).__name__}: {error}.") from error
     found = getattr(module, attribute, None)
     if not isinstance(found, Criterion):
         own = [key for key, value in vars(module).items() if isinstance(value, Criterion)]
