@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dicer.errors import RecipeError, unknown
 
@@ -107,6 +107,14 @@ class Recipe(BaseModel):
     )
     gradient_checkpointing: bool = Field(default=False, description="taylor only: less memory, one more forward pass")
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_line(cls, values: Any, handler: Callable[[Any], Recipe]) -> Recipe:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise RecipeError(_first_line(error)) from None
+
     @field_validator("ratio")
     @classmethod
     def _ratio_inside(cls, value: float) -> float:
@@ -170,10 +178,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: one line for the first thing that is wrong.
     """
-    try:
-        return Recipe(**{key: value for key, value in values.items() if value is not None})
-    except ValidationError as error:
-        raise RecipeError(_first_line(error)) from None
+    return Recipe(**{key: value for key, value in values.items() if value is not None})
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
