@@ -288,9 +288,9 @@ def pick_device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=asked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        torch.empty(1, device=asked).tolist()  # 'meta' makes tensors, but they hold nothing
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise RecipeError(f"device '{asked}' cannot be used here: {reason}. Use --device cpu or auto.") from None
     return asked
 

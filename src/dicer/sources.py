@@ -119,8 +119,8 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
     name, folder = _find(os.fspath(model))
     raw_config = _read_config(folder)
     family = family_of(str(raw_config.get("model_type")))
-    if "quantization_config" in raw_config:
-        method = raw_config["quantization_config"].get("quant_method", "unknown")
+    if quantization := raw_config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise ModelError(
             f"{name} is quantized ({method}): its rows are packed and cannot be cut. Prune the bf16, fp16 or fp32 "
             "checkpoint, then quantize."
@@ -216,7 +216,13 @@ def _converted(gguf: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "gguf" / f"{digest[:20]}-{importlib.metadata.version('transformers')}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ModelError(
+                f"cannot make {folder.parent} for the converted weights: {error.strerror}. Set DICER_CACHE to a folder "
+                "that can be written."
+            ) from None
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             made = Path(scratch) / "model"
             _convert(gguf, made)
@@ -268,6 +274,11 @@ def _check_shapes(name: str, config: Any, family: Family, tensors: TensorSource)
         found = infos.get(parameter) or infos.get(parameter.split(".", 1)[1])
         if found is None:
             raise ModelError(f"{name}: tensor '{parameter}' is missing from the weights. Fetch the model again.")
+        if not found.dtype.is_floating_point:
+            raise ModelError(
+                f"{name}: tensor '{parameter}' holds {str(found.dtype).removeprefix('torch.')}, so the weights are "
+                "quantized. Prune the bf16, fp16 or fp32 checkpoint, then quantize."
+            )
         if found.shape != tuple(expected.shape):
             raise ModelError(
                 f"{name}: config.json calls for {tuple(expected.shape)} in '{parameter}', and the file has "
