@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -30,7 +31,7 @@ class SizeCount(Protocol):
 def loading_line(folder: str, *, needs_code: bool) -> str:
     """The one line of Python that loads a checkpoint where dicer is not installed."""
     flag = ", trust_remote_code=True" if needs_code else ""
-    return f'model = transformers.AutoModelForCausalLM.from_pretrained("{folder}"{flag})'
+    return f"model = transformers.AutoModelForCausalLM.from_pretrained({json.dumps(folder, ensure_ascii=False)}{flag})"
 
 
 def model_card(
