@@ -18,7 +18,6 @@ from dicer.errors import DicerError
 from dicer.recipe import PRESETS, Recipe, make_recipe, read_recipe
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -33,13 +32,14 @@ OutputOption = Annotated[
     Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write; it appears whole or not at all.")
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing checkpoint, once the new one is whole.")
+    bool, typer.Option("--overwrite", help="Replace what is there (a checkpoint or a plan), once the new one is whole.")
 ]
 RecipeOption = Annotated[
     Path | None,
     typer.Option("--recipe", metavar="FILE.toml", help="Read these options from a file; flags override it."),
 ]
 
+_UsageError: Any = typer.BadParameter.__base__  # a wrong flag or argument; typer has no public name for it
 _SHOW_AFTER = 2.0  # seconds; a bar for less is noise
 
 
@@ -90,7 +90,8 @@ class _Bar:
         return self._update
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # else rich ends a line that was never begun
+            self._progress.stop()
 
     def _update(self, stage: str, done: int, total: int) -> None:
         if not self._progress.console.is_terminal:
@@ -160,6 +161,7 @@ def plan(
     model: ModelArgument,
     output: OutputOption,
     recipe: RecipeOption = None,
+    overwrite: OverwriteOption = False,
     explain: Annotated[bool, typer.Option("--explain", help="Also print what each layer keeps.")] = False,
     *,
     flags: dict[str, Any],
@@ -167,13 +169,14 @@ def plan(
     """Decide which neurons of MODEL stay, and write only that: dicer_plan.json and dicer_plan.safetensors in OUT."""
     asked = _recipe(recipe, flags)
     from dicer import pipeline
-    from dicer.checkpoint import check_output
+    from dicer.checkpoint import CheckpointSink, check_output
 
-    check_output(output, overwrite=False)
+    check_output(output, overwrite=overwrite)
     _quiet_transformers()
     with _Bar() as progress:
         made = pipeline.make_plan(model, asked, progress=progress)
-    made.save(output)
+    with CheckpointSink(output, overwrite=overwrite) as sink:
+        made.save(sink.folder)
     for line in made.explain() if explain else ():
         _say(line)
     _say(f"Plan: {output}. Next: dicer apply {output} {model} -o FOLDER")
@@ -248,7 +251,7 @@ def methods() -> None:
 
 def _console() -> Console:
     # A pipe has no width; without one rich would fold tables at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
 
 
 def _say(text: str) -> None:
@@ -305,12 +308,21 @@ def _show_result(result: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: a DicerError is one line and exit code 2; anything else keeps its traceback."""
+    """Entry point: what the user can mend is one line and exit code 2; anything else keeps its traceback."""
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except DicerError as error:
-        print(f"dicer: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        code = _refuse(str(error))
+    except _UsageError as error:
+        code = _refuse(
+            f"{error.format_message().rstrip('.')}. 'dicer --help' and 'dicer COMMAND --help' list what there is."
+        )
+    sys.exit(code or 0)
+
+
+def _refuse(reason: str) -> int:
+    print(f"dicer: {' '.join(reason.splitlines())}", file=sys.stderr)  # noqa: T201
+    return 2
 
 
 if __name__ == "__main__":
