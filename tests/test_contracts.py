@@ -41,8 +41,12 @@ CASES |= {
     "opt-no-biases": ("opt", {"enable_bias": False}),
     "opt-post-norm": ("opt", {"do_layer_norm_before": False}),
 }
-RELOAD_CASES = (*CASES, "llama-bf16", "phi3-bf16", "gpt2-bf16", "opt-bf16")
-RELOAD_UNIFORM = ("llama", "llama-biases", "gemma3_text-tied-mha", "phi3", "gpt2-tied-mha", "opt", "qwen2")
+RELOAD_CASES = (
+    *FAMILIES,
+    *("llama-tied-mha", "gemma2-tied-mha", "phi3-tied-mha", "gpt2-tied-mha", "opt-tied-mha"),
+    *("llama-biases", "opt-no-biases", "opt-post-norm", "qwen2-bf16", "gpt2-bf16"),
+)
+RELOAD_UNIFORM = ("llama", "llama-biases", "gemma2-tied-mha", "phi3", "gpt2-tied-mha", "opt")
 MODELING = Path(modeling_pruned.__file__).read_bytes()
 
 FEWER = (*FAMILIES, "llama-tied-mha", "gpt2-tied-mha", "llama-biases", "opt-no-biases")
