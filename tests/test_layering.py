@@ -1,0 +1,171 @@
+"""A module imports only from lower rows of the design's table, sideways only where the table says so."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dicer
+
+SOURCE = Path(dicer.__file__).parent
+
+# Row -> module -> what it may import of dicer. Departures from the design's first sketch: layer_statistics and sources
+# read families (gradients have the form of the weights, and a model is checked against its row); surgery raises errors;
+# evaluate borrows walk's switch to eval mode; pipeline also measures, writes the card and carries the model file along.
+LOW = {"errors", "recipe", "families", "layer_statistics", "checkpoint", "sources", "calibration", "criteria"}
+LOW |= {"grouping", "merging", "plan", "walk", "surgery"}  # all of L0 to L2
+CRITERION = {"criteria.registry", "families", "layer_statistics"}
+TABLE = {
+    0: {"errors": set(), "recipe": {"errors"}, "families": {"errors"}},
+    1: {
+        "layer_statistics": {"errors", "families"},
+        "checkpoint": {"errors"},
+        "sources": {"errors", "families", "checkpoint"},
+        "calibration": {"errors", "recipe"},
+        "criteria.registry": {"errors", "families", "layer_statistics"},
+        "criteria.activation": CRITERION,
+        "criteria.random": CRITERION,
+        "criteria.taylor": CRITERION,
+        "criteria.weight": CRITERION,
+        "criteria": {f"criteria.{name}" for name in ("activation", "random", "registry", "taylor", "weight")},
+        "grouping": {"errors"},
+        "merging": {"errors"},
+        "plan": {"errors", "recipe"},
+    },
+    2: {
+        "walk": {"families", "checkpoint", "layer_statistics", "calibration"},
+        "surgery": {"errors", "families", "checkpoint", "plan"},
+    },
+    3: {
+        "card": {"plan"},
+        "evaluate": {"errors", "recipe", "calibration", "sources", "walk"},
+        "export": set(),
+        "export.modeling_pruned": set(),  # lies in the written folder, where there is no dicer
+        "export.registration": {"families", "export", "export.modeling_pruned"},
+        "pipeline": LOW | {"card", "evaluate", "export", "export.modeling_pruned"},
+    },
+    4: {"cli": LOW | {"card", "pipeline"}, "__init__": LOW | {"evaluate", "pipeline"}},
+}
+ALLOWED = {module: allowed for row in TABLE.values() for module, allowed in row.items()}
+ROW = {module: row for row, modules in TABLE.items() for module in modules}
+SIDEWAYS = {  # packages whole
+    ("recipe", "errors"),
+    ("families", "errors"),
+    ("criteria", "layer_statistics"),
+    ("sources", "checkpoint"),
+    ("calibration", "recipe"),
+    ("plan", "recipe"),
+    ("pipeline", "card"),
+    ("pipeline", "evaluate"),
+    ("pipeline", "export"),
+}
+
+
+def module_name(path):
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
+every_module = pytest.mark.parametrize("module", sorted(MODULES))
+
+
+def imports_of(tree):
+    """Every module that is imported anywhere in a file, also inside functions and for type checking."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the whole module"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            inner = [name for name in names if name.removeprefix("dicer.") in MODULES]
+            yield from inner
+            if len(inner) < len(names):
+                yield str(node.module)
+
+
+def dicer_imports(tree):
+    return {name.removeprefix("dicer.") for name in imports_of(tree) if name.split(".")[0] == "dicer"}
+
+
+def top_level(tree):
+    """The statements that run at import time."""
+    return ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)], [])
+
+
+@every_module
+def test_a_module_imports_only_what_the_table_allows(module):
+    assert module in ALLOWED, "a new module needs a row in the table"
+    imported = dicer_imports(MODULES[module]) - ({"dicer"} if module == "cli" else set())
+    assert imported <= ALLOWED[module], f"not in the table: {sorted(imported - ALLOWED[module])}"
+
+
+def test_the_table_has_no_module_that_is_gone():
+    assert ALLOWED.keys() <= MODULES.keys()
+    assert set().union(*ALLOWED.values()) <= MODULES.keys()
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_the_table_itself_points_downwards(module):
+    for imported in ALLOWED[module]:
+        packages = module.split(".")[0], imported.split(".")[0]
+        sideways = packages in SIDEWAYS or packages[0] == packages[1]
+        assert ROW[imported] < ROW[module] or (ROW[imported] == ROW[module] and sideways), (module, imported)
+
+
+def test_no_two_modules_import_each_other_by_any_way_round():
+    done, waiting = set(), {module: dicer_imports(tree) - {"dicer", module} for module, tree in MODULES.items()}
+    while ready := {module for module, needs in waiting.items() if needs <= done}:
+        done |= ready
+        waiting = {module: needs for module, needs in waiting.items() if module not in ready}
+    assert waiting == {}
+
+
+@every_module
+def test_only_the_command_line_prints_or_ends_the_process(module):
+    if module == "cli":
+        return
+    names = {ast.unparse(node.func) for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call)}
+    assert not names & {"print", "exit", "quit", "sys.exit", "os._exit", "sys.stdout.write", "sys.stderr.write"}
+    assert not {name.split(".")[0] for name in imports_of(MODULES[module])} & {"typer", "rich", "logging", "warnings"}
+
+
+@every_module
+def test_transformers_is_imported_where_it_is_used_and_not_before(module):
+    """It takes seconds; only the files that subclass or register its classes are imported after it anyway."""
+    at_once = {name.split(".")[0] for name in imports_of(top_level(MODULES[module]))}
+    assert ("transformers" in at_once) == (module in ("export.modeling_pruned", "export.registration"))
+    assert "datasets" not in at_once
+
+
+def test_the_model_file_needs_only_transformers_and_torch():
+    outside = {name.split(".")[0] for name in imports_of(MODULES["export.modeling_pruned"])} - sys.stdlib_module_names
+    assert outside <= {"transformers", "torch"}
+
+
+def test_every_public_name_is_in_the_module_that_is_said_to_hold_it():
+    for name in dicer.__all__:
+        assert getattr(dicer, name) is not None
+    with pytest.raises(AttributeError, match="module 'dicer' has no attribute 'prunes'"):
+        _ = dicer.prunes
+
+
+IMPORTS = """
+import json, sys
+import dicer, dicer.cli
+heavy = [name for name in ("torch", "transformers", "numpy", "scipy") if name in sys.modules]
+import transformers
+config = transformers.AutoConfig.for_model("pruned_llama")
+print(json.dumps([heavy, type(config).__module__]))
+"""
+
+
+def test_importing_dicer_is_cheap_and_teaches_transformers_as_soon_as_it_comes():
+    process = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert json.loads(process.stdout) == [[], "dicer.export.modeling_pruned"]
