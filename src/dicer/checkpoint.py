@@ -292,9 +292,13 @@ class CheckpointSink:
         names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
         done = 0
         for file, members in zip(names, shards, strict=True):
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             for name in members:
-                tensors[name] = read(name).detach().cpu().contiguous()
+                tensor = read(name).detach().cpu().contiguous()
+                # safetensors refuses tensors that share memory, as in a model in memory with weights tied by hand.
+                storage = tensor.untyped_storage().data_ptr()
+                shared = any(storage == other.untyped_storage().data_ptr() for other in tensors.values())
+                tensors[name] = tensor.clone() if shared else tensor
                 progress(done := done + 1)
             try:
                 save_file(tensors, self.folder / file, metadata={"format": "pt"})
