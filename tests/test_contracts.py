@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LAYERS, NEURONS, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dicer
 from dicer.errors import ModelError, PlanError
@@ -463,6 +463,13 @@ def test_no_file_of_the_output_names_a_folder_of_this_machine(tmp_path, recipe):
     dicer.prune(dense, asked, output=tmp_path / "out", perplexity_text=str(text))
     files = folder_bytes(tmp_path / "out")
     assert "mine.py:mine (sha256" in files["dicer_plan.json"].decode()
+    loaded, tokenizer = (auto.from_pretrained(dense) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    dicer.prune(loaded, asked, tokenizer=tokenizer, output=tmp_path / "from-memory")
+    dicer.prune(loaded, asked, tokenizer=tokenizer).model.save_pretrained(tmp_path / "saved")
+    files |= {
+        f"{out}/{name}": c for out in ("from-memory", "saved") for name, c in folder_bytes(tmp_path / out).items()
+    }
+    assert {"from-memory/tokenizer_config.json", "saved/config.json"} < files.keys()
     assert [name for name, content in files.items() if str(tmp_path).encode() in content] == []
 
 
