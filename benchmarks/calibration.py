@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
-from dicer.pipeline import BATCH_TOKENS, pick_device, prepare, score_model
+from dicer.machine import pick_device
 from dicer.recipe import make_recipe
+from dicer.scoring import BATCH_TOKENS, prepare, score
 from dicer.sources import open_model
 
 
@@ -57,7 +58,7 @@ def main() -> None:
 
     runs: dict[str, Callable[[], object]] = {"forward": forward}
     for name, job in jobs.items():
-        runs[name] = lambda job=job: score_model(job, model)
+        runs[name] = lambda job=job: score([job], model)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(options.rounds + 1):
         for name, run in runs.items():

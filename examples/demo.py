@@ -11,7 +11,8 @@ from pathlib import Path
 import transformers
 
 import dicer
-from dicer.pipeline import PERPLEXITY_LENGTH, PERPLEXITY_WINDOWS, peak_memory
+from dicer.machine import peak_memory
+from dicer.pipeline import PERPLEXITY_LENGTH, PERPLEXITY_WINDOWS
 from dicer.sources import open_model
 
 MODEL = "builtin:smollm2"

@@ -16,9 +16,10 @@ SOURCE = Path(dicer.__file__).parent
 
 # Row -> module -> what it may import of dicer. Departures from the design's first sketch: layer_statistics and sources
 # read families (gradients have the form of the weights, and a model is checked against its row); surgery raises errors;
-# evaluate borrows walk's switch to eval mode; pipeline also measures, writes the card and carries the model file along.
+# evaluate borrows walk's switch to eval mode; scoring is the part of the pipeline that
+# decides; pipeline also measures, writes the card and carries the model file along.
 LOW = {"errors", "recipe", "families", "layer_statistics", "checkpoint", "sources", "calibration", "criteria"}
-LOW |= {"grouping", "merging", "plan", "walk", "surgery"}  # all of L0 to L2
+LOW |= {"machine", "grouping", "merging", "plan", "walk", "surgery"}  # all of L0 to L2
 CRITERION = {"criteria.registry", "families", "layer_statistics"}
 TABLE = {
     0: {"errors": set(), "recipe": {"errors"}, "families": {"errors"}},
@@ -33,6 +34,7 @@ TABLE = {
         "criteria.taylor": CRITERION,
         "criteria.weight": CRITERION,
         "criteria": {f"criteria.{name}" for name in ("activation", "random", "registry", "taylor", "weight")},
+        "machine": {"errors"},
         "grouping": {"errors"},
         "merging": {"errors"},
         "plan": {"errors", "recipe"},
@@ -42,14 +44,16 @@ TABLE = {
         "surgery": {"errors", "families", "checkpoint", "plan"},
     },
     3: {
-        "card": {"plan"},
+        "scoring": LOW,
+        "facts": {"recipe", "scoring", "sources"},
+        "card": {"plan", "surgery"},
         "evaluate": {"errors", "recipe", "calibration", "sources", "walk"},
         "export": set(),
         "export.modeling_pruned": set(),  # lies in the written folder, where there is no dicer
         "export.registration": {"families", "export", "export.modeling_pruned"},
-        "pipeline": LOW | {"card", "evaluate", "export", "export.modeling_pruned"},
+        "pipeline": LOW | {"scoring", "card", "evaluate", "export", "export.modeling_pruned"},
     },
-    4: {"cli": LOW | {"card", "pipeline"}, "__init__": LOW | {"evaluate", "pipeline"}},
+    4: {"cli": LOW | {"card", "facts", "scoring", "pipeline"}, "__init__": LOW | {"evaluate", "pipeline"}},
 }
 ALLOWED = {module: allowed for row in TABLE.values() for module, allowed in row.items()}
 ROW = {module: row for row, modules in TABLE.items() for module in modules}
@@ -60,6 +64,8 @@ SIDEWAYS = {  # packages whole
     ("sources", "checkpoint"),
     ("calibration", "recipe"),
     ("plan", "recipe"),
+    ("facts", "scoring"),
+    ("pipeline", "scoring"),
     ("pipeline", "card"),
     ("pipeline", "evaluate"),
     ("pipeline", "export"),

@@ -4,28 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Protocol
 
 from dicer.plan import PrunePlan
-
-
-class SizeCount(Protocol):
-    """Parameters and bytes of a model."""
-
-    @property
-    def parameters(self) -> int:
-        """All parameters."""
-        ...
-
-    @property
-    def mlp(self) -> int:
-        """Parameters of MLP neurons."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        ...
+from dicer.surgery import Sizes
 
 
 def loading_line(folder: str, *, needs_code: bool) -> str:
@@ -37,8 +18,8 @@ def loading_line(folder: str, *, needs_code: bool) -> str:
 def model_card(
     plan: PrunePlan,
     *,
-    before: SizeCount,
-    after: SizeCount,
+    before: Sizes,
+    after: Sizes,
     needs_code: bool,
     perplexities: Mapping[str, float],
     perplexity_text: str | None,

@@ -137,12 +137,13 @@ def prune(
     asked = _recipe(recipe, flags)
     from dicer import pipeline
     from dicer.checkpoint import check_output
+    from dicer.scoring import prepare
     from dicer.sources import open_model
 
     check_output(output, overwrite=overwrite)
     _quiet_transformers()
     if dry_run:
-        job = pipeline.prepare(open_model(model), asked)
+        job = prepare(open_model(model), asked)
         _say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
         _show_sizes(*job.sizes())
         _show_widths(job.layers)
@@ -213,11 +214,11 @@ def diff(
 @app.command()
 def info(model: ModelArgument) -> None:
     """Show what MODEL is made of, and what pruning 10 to 50% of its neurons would leave."""
-    from dicer import pipeline
+    from dicer.facts import describe
     from dicer.sources import open_model
 
     _quiet_transformers()
-    facts = pipeline.describe(open_model(model))
+    facts = describe(open_model(model))
     table = Table(title=facts.name, show_header=False)
     for name, value in facts.rows:
         table.add_row(name, value)
@@ -291,7 +292,7 @@ def _show_notes(notes: list[str]) -> None:
 
 def _show_result(result: Any) -> None:
     from dicer.card import loading_line
-    from dicer.pipeline import peak_memory
+    from dicer.machine import peak_memory
 
     recipe = result.plan.recipe
     _say(f"Pruned {result.plan.model['name']} with {recipe['method'] or 'its own combination'}.")

@@ -41,6 +41,21 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Parameters and bytes, counted from the tensors that are really there.
+
+    Attributes:
+        parameters: all of them.
+        mlp: those that belong to neurons (with their biases).
+        nbytes: of all tensors.
+    """
+
+    parameters: int
+    mlp: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Cut:
     """What becomes of every tensor of a source: each is copied or sliced, none is forgotten.
 
@@ -49,12 +64,26 @@ class Cut:
         read: makes one tensor of the result.
         sliced: names of the tensors that are cut.
         before: name -> shape and dtype before.
+        neurons: names of the tensors that MLP neurons own, in all layers.
     """
 
     infos: dict[str, TensorInfo]
     read: Callable[[str], Tensor]
     sliced: frozenset[str]
     before: Mapping[str, TensorInfo]
+    neurons: frozenset[str]
+
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        """What the model has and what it will have."""
+        before, after = (
+            Sizes(
+                sum(info.numel for info in infos.values()),
+                sum(infos[name].numel for name in self.neurons),
+                sum(info.nbytes for info in infos.values()),
+            )
+            for infos in (self.before, self.infos)
+        )
+        return before, after
 
 
 def plan_cut(source: TensorSource, family: Family, plan: PrunePlan) -> Cut:
@@ -92,7 +121,8 @@ def plan_cut(source: TensorSource, family: Family, plan: PrunePlan) -> Cut:
         tensor = source.read(name)
         return slice_tensor(tensor, *work[name]) if name in work else tensor
 
-    return Cut(infos, read, frozenset(work), before)
+    neurons = frozenset(name for name in before if (place := family.locate(name)) and place[1] in pieces)
+    return Cut(infos, read, frozenset(work), before, neurons)
 
 
 def pruned_config(raw_config: Mapping[str, Any], family: Family, widths: list[int]) -> dict[str, Any]:

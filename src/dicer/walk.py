@@ -16,6 +16,12 @@ from dicer.families import Axis, Family, UnitWeights, unit_weights
 from dicer.layer_statistics import Need, Sums
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def silent(*_: object) -> None:
+    """The progress callback that says nothing."""
+
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, besides the hidden states
 
 
@@ -160,7 +166,7 @@ def walk(
     needs: Collection[Need] = (),
     gradient: bool = False,
     checkpointing: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Iterator[LayerVisit]:
     """Visit the chosen layers in order; one pass over the tokens serves all needs.
 

@@ -1,0 +1,61 @@
+"""What a model is made of, and what pruning would leave of it, from its headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dicer.recipe import Recipe
+from dicer.scoring import prepare
+from dicer.sources import ModelSource
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What ``dicer info`` shows.
+
+    Attributes:
+        name: of the model.
+        rows: (what, value).
+        left: one row for each ratio: removed, width, parameters, share, bytes.
+    """
+
+    name: str
+    rows: list[tuple[str, str]]
+    left: list[tuple[str, str, str, str, str]]
+
+
+def describe(source: ModelSource) -> Facts:
+    """Family, widths and parameters of a model, and what 10 to 50% would leave; reads headers only."""
+    infos, family = source.tensors.infos(), source.family
+    widths = family.widths(source.config)
+    inside = {name: info.numel for name, info in infos.items() if family.locate(name)}
+    pieces = {piece.name for piece in family.mlp.slices}
+    counts = {
+        "MLP neurons": sum(n for name, n in inside.items() if (p := family.locate(name)) and p[1] in pieces),
+        "attention": sum(n for name, n in inside.items() if "attn." in name),
+        "embeddings and head": sum(
+            info.numel for name, info in infos.items() if name not in inside and len(info.shape) == 2
+        ),
+    }
+    total = sum(info.numel for info in infos.values())
+    counts["norms and the rest"] = total - sum(counts.values())
+    width = str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
+    rows = [
+        ("family", family.model_type),
+        ("layers", f"{len(widths)} (0 to {len(widths) - 1})"),
+        ("neurons a layer", width),
+        ("legal widths", f"any from 1 to {max(widths)}; multiples of 64 or 256 suit tensor cores and K-quants"),
+        ("dtypes", ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))),
+        ("parameters", f"{total:,}"),
+        *((f"- {name}", f"{count:,} ({count / total:.1%})") for name, count in counts.items()),
+        ("bytes of weights", f"{sum(info.nbytes for info in infos.values()):,}"),
+    ]
+    left = []
+    for percent in (10, 20, 25, 30, 40, 50):
+        job = prepare(source, Recipe(method="random", ratio=percent / 100))
+        _, after = job.sizes()
+        kept = sorted({keep for _, keep in job.layers.values()})
+        shown = str(kept[0]) if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
+        share = after.parameters / total
+        left.append((f"{percent}%", shown, f"{after.parameters:,}", f"{share:.1%}", f"{after.nbytes / 1e9:.3f} GB"))
+    return Facts(source.name, rows, left)

@@ -1,0 +1,36 @@
+"""What this machine has: the device to compute on, and the memory that was used."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from dicer.errors import RecipeError
+
+
+def pick_device(asked: str) -> str:
+    """``auto`` -> the first accelerator that is there, else the CPU.
+
+    Raises:
+        RecipeError: the device does not exist here.
+    """
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=asked).tolist()  # 'meta' makes tensors, but they hold nothing
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        raise RecipeError(f"device '{asked}' cannot be used here: {reason}. Use --device cpu or auto.") from None
+    return asked
+
+
+def peak_memory() -> dict[str, int]:
+    """Most bytes that this process has held: ``host``, and each CUDA device that was used."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
+    return peaks

@@ -1,0 +1,314 @@
+"""The commands: what they print, and what they leave on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny import save_tiny, tiny_tokens
+
+import dicer
+from dicer import cli
+from dicer.recipe import PRESETS, Recipe
+
+COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods")
+COLOURS = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE")
+FAST = ("--method", "weight-l2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Ready calibration tokens."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tiny_tokens().tolist()))
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Type a command that must succeed; what it printed. Nothing may appear on stderr, which is no terminal here."""
+
+    for name in COLOURS:
+        monkeypatch.delenv(name, raising=False)
+
+    def typed(*words):
+        monkeypatch.setattr(sys, "argv", ["dicer", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert (end.value.code, err) == (0, "")
+        assert "\r" not in out
+        plain = re.sub(r"\x1b\[[\d;]*m", "", out)
+        # typer decides on the colours of its help when it is imported, so only a process of its own can tell.
+        assert plain == out or "Usage:" in plain
+        return plain
+
+    return typed
+
+
+def _bytes(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _row(out, name):
+    """The cells of a printed table's row."""
+    line = next(line for line in out.splitlines() if re.match(rf"\W*{re.escape(name)}\s", line))
+    return [cell.strip() for cell in line.strip("│┃").split("│")]
+
+
+def _counted(folder):
+    """(parameters, those in MLP neurons, bytes), from the tensors that a checkpoint holds."""
+    tensors = [
+        pair for file in folder.glob("*.safetensors") if "plan" not in file.name for pair in load_file(file).items()
+    ]
+    return (
+        sum(t.numel() for _, t in tensors),
+        sum(t.numel() for name, t in tensors if ".mlp." in name),
+        sum(t.nbytes for _, t in tensors),
+    )
+
+
+def _exec_loading_line(out):
+    """Run the line that is printed for loading; the model that it makes."""
+    line = next(line for line in out.splitlines() if line.startswith("Load it: ")).removeprefix("Load it: ")
+    names = {}
+    exec(line, names)
+    return names["model"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "widths"),
+    [((), [30, 30, 30, 30]), (("--layers", "1-2", "--ratio", "0.5"), [40, 20, 20, 40])],
+)
+def test_prune_prints_what_it_did(run, model, rows, tmp_path, flags, widths):
+    out = tmp_path / "out"
+    printed = run("prune", model, "-o", out, "--calib", rows, *flags)
+    assert "Pruned llama with rc-a." in printed
+    before, after = _counted(model), _counted(out)
+    for i, name in enumerate(("parameters", "in MLP neurons", "bytes of weights")):
+        left = f"{after[i] / before[i]:.1%}"
+        assert _row(printed, name) == [name, f"{before[i]:,}", f"{after[i]:,}", left]
+    assert before[1] - after[1] == before[0] - after[0] == 3 * 32 * sum(40 - width for width in widths)
+    on_disk = sum(len(content) for content in _bytes(out).values())
+    assert f"Checkpoint: {out} ({on_disk:,} bytes on disk)." in printed
+    assert re.search(r"^Time: load \d+\.\d s, score \d+\.\d s, write \d+\.\d s\.$", printed, re.M)
+    assert re.search(r"^Peak memory: host \d+\.\d\d GB", printed, re.M)
+    assert "Note: 6 ready samples of 24 tokens are used as they are." in printed
+    loaded = _exec_loading_line(printed)
+    assert [layer.mlp.up_proj.out_features for layer in loaded.model.layers] == widths
+    assert sum(p.numel() for p in loaded.parameters()) == after[0]
+    assert torch.isfinite(loaded(tiny_tokens(1)).logits).all()
+    assert ("trust_remote_code=True" in printed) == (len(set(widths)) > 1)
+
+
+@pytest.mark.parametrize("name", ["with space", "it's", 'quo"te', "ünï", ":fire:", "[bold]", "back\\slash"])
+def test_the_loading_line_is_python_for_any_folder_name(run, model, tmp_path, name):
+    printed = run("prune", model, "-o", tmp_path / name, *FAST)
+    assert _exec_loading_line(printed).config.intermediate_size == 30
+
+
+def test_the_command_line_and_python_write_the_same_bytes(run, model, rows, tmp_path):
+    run("prune", model, "-o", tmp_path / "typed", "--calib", rows, "--ratio", "0.3", "--seed", "7")
+    dicer.prune(model, Recipe(calib=str(rows), ratio=0.3, seed=7), output=tmp_path / "python")
+    assert _bytes(tmp_path / "typed") == _bytes(tmp_path / "python")
+
+
+def test_a_recipe_file_gives_the_same_bytes_as_its_flags(run, model, rows, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'method = "sim-mean"\nratio = 0.9\nlayers = "0,2"\ncalib = "{rows}"\n')
+    run("prune", model, "-o", tmp_path / "file", "--recipe", recipe, "--ratio", "0.4")
+    run("prune", model, "-o", tmp_path / "flags", "--method", "sim-mean", "--layers", "0,2", "--ratio", "0.4",
+        "--calib", rows)  # fmt: skip
+    assert _bytes(tmp_path / "file") == _bytes(tmp_path / "flags")
+    assert dicer.load_plan(tmp_path / "file").recipe["ratio"] == 0.4
+
+
+def test_plan_then_apply_is_prune(run, model, rows, tmp_path):
+    flags = ("--calib", rows, "--method", "sim-dominant", "--layers", "1-3")
+    printed = run("plan", model, "-o", tmp_path / "plan", *flags)
+    assert sorted(_bytes(tmp_path / "plan")) == ["dicer_plan.json", "dicer_plan.safetensors"]
+    assert printed == f"Plan: {tmp_path / 'plan'}. Next: dicer apply {tmp_path / 'plan'} {model} -o FOLDER\n"
+    applied = run("apply", tmp_path / "plan", model, "-o", tmp_path / "applied")
+    pruned = run("prune", model, "-o", tmp_path / "pruned", *flags)
+    assert _bytes(tmp_path / "applied") == _bytes(tmp_path / "pruned")
+    assert "Pruned llama with sim-dominant." in applied
+    for name in ("parameters", "in MLP neurons", "bytes of weights"):
+        assert _row(applied, name) == _row(pruned, name)
+    again = run("apply", tmp_path / "pruned" / "dicer_plan.json", model, "-o", tmp_path / "again")
+    assert "Load it: " in again
+    assert _bytes(tmp_path / "again") == _bytes(tmp_path / "pruned")
+
+
+def test_plan_explains_each_layer(run, model, tmp_path):
+    printed = run("plan", model, "-o", tmp_path / "plan", *FAST, "--layers", "0,3", "--explain")
+    lines = [line for line in printed.splitlines() if line.startswith("layer")]
+    assert [line.split(";")[0] for line in lines] == ["layer   0 mlp: 40 -> 30", "layer   3 mlp: 40 -> 30"]
+    for line in lines:
+        kept, dropped = map(float, re.findall(r"median (\S+?)(?:,|$)", line))
+        assert kept > dropped
+
+
+def test_plans_and_checkpoints_are_overwritten_only_when_asked(run, model, tmp_path):
+    for command in ("plan", "prune"):
+        out = tmp_path / command
+        run(command, model, "-o", out, *FAST)
+        first = _bytes(out)
+        run(command, model, "-o", out, *FAST, "--ratio", "0.5", "--overwrite")
+        assert _bytes(out) != first
+        run(command, model, "-o", out, *FAST, "--overwrite")
+        assert _bytes(out) == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan", "prune"]
+
+
+def test_diff_names_the_layers_that_differ(run, model, tmp_path):
+    run("plan", model, "-o", tmp_path / "a", *FAST, "--layers", "0-2")
+    run("plan", model, "-o", tmp_path / "b", "--method", "random", "--layers", "1-3")
+    assert run("diff", tmp_path / "a", tmp_path / "a") == "The two plans keep the same neurons.\n"
+    lines = run("diff", tmp_path / "a", tmp_path / "b").splitlines()
+    assert lines[0] == "layer 0 mlp: only in the first plan"
+    assert lines[-1] == "layer 3 mlp: only in the second plan"
+    a, b = (dicer.load_plan(tmp_path / name).mlp for name in "ab")
+    for index, line in zip((1, 2), lines[1:-1], strict=True):
+        both = len(set(a[index].keep.tolist()) & set(b[index].keep.tolist()))
+        assert line == f"layer {index} mlp: {both} kept by both, {30 - both} and {30 - both} by one"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), ["4 layers (0 to 3): 40 -> 30 neurons"]),
+        (("--layers", "1-2", "--ratio", "0.5"), ["2 layers (1 to 2): 40 -> 20 neurons"]),
+        (("--ratio", "0.01"), ["40 -> 40", "Note: 4 layers keep all their neurons"]),
+        (("--grouping", "none", "--merge", "mean"), ["Note: merge 'mean' has nothing to merge without groups"]),
+    ],
+)
+def test_a_dry_run_says_what_would_be_and_writes_nothing(run, model, rows, tmp_path, flags, says):
+    words = (model, "-o", tmp_path / "out", "--calib", rows, *flags)
+    dry = run("prune", *words, "--dry-run")
+    assert not list(tmp_path.iterdir())
+    assert f"Would prune llama into {tmp_path / 'out'}; nothing was computed or written." in dry
+    assert all(part in dry for part in says)
+    wet = run("prune", *words)
+    for name in ("parameters", "in MLP neurons", "bytes of weights"):
+        assert _row(dry, name) == _row(wet, name)
+
+
+def test_info_counts_what_the_checkpoint_holds(run, model, tmp_path):
+    printed = run("info", model)
+    total, neurons, nbytes = _counted(model)
+    assert _row(printed, "family")[1] == "llama"
+    assert _row(printed, "layers")[1] == "4 (0 to 3)"
+    assert _row(printed, "neurons a layer")[1] == "40"
+    assert _row(printed, "dtypes")[1] == "float32"
+    assert _row(printed, "parameters")[1] == f"{total:,}"
+    assert _row(printed, "bytes of weights")[1] == f"{nbytes:,}"
+    assert _row(printed, "- MLP neurons")[1] == f"{neurons:,} ({neurons / total:.1%})"
+    parts = [
+        _row(printed, f"- {n}")[1] for n in ("MLP neurons", "attention", "embeddings and head", "norms and the rest")
+    ]
+    assert sum(int(part.split()[0].replace(",", "")) for part in parts) == total
+    run("prune", model, "-o", tmp_path / "out", *FAST, "--ratio", "0.4")
+    assert _row(printed, "40%")[1:3] == ["24", f"{_counted(tmp_path / 'out')[0]:,}"]
+
+
+def test_info_of_widths_that_differ(run, model, tmp_path):
+    run("prune", model, "-o", tmp_path / "out", *FAST, "--layers", "1")
+    printed = run("info", tmp_path / "out")
+    assert _row(printed, "neurons a layer")[1] == "30 to 40"
+    assert _row(printed, "parameters")[1] == f"{_counted(tmp_path / 'out')[0]:,}"
+    assert _row(printed, "50%")[1] == "15 to 20"
+
+
+def test_methods_lists_every_preset_and_part(run):
+    printed = run("methods")
+    for name, preset in PRESETS.items():
+        shown = [name, preset.criterion, preset.activation or "-", preset.grouping, preset.merge, preset.paper]
+        assert _row(printed, name)[: len(shown)] == shown
+    for part in ("none", "random", "similarity", "prune", "mean", "dominant", "gradient", "square_sum", "eq. 2"):
+        assert part in printed
+    assert max(map(len, printed.splitlines())) <= 160
+
+
+def test_perplexity_is_measured_printed_and_put_into_the_card(run, model, rows, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a text that is long enough for two windows of a tiny model, " * 8)
+    printed = run("prune", model, "-o", tmp_path / "out", "--calib", rows, "--perplexity", text)
+    before, after = map(float, re.search(r"^Perplexity: (\S+) before, (\S+) after\.$", printed, re.M).groups())
+    card = (tmp_path / "out" / "README.md").read_text()
+    in_card = re.search(r"on `text.txt`.*?: (\S+) before, (\S+) after", card).groups()
+    assert [f"{float(value):.2f}" for value in in_card] == [f"{before:.2f}", f"{after:.2f}"]
+    assert str(tmp_path) not in card
+    tokens = dicer.calibration.load_windows(str(text), lambda t: _tokenizer(model)(t)["input_ids"], 128, 8)
+    for folder, shown in ((model, before), (tmp_path / "out", after)):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert dicer.perplexity(loaded, tokens) == pytest.approx(shown, abs=0.006)
+
+
+def _tokenizer(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], *([command, "--help"] for command in COMMANDS)])
+def test_help_is_readable(run, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "100")
+    printed = run(*words)
+    assert "Usage: " in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    if len(words) < 2:
+        assert all(re.search(rf"^\W*{command}\s+\w", printed, re.M) for command in COMMANDS)
+    if words and words[0] in ("prune", "plan"):
+        for name in Recipe.model_fields:
+            assert "--" + name.replace("_", "-") in printed
+
+
+@pytest.mark.parametrize("words", [["prune", "MODEL", "-o", "OUT", "--method", "weight-l2"], ["--help"]])
+def test_a_process_of_its_own_writes_to_stdout_only(model, tmp_path, words):
+    names = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    command = [sys.executable, "-m", "dicer.cli", *(names.get(word, word) for word in words)]
+    environment = {name: value for name, value in os.environ.items() if name not in COLOURS}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    if words[0] == "prune":
+        assert done.stdout.splitlines()[-1].startswith("Load it: ")
+        assert dicer.load(tmp_path / "out").config.intermediate_size == 30
+
+
+@pytest.mark.parametrize(("after", "shown"), [(10.0, False), (-1.0, True)])
+def test_a_bar_appears_on_a_terminal_once_a_stage_takes_long(monkeypatch, capsys, after, shown):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich believe in a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(cli, "_SHOW_AFTER", after)
+    with cli._Bar() as progress:
+        for done in range(3):
+            progress("calibration", done + 1, 3)
+        progress("write", 1, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [stage in err for stage in ("calibration", "write")] == [shown, shown]
+    assert bool(err) == shown
+
+
+def test_anything_else_keeps_its_traceback(monkeypatch, model, tmp_path):
+    from dicer import pipeline
+
+    def bug(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(pipeline, "prune", bug)
+    monkeypatch.setattr(sys, "argv", ["dicer", "prune", str(model), "-o", str(tmp_path / "out")])
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        cli.main()
