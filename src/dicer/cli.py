@@ -137,6 +137,7 @@ def prune(
     asked = _recipe(recipe, flags)
     from dicer import pipeline
     from dicer.checkpoint import check_output
+    from dicer.machine import pick_device
     from dicer.scoring import prepare
     from dicer.sources import open_model
 
@@ -144,6 +145,7 @@ def prune(
     _quiet_transformers()
     if dry_run:
         job = prepare(open_model(model), asked)
+        pick_device(asked.device)
         _say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
         _show_sizes(*job.sizes())
         _show_widths(job.layers)
