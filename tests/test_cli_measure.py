@@ -54,6 +54,7 @@ def typed(monkeypatch, capfd, tmp_path_factory):
 def own_cache(monkeypatch, tmp_path_factory):
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("lm_eval", reason="pip install 'dicer[eval]' brings the harness")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 

@@ -6,10 +6,13 @@ import importlib.util
 import json
 import math
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import POSITIONS, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
@@ -72,6 +75,8 @@ def folder(tmp_path_factory):
     write_choice(path, "tiny_third", metrics=("acc",))
     write_pages(path, "tiny_pages")
     write_group(path, "tiny_group", ["tiny_third"])
+    write_choice(path, "tiny_two_shots", num_fewshot=2)
+    write_choice(path, "tiny_no_shots", num_fewshot=0)
     write_choice(path, "tiny_gone", data=str(path / "gone.jsonl"))
     return path
 
@@ -126,15 +131,28 @@ def test_tasks_equal_a_loop_by_hand(tiny, folder):
     assert seen[-1] == ("tasks", requests, requests)
 
 
-def test_nothing_is_printed_and_modes_stay(tiny, folder, capfd):
+def test_nothing_is_printed_and_modes_and_random_states_stay(tiny, folder, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # no git repository, where the harness makes git complain
     model = tiny[0]
     model.model.layers[1].train()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     try:
         evaluate(*tiny, Evaluation(tasks="tiny_choice", limit=1, include_path=str(folder)))
         assert model.model.layers[1].training
+        assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     finally:
         model.eval()
     assert capfd.readouterr() == ("", "")
+
+
+def test_examples_in_the_prompt(tiny, folder):
+    def shots(name, asked):
+        flags = Evaluation(tasks=name, num_fewshot=asked, limit=1, include_path=str(folder))
+        return evaluate(*tiny, flags)["tasks"][name]["num_fewshot"]
+
+    assert [shots("tiny_choice", asked) for asked in (None, 0, 2)] == [0, 0, 2]
+    assert [shots("tiny_two_shots", asked) for asked in (None, 0, 1)] == [2, 0, 1]
+    assert [shots("tiny_no_shots", asked) for asked in (None, 3)] == [0, 0]
 
 
 def test_limit_tags_groups_and_doubled_names(tiny, folder):
@@ -144,7 +162,7 @@ def test_limit_tags_groups_and_doubled_names(tiny, folder):
     assert set(result["tasks"]) == {"tiny_choice", "tiny_other", "tiny_third"}
     assert {record["n"] for record in result["tasks"].values()} == {2}
     group = result["groups"]["tiny_group"]
-    assert (group["n"], group["version"]) == (2, 2)
+    assert (group["n"], str(group["version"])) == (2, "2")
     assert group["metrics"]["acc"]["value"] == result["tasks"]["tiny_third"]["metrics"]["acc"]["value"]
 
 
@@ -342,16 +360,31 @@ torch.distributed.destroy_process_group()
 def test_several_processes_share_the_tasks_and_the_first_has_the_result(tiny, folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SHARED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     environment = {
         **os.environ,
         "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(dicer.__file__).parents[1]}",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
         "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
     }
-    done = subprocess.run([*command, tmp_path], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, folder, tmp_path],
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for process in started:
+        assert process.wait(timeout=180) == 0, process.stderr.read()[-3000:]
+        process.stderr.close()
     first, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     alone = evaluate(
         *tiny,

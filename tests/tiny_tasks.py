@@ -15,7 +15,9 @@ CHOICES = [
 PAGES = [{"page": "A page of a few plain words ."}, {"page": "Another page , with other words and a comma ."}]
 
 
-def write_choice(folder: Path, name: str, *, data: str | None = None, metrics=("acc", "acc_norm"), tag="") -> None:
+def write_choice(
+    folder: Path, name: str, *, data: str | None = None, metrics=("acc", "acc_norm"), tag="", **more: object
+) -> None:
     """A multiple-choice task; its documents are CHOICES unless another file is named."""
     if data is None:
         _lines(folder / "choices.jsonl", CHOICES)
@@ -26,6 +28,7 @@ def write_choice(folder: Path, name: str, *, data: str | None = None, metrics=("
         "target_delimiter": "",
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
         **({"tag": [tag]} if tag else {}),
+        **more,
     }
     _write(folder, name, data or str(folder / "choices.jsonl"), "multiple_choice", config)
 
