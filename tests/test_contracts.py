@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LAYERS, NEURONS, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dicer
@@ -643,3 +644,17 @@ def test_a_tensor_that_no_config_calls_for_is_copied_and_a_missing_one_is_an_err
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"'model.layers.2.mlp.up_proj.weight' is missing"):
         dicer.prune(dense, recipe())
+
+
+def test_a_tokenizer_named_by_the_model_type_alone_still_loads_from_a_pruned_folder(tmp_path):
+    """Old GPT-2 folders have vocab.json and merges.txt, and nothing says which class reads them but the model type."""
+    folder = tmp_path / "model"
+    tiny_model("gpt2").save_pretrained(folder)
+    alphabet = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()), start=4)}
+    (folder / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, **alphabet}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    before = AutoTokenizer.from_pretrained(folder)
+    dicer.prune(folder, dicer.Recipe(layers="1-2", seq_len=24, samples=2), output=tmp_path / "out")
+    after = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert type(after) is type(before)
+    assert after("Two words.")["input_ids"] == before("Two words.")["input_ids"] != []

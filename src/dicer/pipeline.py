@@ -226,6 +226,8 @@ def _write(
     """The checkpoint folder of DESIGN section 4, whole or not at all."""
     cut = plan_cut(source.tensors, source.family, result.plan)
     config = pruned_config(source.raw_config, source.family, pruned_widths(source.config, source.family, result.plan))
+    if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
+        config["tokenizer_class"] = tokenizer_class
     with CheckpointSink(out, overwrite=overwrite) as sink:
         sink.require_space(result.after.nbytes)
         if source.folder is not None:
