@@ -23,6 +23,7 @@ from dicer.errors import ModelError, PlanError
 from dicer.export import modeling_pruned
 from dicer.families import family_of
 from dicer.layer_statistics import Need, Sums
+from dicer.plan import LayerPlan, PrunePlan
 from dicer.walk import ResidentStore, walk
 
 # Where each family keeps things, written down once more so that a slip in the library's own table shows:
@@ -658,3 +659,11 @@ def test_a_tokenizer_named_by_the_model_type_alone_still_loads_from_a_pruned_fol
     after = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert type(after) is type(before)
     assert after("Two words.")["input_ids"] == before("Two words.")["input_ids"] != []
+
+
+def test_layers_come_back_in_order_also_beyond_nine(tmp_path):
+    layers = {i: LayerPlan(3, torch.tensor([0, 2]), torch.rand(3)) for i in range(8, 13)}
+    PrunePlan({"name": "x", "model_type": "llama", "fingerprint": "f"}, {"method": None}, {}, {}, {"mlp": layers}).save(
+        tmp_path
+    )
+    assert list(dicer.load_plan(tmp_path).mlp) == [8, 9, 10, 11, 12]
