@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from dicer.walk import evaluating
+from dicer.calibration import load_windows
+from dicer.sources import tokenize_with
+from dicer.walk import Progress, evaluating, silent
 
 
 @torch.no_grad()
@@ -38,3 +41,32 @@ def perplexity(
             progress(done, len(windows))
     mean = total / windows[:, 1:].numel()
     return math.exp(mean) if mean < 700 else math.inf
+
+
+class Evaluation(BaseModel):
+    """What is measured of a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: tuple[str, ...] = ()
+    protocol: str | None = None
+    task_prefix: str = ""
+    num_fewshot: int | None = None
+    limit: int | float | None = None
+    batch_size: int | Literal["auto"] = 8
+    include_path: str | None = None
+    perplexity: str | None = None
+    window: int = 1024
+    windows: int | None = None
+
+
+def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent) -> dict[str, Any]:
+    """Token perplexity on a text."""
+    found = None
+    if evaluation.perplexity is not None:
+        tokenize = tokenize_with(tokenizer)
+        assert tokenize is not None
+        windows = load_windows(evaluation.perplexity, tokenize, evaluation.window, evaluation.windows or 8)
+        value = perplexity(model, windows, progress=lambda done, total: progress("perplexity", done, total))
+        found = {"text": "", "window": evaluation.window, "windows": len(windows), "value": value}
+    return {"perplexity": found, "tasks": {}, "groups": {}, "summary": {}, "versions": {}}
