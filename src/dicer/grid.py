@@ -122,11 +122,8 @@ def _points(grid: Grid) -> Iterator[tuple[dict[str, Any], str]]:
     for method, calib in itertools.product(grid.methods, grid.calib):
         own = dict(method) if isinstance(method, dict) else {"method": method}
         seeds, ratios = (_own_list(own, name, getattr(grid, name)) for name in ("seeds", "ratios"))
-        text: dict[str, Any] = {"calib": calib} if isinstance(calib, str) else dict(calib)
-        if isinstance(own.get("calib"), dict):  # a method with a text of its own
-            text = dict(own.pop("calib"))
-        elif "calib" in own:
-            text = {"calib": own.pop("calib")}
+        chosen = own.pop("calib", calib)  # a method may have a text of its own
+        text: dict[str, Any] = dict(chosen) if isinstance(chosen, dict) else {"calib": chosen}
         name = text.pop("name", None)
         for ratio, seed, samples in itertools.product(ratios, seeds, grid.samples):
             point = {**grid.recipe, "ratio": ratio, "seed": seed, "samples": samples, **text, **own}
