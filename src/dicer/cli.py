@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dicer import cli_experiments
 from dicer.errors import DicerError
 from dicer.recipe import PRESETS, Recipe, make_recipe, read_recipe
 
@@ -248,6 +249,10 @@ def methods() -> None:
             parts.add_row(flag, name, text)
     for table in (presets, criteria, parts):
         _console().print(table)
+
+
+for command in cli_experiments.app.registered_commands:
+    app.registered_commands.append(command)
 
 
 def _console() -> Console:

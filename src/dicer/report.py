@@ -12,7 +12,8 @@ from typing import Any
 
 from dicer.errors import ExperimentError, OutputError
 from dicer.paper import TITLES
-from dicer.plots import Picture, pictures
+from dicer.plot_style import Picture
+from dicer.plots import pictures
 from dicer.records import read_records
 from dicer.tables import Setting, TableView, done, full_table, paper_tables, perplexity_kind, settings, shown
 
