@@ -18,6 +18,7 @@ from typing import Any
 from dicer.distributed import rank
 from dicer.errors import DicerError, RecipeError, unknown
 from dicer.recipe import PRESETS
+from dicer.terminal import quiet_transformers
 
 # --method -> --apply-mode -> dicer's preset; "" where the mode is not asked for.
 SEED_METHODS: dict[str, dict[str, str]] = {
@@ -106,11 +107,12 @@ def main() -> int:
         from dicer.experiment import Event, run_experiment
         from dicer.grid import make_experiment
 
-        experiment = make_experiment(values_of(flags))
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
             PartialState(cpu=flags.device == "cpu")  # joins the processes
+        quiet_transformers()
+        experiment = make_experiment(values_of(flags))
 
         def watch(event: Event) -> None:
             if event.task is not None and event.kind in ("done", "failed", "skipped") and rank() == 0:

@@ -191,6 +191,7 @@ def test_a_recipe_made_in_python_is_refused_the_same_way(values):
 def test_a_device_that_is_not_there(prune_refused, device):
     line = prune_refused("--device", device, says=[f"device '{device}' cannot be used here", "--device cpu or auto"])
     assert len(line) < 400
+    assert prune_refused("--device", device, "--dry-run") == line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here cuda is possible")

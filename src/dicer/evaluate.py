@@ -1,18 +1,148 @@
-"""What a model says of text: token perplexity."""
+"""What a model is worth: token perplexity, and the tasks of lm-evaluation-harness under the papers' protocols."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from dicer.calibration import load_windows
+from dicer.calibration import HUB_TEXTS, load_windows
+from dicer.errors import CalibrationError, ModelError, RecipeError
+from dicer.harness import load_tasks, run_tasks
+from dicer.protocols import PROTOCOLS as PROTOCOLS
+from dicer.protocols import Evaluation as Evaluation
+from dicer.protocols import Protocol
 from dicer.sources import tokenize_with
 from dicer.walk import Progress, evaluating, silent
+
+
+def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent) -> dict[str, Any]:
+    """Measure a model in memory.
+
+    ``word_perplexity`` and accuracies are those of the harness's command line on the same checkpoint. In several
+    processes (``accelerate launch``) the tasks are shared; perplexity is the first one's work.
+
+    Args:
+        model: a causal language model; evaluated without dropout, whatever its mode.
+        tokenizer: its tokenizer.
+        evaluation: what to measure.
+        progress: called with (stage, done, total).
+
+    Returns:
+        Plain values: ``perplexity`` (text, window, windows, tokens predicted, value) or None, ``tasks`` and ``groups``
+        (see :func:`dicer.harness.run_tasks`), ``summary`` (the protocol's numbers by short names, and their
+        ``average``), ``versions``. Nothing at all ({}) in every process but the first.
+
+    Raises:
+        DicerError: anything that the user can mend; all but a failing model is found before anything is measured.
+    """
+    evaluation.require_something()
+    names, text = evaluation.task_names(), evaluation.text()
+    if tokenizer is None:
+        raise ModelError("the model has no tokenizer, so it cannot be measured on text.")
+    windows = None if text is None else _windows(model, tokenizer, evaluation, text)
+    tasks = load_tasks(names, evaluation.include_path) if names else []
+    result: dict[str, Any] = {"perplexity": None, "tasks": {}, "groups": {}, "summary": {}, "versions": {}}
+    with evaluating(model):
+        if tasks:
+            found = run_tasks(
+                model,
+                tokenizer,
+                tasks,
+                num_fewshot=0 if evaluation.protocol else evaluation.num_fewshot,
+                limit=evaluation.limit,
+                batch_size=evaluation.batch_size,
+                progress=lambda done, total: progress("tasks", done, total),
+            )
+            if found is None:
+                return {}
+            result |= {**found, "versions": {"lm_eval": importlib.metadata.version("lm_eval")}}
+        if int(os.environ.get("RANK", "0")):
+            return {}
+        if windows is not None:
+            result["perplexity"] = _measure(model, windows, Path(str(text)).name, evaluation, progress)
+    if evaluation.protocol:
+        result["summary"] = _summary(PROTOCOLS[evaluation.protocol], evaluation.task_prefix, result)
+    return result
+
+
+def _windows(model: Any, tokenizer: Any, evaluation: Evaluation, text: str) -> Tensor:
+    """Windows side by side, int64 [W, T]; as long as was asked for, else the protocol's, else what the model can."""
+    protocol = PROTOCOLS.get(evaluation.protocol or "")
+    length = protocol.window if protocol and "window" not in evaluation.model_fields_set else evaluation.window
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if length > positions:
+        if protocol or "window" in evaluation.model_fields_set:
+            raise RecipeError(
+                f"a window of {length} tokens is longer than the model's {positions} positions; "
+                f"use --window {positions}."
+            )
+        length = int(positions)
+    tokenize = tokenize_with(tokenizer)
+    assert tokenize is not None
+    if text == "wikitext2":
+        rows = _hub_rows()
+    elif protocol and protocol.text and text.endswith(".txt"):
+        rows = _file_rows(Path(text))
+    else:
+        return load_windows(text, tokenize, length, evaluation.windows)
+    ids = torch.tensor(tokenize("\n\n".join(rows)))
+    if len(ids) < length:
+        raise CalibrationError(f"'{text}' is shorter than one window of {length} tokens; use a longer text.")
+    return ids[: len(ids) // length * length].view(-1, length)[: evaluation.windows]  # [W, T]
+
+
+def _file_rows(path: Path) -> list[str]:
+    """A text's lines as the hub has them: a blank line is an empty row, any other keeps its newline."""
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    return [f"{line}\n" if line.strip() else "" for line in lines]
+
+
+def _hub_rows() -> list[str]:
+    known = HUB_TEXTS["wikitext2"]
+    try:
+        import datasets
+
+        return list(datasets.load_dataset(known.path, known.config, split="test")[known.field])
+    except Exception as error:  # not installed, or one of the dozen kinds for: offline
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise CalibrationError(
+            f"the test split of '{known.path}' cannot be had: {reason}. Give a file with --perplexity."
+        ) from None
+
+
+def _measure(model: Any, windows: Tensor, text: str, evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
+    size = 1 if evaluation.batch_size == "auto" else evaluation.batch_size
+    value = perplexity(
+        model, windows, batch_size=size, progress=lambda done, total: progress("perplexity", done, total)
+    )
+    count, length = windows.shape
+    return {"text": text, "window": length, "windows": count, "tokens": count * (length - 1), "value": value}
+
+
+def _summary(protocol: Protocol, prefix: str, result: Mapping[str, Any]) -> dict[str, float | None]:
+    """A paper's row; None where a task of one's own does not give the metric, rather than losing what was measured."""
+    values = {"perplexity": result["perplexity"]["value"]} if protocol.text else {}
+    accuracies: dict[str, Any] = {}
+    measured = {**result["tasks"], **result["groups"]}
+    for name, preferred in protocol.tasks.items():
+        metrics = measured.get(prefix + name, {}).get("metrics", {})
+        value = next((metrics[metric]["value"] for metric in preferred if metric in metrics), None)
+        if preferred == ("word_perplexity",):
+            values["word_perplexity"] = value
+        else:
+            accuracies[name] = value
+    whole = None not in accuracies.values()
+    return {**values, **accuracies, "average": sum(accuracies.values()) / len(accuracies) if whole else None}
 
 
 @torch.no_grad()
@@ -41,32 +171,3 @@ def perplexity(
             progress(done, len(windows))
     mean = total / windows[:, 1:].numel()
     return math.exp(mean) if mean < 700 else math.inf
-
-
-class Evaluation(BaseModel):
-    """What is measured of a model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tasks: tuple[str, ...] = ()
-    protocol: str | None = None
-    task_prefix: str = ""
-    num_fewshot: int | None = None
-    limit: int | float | None = None
-    batch_size: int | Literal["auto"] = 8
-    include_path: str | None = None
-    perplexity: str | None = None
-    window: int = 1024
-    windows: int | None = None
-
-
-def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent) -> dict[str, Any]:
-    """Token perplexity on a text."""
-    found = None
-    if evaluation.perplexity is not None:
-        tokenize = tokenize_with(tokenizer)
-        assert tokenize is not None
-        windows = load_windows(evaluation.perplexity, tokenize, evaluation.window, evaluation.windows or 8)
-        value = perplexity(model, windows, progress=lambda done, total: progress("perplexity", done, total))
-        found = {"text": "", "window": evaluation.window, "windows": len(windows), "value": value}
-    return {"perplexity": found, "tasks": {}, "groups": {}, "summary": {}, "versions": {}}

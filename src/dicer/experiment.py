@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 
 from dicer.distributed import from_first, rank, world_size
 from dicer.errors import DicerError, ExperimentError
-from dicer.evaluate import Evaluation
 from dicer.grid import Experiment, Run, identity, portable_evaluation
 from dicer.machine import peak_memory, pick_device, reset_peak_memory
 from dicer.passes import Scored, score_all
 from dicer.pipeline import build_model
+from dicer.protocols import Evaluation
 from dicer.records import locked, read_records, record_path, run_id, write_record
 from dicer.run_record import facts_of, surroundings
 from dicer.scoring import portable

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dicer.errors import ExperimentError, RecipeError, unknown
-from dicer.evaluate import Evaluation
+from dicer.protocols import Evaluation
 from dicer.recipe import Method, Recipe, make_recipe
 
 ORIGINAL = "original"
@@ -162,16 +162,15 @@ def _variable(name: str, key: str) -> str:
 def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("str", "dict[str,any]"))
-    known = Evaluation.model_fields if error.title == "Evaluation" else Grid.model_fields
-    table = "evaluation " if error.title == "Evaluation" else ""
+    known = Grid.model_fields
     if first["type"] == "extra_forbidden":
-        return unknown(f"{table}key", where, known)
+        return unknown("key", where, known)
     if first["type"] == "missing":
         return (
             f"the key '{where}' is missing; there must be {', '.join(k for k, f in known.items() if f.is_required())}."
         )
     kind = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{table}{where}: expected {kind}, got {first['input']!r}."
+    return f"{where}: expected {kind}, got {first['input']!r}."
 
 
 def method_name(method: Method) -> str:

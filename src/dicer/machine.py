@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ def pick_device(asked: str) -> str:
         RecipeError: the device does not exist here.
     """
     if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():  # of several processes (accelerate launch) each has its own
+            return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=asked).tolist()  # 'meta' makes tensors, but they hold nothing
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -113,7 +113,7 @@ class Recipe(BaseModel):
         try:
             return handler(values)
         except ValidationError as error:
-            raise RecipeError(_first_line(error)) from None
+            raise RecipeError(first_line(error, "recipe key", Recipe.model_fields)) from None
 
     @field_validator("ratio")
     @classmethod
@@ -235,9 +235,10 @@ def _layer_ranges(text: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def _first_line(error: ValidationError) -> str:
+def first_line(error: ValidationError, kind: str, fields: Iterable[str]) -> str:
+    """The first thing that is wrong, as one line; ``kind`` is what an unknown field is called."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return unknown("recipe key", field, Recipe.model_fields)
+        return unknown(kind, field, fields)
     return f"{field}: {first['msg']}, got {first['input']!r}."

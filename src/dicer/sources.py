@@ -67,12 +67,7 @@ class ModelSource:
         """
         if self.folder is None:
             return None
-        if not any((self.folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            return None
-        from transformers import AutoTokenizer
-
-        with _as_model_error(self.name, "tokenizer"):
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        return _tokenizer(self.name, self.folder)
 
     def load_model(self, dtype: str = "auto", device: str = "cpu") -> nn.Module:
         """The model in memory, in eval mode.
@@ -132,6 +127,48 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
     tensors = SafetensorsSource(folder)
     _check_shapes(name, config, family, tensors)
     return ModelSource(name, folder, config, raw_config, family, tensors)
+
+
+def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> tuple[str, Any, Any | None]:
+    """Any causal language model to measure, also of a family that dicer cannot prune, or quantized.
+
+    Args:
+        model: a hub id, a folder, a ``.gguf`` file, or ``builtin:smollm2``.
+        dtype: ``auto`` (the checkpoint's own) or a torch dtype by name.
+        device: a torch device.
+
+    Returns:
+        Its name for people, the model in eval mode, and its tokenizer, or None where it has none.
+
+    Raises:
+        ModelError: it cannot be found or loaded, or weights are missing (transformers would make random ones).
+    """
+    name, folder = _find(os.fspath(model))
+    _read_config(folder)
+    from transformers import AutoModelForCausalLM
+
+    with _as_model_error(name, "model"):
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{name}: tensor '{missing[0]}' is missing from the weights. Fetch the model again.")
+    return name, loaded.eval(), _tokenizer(name, folder)
+
+
+def _tokenizer(name: str, folder: Path) -> Any | None:
+    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    with _as_model_error(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def from_memory(model: Any) -> ModelSource:

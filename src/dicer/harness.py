@@ -1,0 +1,177 @@
+"""lm-evaluation-harness on a model in memory: tasks by name, results as plain numbers."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dicer.errors import EvaluationError, unknown
+
+_KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+_NO_METRICS = ("name", "alias", "sample_len", "sample_count")
+
+
+def load_tasks(names: Sequence[str], include_path: str | None) -> list[Any]:
+    """The harness's tasks and groups by these names, with their documents, each once.
+
+    Args:
+        names: tasks, groups or tags.
+        include_path: a folder with more task files; its names win over the stock ones.
+
+    Raises:
+        EvaluationError: the harness is not installed, there is no such name or folder, a task names files that are not
+            there or a data set that cannot be had, or two of the names share a task.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise EvaluationError(f"there is no folder {include_path} to take task files from (--include-path).")
+    with _silence():
+        manager = _manager(names, include_path)
+        for name in names:
+            if name not in manager.task_index:
+                raise EvaluationError(unknown("task", name, manager.task_index))
+        items = [item for name in dict.fromkeys(names) for item in _load(manager, name)]
+        try:
+            manager.load(items)
+        except ValueError as error:
+            raise EvaluationError(f"the tasks overlap: {error}.") from None
+    return items
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Any],
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int | str,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any] | None:
+    """Run tasks the way the harness's own command line does, without a chat template.
+
+    In several processes (``accelerate launch``) the requests are shared among them.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer; the harness gives it a pad token where it has none.
+        tasks: from :func:`load_tasks`.
+        num_fewshot: examples in the prompt; None leaves it to each task.
+        limit: documents a task; None for all.
+        batch_size: requests in a forward pass; ``auto`` finds the largest that fits on a GPU, and is 1 on a CPU, where
+            running out of memory ends the process.
+        progress: called with (answers given, answers asked for by this process).
+
+    Returns:
+        ``tasks`` and ``groups``, each name -> version, n (documents), num_fewshot and metrics: name -> value and stderr
+        (None where there is none); None in every process but the first.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    if batch_size == "auto" and model.device.type == "cpu":
+        batch_size = 1
+    with _silence():
+        harness_model = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+        _share(harness_model)
+        _Counter(harness_model, progress)
+        found = lm_eval.simple_evaluate(
+            harness_model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, log_samples=False
+        )
+    return None if found is None else _plain(found)
+
+
+class _Counter:
+    """Stands in for the harness's cache of answers: told of each, it says how many there are."""
+
+    def __init__(self, harness_model: Any, progress: Callable[[int, int], None]) -> None:
+        self._progress, self._done, self._total = progress, 0, 0
+        for kind in _KINDS:
+            setattr(harness_model, kind, self._counted(getattr(harness_model, kind)))
+        harness_model.set_cache_hook(self)
+
+    def add_partial(self, *_: object) -> None:
+        """Take note of one answer."""
+        self._done += 1
+        self._progress(self._done, self._total)
+
+    def _counted(self, ask: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(requests: Sequence[Any], *rest: Any, **named: Any) -> Any:
+            self._total += len(requests)
+            return ask(requests, *rest, **named)
+
+        return counted
+
+
+def _share(harness_model: Any) -> None:
+    """Give each process its part of the requests: the harness does so only for models that it loads itself."""
+    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    patient = InitProcessGroupKwargs(timeout=timedelta(weeks=1))  # one process may have the longer documents
+    accelerator = Accelerator(cpu=harness_model.device.type == "cpu", kwargs_handlers=[patient])
+    harness_model.accelerator = accelerator
+    harness_model._rank, harness_model._world_size = accelerator.process_index, accelerator.num_processes
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Catch the harness's prints and bars; what a program logs in its own way still arrives there."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def _manager(names: Iterable[str], include_path: str | None) -> Any:
+    """The index of task files; without the 14,000 stock ones (seconds) where the user's own tasks are all it takes."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise EvaluationError("tasks need lm-evaluation-harness: pip install 'dicer[eval]'.") from None
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=include_path)
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """A task, a group, or the tasks that have a tag."""
+    try:
+        found = manager.load([name])
+    except Exception as error:  # data sets raise a dozen kinds: offline, no such set, no such file ...
+        reason = " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
+        raise EvaluationError(
+            f"task '{name}' cannot be loaded: {reason}. Offline, give task files that read local data with "
+            "--include-path (docs/evaluation.md shows how)."
+        ) from None
+    return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
+
+
+def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
+    groups = found.get("groups", {})
+    tasks = {name: values for name, values in found["results"].items() if name in found["n-samples"]}
+    return {
+        kind: {name: _record(name, values, found) for name, values in members.items()}
+        for kind, members in (("tasks", tasks), ("groups", groups))
+    }
+
+
+def _record(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {}
+    for key, value in values.items():
+        metric, _, how = key.partition(",")
+        if key in _NO_METRICS or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = values.get(f"{metric}_stderr,{how}")
+        metrics[metric if how in ("", "none") else key] = {
+            "value": float(value),
+            "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+        }
+    version, shots = found["versions"].get(name), found["n-shot"].get(name)
+    return {"version": version, "n": int(values["sample_len"]), "num_fewshot": shots, "metrics": metrics}
