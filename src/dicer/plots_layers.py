@@ -34,10 +34,10 @@ def overlap(chosen: dict[str, Record], name: str) -> Picture | None:
     drawn = figure(1.0 * len(methods) + 3.2, 0.72 * len(methods) + 1.9)
     axis = drawn.subplots()
     _heat(drawn, axis, matrix, methods, methods)
+    middle = (_lowest(matrix) + 1.0) / 2
     for i, j in itertools.product(range(len(methods)), repeat=2):
-        axis.text(
-            j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color="white" if matrix[i, j] < 0.6 else "black"
-        )
+        colour = "white" if matrix[i, j] < middle + 0.05 else "black"  # on the dark and on the bright half of the map
+        axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=colour)
     rows = [(a, b, float(matrix[i, j])) for i, a in enumerate(methods) for j, b in enumerate(methods)]
     caption = f"Overlap of the kept neurons (Jaccard index, mean over layers; {_chance(kept[methods[0]])})."
     return Picture(name, caption, png(drawn), ("method", "other", "jaccard"), rows)
@@ -77,9 +77,12 @@ def overlap_by_layer(chosen: dict[str, Record], name: str) -> Picture | None:
     return Picture(name, caption, png(drawn), ("method", "other", "layer", "jaccard"), rows)
 
 
+def _lowest(matrix: Any) -> float:
+    return min(0.9, math.floor(float(np.nanmin(matrix)) * 10) / 10)
+
+
 def _heat(drawn: Any, axis: Any, matrix: Any, down: Sequence[str], across: Sequence[str], turn: bool = True) -> None:
-    low = min(0.9, math.floor(float(np.nanmin(matrix)) * 10) / 10)
-    image = axis.imshow(matrix, cmap="cividis", vmin=low, vmax=1.0, aspect="auto")
+    image = axis.imshow(matrix, cmap="cividis", vmin=_lowest(matrix), vmax=1.0, aspect="auto")
     axis.set_yticks(range(len(down)), down)
     axis.set_xticks(range(len(across)), across, rotation=40 if turn else 0, ha="right" if turn else "center")
     drawn.colorbar(image, ax=axis, label="Jaccard index", fraction=0.05)
@@ -96,9 +99,9 @@ def norms(chosen: dict[str, Record], name: str) -> Picture | None:
     methods = list(dict.fromkeys(row[0] for row in rows))
     if not rows:
         return None
-    across = min(3, len(methods))
+    across = min(4, len(methods))
     down = math.ceil(len(methods) / across)
-    drawn = figure(3.6 * across + 1.4, 2.7 * down)
+    drawn = figure(3.0 * across + 1.4, 2.5 * down)
     axes = drawn.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for axis, method in itertools.zip_longest(axes.flat, methods):
         if method is None:
@@ -108,14 +111,10 @@ def norms(chosen: dict[str, Record], name: str) -> Picture | None:
         for place, label, colour, marker in ((2, "kept", COLOURS[0], "o"), (3, "dropped", COLOURS[1], "s")):
             points = [row[place] for row in own]
             axis.plot([row[1] for row in own], points, label=label, color=colour, marker=marker, markersize=3)
-        axis.set_title(method)
-        log_axis(axis)
-        axis.grid(alpha=0.25)
-    for axis in [
-        column[max(i for i in range(down) if i * across + j < len(methods))] for j, column in enumerate(axes.T)
-    ]:
-        axis.set_xlabel("layer")
+        axis.set(title=method, xlabel="layer")
         axis.tick_params(labelbottom=True)
+        axis.grid(alpha=0.25)
+    log_axis(drawn.axes[0])  # all share it, and only now are its limits known
     handles, labels = drawn.axes[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside right upper", frameon=False)
     caption = "Mean L2 norm of the post activations over the calibration tokens, of kept and of dropped neurons."
