@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def main() -> int:
     """One line and exit code 2 for what the user can mend; 1 where the run failed."""
     flags = parse(sys.argv[1:])
     try:
+        values = values_of(flags)
         from dicer.evaluate import evaluate
         from dicer.experiment import Event, run_experiment
         from dicer.grid import make_experiment
@@ -110,9 +112,10 @@ def main() -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            PartialState(cpu=flags.device == "cpu")  # joins the processes
+            # joins the processes; patient, as one may have the longer documents
+            PartialState(cpu=flags.device == "cpu", timeout=timedelta(weeks=1))
         quiet_transformers()
-        experiment = make_experiment(values_of(flags))
+        experiment = make_experiment(values)
 
         def watch(event: Event) -> None:
             if event.task is not None and event.kind in ("done", "failed", "skipped") and rank() == 0:

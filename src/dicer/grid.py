@@ -160,7 +160,8 @@ def _variable(name: str, key: str) -> str:
 
 
 def _first_line(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A misspelt key is also a missing one, and the spelling is the better hint.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"] if part not in ("str", "dict[str,any]"))
     known = Grid.model_fields
     if first["type"] == "extra_forbidden":
