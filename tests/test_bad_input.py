@@ -415,7 +415,8 @@ def test_a_parent_that_cannot_be_written(refused, models, tmp_path, monkeypatch,
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that not even root can write to")
-def test_a_parent_where_making_a_folder_fails(refused, models):
+def test_a_parent_where_making_a_folder_fails(refused, models, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))  # /proc says it has no room
     refused("prune", models.llama, "-o", "/proc/dicer", "--method", "weight-l2", says=["cannot write /proc/dicer"])
 
 

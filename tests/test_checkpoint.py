@@ -20,6 +20,7 @@ from dicer.checkpoint import (
     SafetensorsSource,
     TensorInfo,
     check_output,
+    check_space,
     fingerprint,
 )
 from dicer.errors import OutputError
@@ -268,13 +269,12 @@ def test_a_folder_of_somebody_else_is_never_touched(tmp_path, name):
     assert (tmp_path / name / "mine.txt").read_text() == "mine"
 
 
-def test_space_is_asked_for_before_the_first_weight(tmp_path, monkeypatch):
-    with CheckpointSink(tmp_path / "out") as sink:
-        sink.require_space(1000)
+def test_space_is_asked_for_before_any_work(tmp_path, monkeypatch):
+    check_space(tmp_path / "not" / "yet" / "there", 1000)
     monkeypatch.setattr("dicer.checkpoint.shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
-    with pytest.raises(OutputError, match="are free on that disk"), CheckpointSink(tmp_path / "two") as sink:
-        sink.require_space(1000)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(OutputError, match="are free on that disk"):
+        check_space(tmp_path / "two", 1000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tensor_in_two_shards_is_read_where_the_index_says(tmp_path):

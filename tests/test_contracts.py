@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LAYERS, NEURONS, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dicer
@@ -22,6 +23,7 @@ from dicer.errors import ModelError, PlanError
 from dicer.export import modeling_pruned
 from dicer.families import family_of
 from dicer.layer_statistics import Need, Sums
+from dicer.plan import LayerPlan, PrunePlan
 from dicer.walk import ResidentStore, walk
 
 # Where each family keeps things, written down once more so that a slip in the library's own table shows:
@@ -643,3 +645,25 @@ def test_a_tensor_that_no_config_calls_for_is_copied_and_a_missing_one_is_an_err
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"'model.layers.2.mlp.up_proj.weight' is missing"):
         dicer.prune(dense, recipe())
+
+
+def test_a_tokenizer_named_by_the_model_type_alone_still_loads_from_a_pruned_folder(tmp_path):
+    """Old GPT-2 folders have vocab.json and merges.txt, and nothing says which class reads them but the model type."""
+    folder = tmp_path / "model"
+    tiny_model("gpt2").save_pretrained(folder)
+    alphabet = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()), start=4)}
+    (folder / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, **alphabet}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    before = AutoTokenizer.from_pretrained(folder)
+    dicer.prune(folder, dicer.Recipe(layers="1-2", seq_len=24, samples=2), output=tmp_path / "out")
+    after = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert type(after) is type(before)
+    assert after("Two words.")["input_ids"] == before("Two words.")["input_ids"] != []
+
+
+def test_layers_come_back_in_order_also_beyond_nine(tmp_path):
+    layers = {i: LayerPlan(3, torch.tensor([0, 2]), torch.rand(3)) for i in range(8, 13)}
+    PrunePlan({"name": "x", "model_type": "llama", "fingerprint": "f"}, {"method": None}, {}, {}, {"mlp": layers}).save(
+        tmp_path
+    )
+    assert list(dicer.load_plan(tmp_path).mlp) == [8, 9, 10, 11, 12]

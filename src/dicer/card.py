@@ -11,8 +11,16 @@ from dicer.surgery import Sizes
 
 def loading_line(folder: str, *, needs_code: bool) -> str:
     """The one line of Python that loads a checkpoint where dicer is not installed."""
-    flag = ", trust_remote_code=True" if needs_code else ""
-    return f"model = transformers.AutoModelForCausalLM.from_pretrained({json.dumps(folder, ensure_ascii=False)}{flag})"
+    return f"model = transformers.AutoModelForCausalLM.from_pretrained({_arguments(folder, needs_code)})"
+
+
+def tokenizer_line(folder: str, *, needs_code: bool) -> str:
+    """Its tokenizer; without the flag transformers would stop and ask, though the tokenizer itself needs no code."""
+    return f"tokenizer = transformers.AutoTokenizer.from_pretrained({_arguments(folder, needs_code)})"
+
+
+def _arguments(folder: str, needs_code: bool) -> str:
+    return json.dumps(folder, ensure_ascii=False) + (", trust_remote_code=True" if needs_code else "")
 
 
 def model_card(
@@ -76,6 +84,7 @@ Structured pruning of MLP neurons of `{name}` by the method `{method}`; the neur
 ```python
 import transformers
 {loading_line("this folder", needs_code=needs_code)}
+{tokenizer_line("this folder", needs_code=needs_code)}
 ```
 
 {code}

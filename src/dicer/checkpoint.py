@@ -265,19 +265,6 @@ class CheckpointSink:
         except OSError as error:
             raise OutputError(f"cannot write {self.out}: {error.strerror or error}.") from error
 
-    def require_space(self, weight_bytes: int) -> None:
-        """Refuse before the first write when the disk cannot hold the weights.
-
-        Raises:
-            OutputError: with the bytes that are needed and those that are free.
-        """
-        need, free = weight_bytes + _MARGIN, shutil.disk_usage(self.folder).free
-        if need > free:
-            raise OutputError(
-                f"{self.out} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk. Make room, or "
-                "choose another folder."
-            )
-
     def write_tensors(
         self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], progress: Callable[[int], None]
     ) -> None:
@@ -356,6 +343,21 @@ def _check_output(target: Path, out: Path, overwrite: bool) -> None:
         raise OutputError(f"output folder {out} is not empty. Choose another, or pass --overwrite to replace it.")
     if not any((held / name).is_file() for name in ("config.json", "dicer_plan.json")):
         raise OutputError(f"{out} holds neither checkpoint (no config.json) nor plan; --overwrite leaves it.")
+
+
+def check_space(out: Path, weight_bytes: int) -> None:
+    """Refuse, before any work is done, when the disk cannot hold the weights.
+
+    Raises:
+        OutputError: with the bytes that are needed and those that are free.
+    """
+    parent = next(p for p in out.resolve().parents if p.exists())
+    need, free = weight_bytes + _MARGIN, shutil.disk_usage(parent).free
+    if need > free:
+        raise OutputError(
+            f"{out} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk. Make room, or choose "
+            "another folder."
+        )
 
 
 def _partial(target: Path) -> Path:

@@ -77,7 +77,7 @@ def evaluate(
         return
     _show_evaluation(name, result)
     if output is not None:
-        write_result(output, {"model": name, "evaluation": asked.model_dump(mode="json"), **result})
+        write_result(output, {"model": name, "evaluation": asked.record(), **result})
         say(f"Results: {output}")
 
 

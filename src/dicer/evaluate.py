@@ -47,10 +47,10 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
     if tokenizer is None:
         raise ModelError("the model has no tokenizer, so it cannot be measured on text.")
     windows = None if text is None else _windows(model, tokenizer, evaluation, text)
-    tasks = load_tasks(names, evaluation.include_path) if names else []
+    tasks = load_tasks(names, evaluation.include_path) if names else None
     result: dict[str, Any] = {"perplexity": None, "tasks": {}, "groups": {}, "summary": {}, "versions": {}}
     with evaluating(model):
-        if tasks:
+        if tasks is not None:
             found = run_tasks(
                 model,
                 tokenizer,

@@ -13,6 +13,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from dicer.errors import RecipeError
+
 GROUPINGS: Mapping[str, str] = MappingProxyType(
     {
         "none": "no groups: the K neurons with the highest scores stay (Xu et al. 2025, 3.2)",
@@ -67,6 +69,8 @@ def similarity_groups(gram: Tensor, groups: int) -> Tensor:
 def _condensed_cosine(gram: Tensor) -> NDArray[np.float64]:
     """Upper triangle of 1 - cosine, row by row, float64 [N(N-1)/2]; no second [N, N] is made."""
     products = gram.detach().cpu().numpy()
+    if not np.isfinite(products.diagonal()).all():
+        raise RecipeError("activations overflow on this text, so neurons have no similarity: try --dtype float32.")
     norms = np.sqrt(products.diagonal().astype(np.float64))
     scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     units = len(norms)

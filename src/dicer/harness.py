@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import io
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from dicer.errors import EvaluationError, unknown
 
 _KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+_SEED = 1234  # the default of its command line
 _NO_METRICS = ("name", "alias", "sample_len", "sample_count")
 
 
-def load_tasks(names: Sequence[str], include_path: str | None) -> list[Any]:
+def load_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Any]:
     """The harness's tasks and groups by these names, with their documents, each once.
 
     Args:
         names: tasks, groups or tags.
         include_path: a folder with more task files; its names win over the stock ones.
+
+    Returns:
+        The harness's own form: ``tasks``, ``groups`` (name -> object) and ``group_map``.
 
     Raises:
         EvaluationError: the harness is not installed, there is no such name or folder, a task names files that are not
@@ -29,23 +37,23 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> list[Any]:
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise EvaluationError(f"there is no folder {include_path} to take task files from (--include-path).")
-    with _silence():
+    with _as_it_runs():
         manager = _manager(names, include_path)
         for name in names:
             if name not in manager.task_index:
                 raise EvaluationError(unknown("task", name, manager.task_index))
         items = [item for name in dict.fromkeys(names) for item in _load(manager, name)]
         try:
-            manager.load(items)
+            loaded: dict[str, Any] = manager.load(items)
         except ValueError as error:
             raise EvaluationError(f"the tasks overlap: {error}.") from None
-    return items
+    return loaded
 
 
 def run_tasks(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[Any],
+    tasks: dict[str, Any],
     *,
     num_fewshot: int | None,
     limit: int | None,
@@ -75,13 +83,13 @@ def run_tasks(
 
     if batch_size == "auto" and model.device.type == "cpu":
         batch_size = 1
-    with _silence():
+    _set_shots(tasks["tasks"].values(), num_fewshot)
+    with _as_it_runs():
         harness_model = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
         _share(harness_model)
         _Counter(harness_model, progress)
-        found = lm_eval.simple_evaluate(
-            harness_model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, log_samples=False
-        )
+        # Not simple_evaluate: it asks git and pip about the user's machine, and git's complaints reach the terminal.
+        found = lm_eval.evaluate(harness_model, tasks, limit=limit, log_samples=False)
     return None if found is None else _plain(found)
 
 
@@ -120,11 +128,33 @@ def _share(harness_model: Any) -> None:
     harness_model._rank, harness_model._world_size = accelerator.process_index, accelerator.num_processes
 
 
+def _set_shots(tasks: Iterable[Any], num_fewshot: int | None) -> None:
+    """As the command line does: a task that fixes 0 examples keeps 0, and one that says nothing gets 0."""
+    for task in tasks:
+        own = task.get_config("num_fewshot")
+        if own != 0 and num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+
+
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Catch the harness's prints and bars; what a program logs in its own way still arrives there."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
+def _as_it_runs() -> Iterator[None]:
+    """The harness's own seeds, without a trace in the caller's generators; its prints and bars are caught.
+
+    What a program logs in its own way still arrives there.
+    """
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        random.seed(0)
+        np.random.seed(_SEED)
+        torch.manual_seed(_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _manager(names: Iterable[str], include_path: str | None) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dicer.calibration import load_windows
 from dicer.card import model_card
-from dicer.checkpoint import CheckpointSink, check_output
+from dicer.checkpoint import CheckpointSink, check_output, check_space
 from dicer.errors import ModelError
 from dicer.evaluate import perplexity
 from dicer.machine import pick_device
@@ -106,6 +106,7 @@ def apply_plan(
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
     result = Result(loaded, *plan_cut(source.tensors, source.family, loaded).sizes())
+    check_space(out, result.after.nbytes)
     with _timed(result, "write"):
         _write(result, source, out, overwrite, progress)
     return result
@@ -147,6 +148,8 @@ def prune(
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     job = prepare(source, recipe, tokenizer)
+    if out is not None:
+        check_space(out, job.sizes()[1].nbytes)
     windows = _windows(perplexity_text, source, tokenizer) if perplexity_text else None
     dense = model if in_memory else _load_for_scoring(job)
     seconds["load"] = time.perf_counter() - start
@@ -226,8 +229,9 @@ def _write(
     """The checkpoint folder of DESIGN section 4, whole or not at all."""
     cut = plan_cut(source.tensors, source.family, result.plan)
     config = pruned_config(source.raw_config, source.family, pruned_widths(source.config, source.family, result.plan))
+    if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
+        config["tokenizer_class"] = tokenizer_class
     with CheckpointSink(out, overwrite=overwrite) as sink:
-        sink.require_space(result.after.nbytes)
         if source.folder is not None:
             copy_side_files(source.folder, sink.folder)
         elif model is not None and getattr(model, "generation_config", None) is not None:

@@ -189,7 +189,10 @@ def load_plan(path: Path) -> PrunePlan:
             raise ValueError(f"its axes are {sorted(record['axes'])}, expected layers of 'mlp' and nothing else")
         tensors = load_file(folder / PLAN_TENSORS)
         axes = {
-            str(axis): {int(i): _layer(tensors, axis, int(i), entry) for i, entry in layers.items()}
+            str(axis): {
+                int(i): _layer(tensors, axis, int(i), entry)
+                for i, entry in sorted(layers.items(), key=lambda item: int(item[0]))
+            }
             for axis, layers in record["axes"].items()
         }
         model = {key: str(record["model"][key]) for key in ("name", "model_type", "fingerprint")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -110,6 +111,11 @@ class Evaluation(BaseModel):
         """The protocol's tasks, then those that were named; each once."""
         prefixed = (self.task_prefix + name for name in PROTOCOLS[self.protocol].tasks) if self.protocol else ()
         return tuple(dict.fromkeys([*prefixed, *self.tasks]))
+
+    def record(self) -> dict[str, Any]:
+        """Every field as a plain value, for a file: of paths only the name."""
+        values = self.model_dump(mode="json")
+        return values | {key: Path(values[key]).name for key in ("include_path", "perplexity") if values[key]}
 
     def text(self) -> str | None:
         """What token perplexity is measured on: what was named, else the protocol's."""

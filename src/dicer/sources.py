@@ -69,6 +69,21 @@ class ModelSource:
             return None
         return _tokenizer(self.name, self.folder)
 
+    def unnamed_tokenizer_class(self) -> str | None:
+        """The tokenizer's class where only ``model_type`` says it, which a pruned checkpoint changes; else None."""
+        if self.folder is None:
+            return None
+        try:
+            named = json.loads((self.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            named = {}
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.name}: tokenizer_config.json cannot be read: {error}.") from None
+        if named.get("tokenizer_class") or self.raw_config.get("tokenizer_class"):
+            return None
+        tokenizer = self.tokenizer()
+        return None if tokenizer is None else type(tokenizer).__name__
+
     def load_model(self, dtype: str = "auto", device: str = "cpu") -> nn.Module:
         """The model in memory, in eval mode.
 

@@ -1,0 +1,169 @@
+"""dicer eval and dicer bench: what they print, and what they leave on disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from tiny import save_tiny
+from tiny_tasks import CHOICES, write_choice
+
+from dicer import cli, terminal
+from dicer.errors import OutputError
+
+TEXT = "a text that is long enough for some windows of a tiny model, " * 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tasks")
+    write_choice(path, "tiny_choice")
+    for name in ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"):
+        write_choice(path, f"mine_{name}")
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def typed(monkeypatch, capfd, tmp_path_factory):
+    """Type a command; its exit code, standard output and standard error."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["dicer", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path_factory):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("lm_eval", reason="pip install 'dicer[eval]' brings the harness")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def _cells(out, name):
+    line = next(line for line in out.splitlines() if name in line and "│" in line)
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_eval_prints_a_table_and_writes_the_same_numbers(typed, own_cache, model, tasks, text, tmp_path):
+    file = tmp_path / "result.json"
+    words = ("--tasks", "tiny_choice", "--include-path", tasks, "--perplexity", text, "--window", 32, "--windows", 4)
+    code, out, err = typed("eval", model, *words, "--batch-size", 2, "-o", file)
+    assert (code, err) == (0, "")
+    result = json.loads(file.read_text())
+    metrics = result["tasks"]["tiny_choice"]["metrics"]
+    acc = metrics["acc"]
+    shown = ["tiny_choice", "1.5", str(len(CHOICES)), "0", "acc", f"{acc['value']:.4f}", f"± {acc['stderr']:.4f}"]
+    assert _cells(out, "tiny_choice") == shown
+    assert _cells(out, "acc_norm")[4:6] == ["acc_norm", f"{metrics['acc_norm']['value']:.4f}"]
+    assert f"Perplexity of llama on text.txt: {result['perplexity']['value']:.4f} per token (4 windows" in out
+    assert "Measured with lm_eval " in out
+    assert f"Results: {file}" in out
+    assert result["model"] == "llama"
+    assert result["evaluation"]["batch_size"] == 2
+    assert str(tasks.parent) not in file.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "text.txt"]
+
+
+def test_eval_of_a_protocol_prints_its_row(typed, own_cache, model, tasks, text):
+    words = ("--protocol", "let-llm", "--task-prefix", "mine_", "--include-path", tasks, "--limit", 2)
+    code, out, err = typed("eval", model, *words, "--perplexity", text, "--window", 32)
+    assert (code, err) == (0, "")
+    assert _cells(out, " piqa")[0] == "piqa"
+    summary = out[out.index("Summary") :]
+    accuracies = [float(_cells(summary, name)[1]) for name in ("piqa", "winogrande", "hellaswag", "arc_easy")]
+    assert _cells(summary, "average")[1] == f"{accuracies[0]:.4f}"  # all five tasks hold the same documents
+    assert _cells(summary, "perplexity")[0] == "perplexity"
+
+
+def test_a_result_is_overwritten_only_when_asked(typed, model, text, tmp_path):
+    file = tmp_path / "result.json"
+    words = ("eval", model, "--perplexity", text, "--window", 16, "--windows", 1, "-o", file)
+    assert typed(*words)[0] == 0
+    first = file.read_bytes()
+    code, _, err = typed(*words)
+    assert (code, err) == (2, f"dicer: {file} exists; choose another name or pass --overwrite.\n")
+    assert typed(*words, "--overwrite")[0] == 0
+    assert file.read_bytes() == first
+
+
+def test_other_processes_than_the_first_say_nothing(typed, monkeypatch, model, text, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    file = tmp_path / "result.json"
+    assert typed("eval", model, "--perplexity", text, "--window", 16, "-o", file) == (0, "", "")
+    assert not file.exists()
+
+
+def test_bench_prints_and_writes(typed, model, tmp_path):
+    file = tmp_path / "bench.json"
+    flags = ("--tokens", 3, "--batch-sizes", "1,2", "--prompt-length", 4, "--rounds", 2, "--dtype", "bfloat16")
+    code, out, err = typed("bench", model, model, *flags, "-o", file)
+    assert (code, err) == (0, "")
+    result = json.loads(file.read_text())
+    assert [m["name"] for m in result["models"]] == ["llama", "llama"]
+    assert [m["dtype"] for m in result["models"]] == ["bfloat16"] * 2
+    assert _cells(out, "llama")[:3] == ["llama", f"{result['models'][0]['parameters']:,}", "1"]
+    assert "3 tokens after 4, median of 2 rounds" in out
+    assert "Peak of the process, all models together: host" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("eval", "MODEL"), "nothing to measure"),
+        (("eval", "MODEL", "--protocol", "randomnes"), "Did you mean 'randomness'?"),
+        (("eval", "MODEL", "--perplexity", "builtin", "--window", "9999"), "use --window 128"),
+        (("eval", "MODEL", "--perplexity", "builtin", "--window", "1"), "window: "),
+        (("eval", "MODEL", "--perplexity", "none.txt"), "none.txt cannot be read"),
+        (("eval", "MODEL", "--perplexity", "builtin", "--dtype", "int8"), "dtype 'int8' is none of"),
+        (("eval", "MODEL", "--perplexity", "builtin", "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
+        (("eval", "nowhere/at/all", "--perplexity", "builtin"), "there is no folder nowhere/at/all"),
+        (("eval", "MODEL", "--perplexity", "builtin", "-o", "nowhere/r.json"), "there is no folder"),
+        (("eval", "MODEL", "--perplexity", "builtin", "-o", "."), "is a folder; name a file"),
+        (("eval", "MODEL", "--tasks", "x", "--include-path", "nowhere"), "no folder nowhere"),
+        (("bench",), "Missing argument"),
+        (("bench", "MODEL", "--batch-sizes", "1,many"), "batch sizes '1,many' cannot be read"),
+        (("bench", "MODEL", "--tokens", "500"), "too few for"),
+        (("bench", "MODEL", "MODEL", "--rounds", "0"), "rounds must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_on_disk(typed, monkeypatch, model, tmp_path, words, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = typed(*(str(model) if word == "MODEL" else word for word in words))
+    assert (code, out) == (2, "")
+    assert err.startswith("dicer: ")
+    assert err.count("\n") == 1
+    assert says in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    terminal.write_result(file, {"a": 1})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(terminal.Path, "replace", full)
+    with pytest.raises(OutputError, match="No space left"):
+        terminal.write_result(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

@@ -1,0 +1,39 @@
+"""README is true where it can be tried in a second."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny import NEURONS, save_tiny
+
+import dicer
+from dicer.families import FAMILIES
+from dicer.recipe import PRESETS
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_criterion_of_the_readme_works_as_printed(tmp_path):
+    (block,) = (block for block in BLOCKS if "@dicer.criterion" in block)
+    assert len(block.strip().splitlines()) <= 10
+    (tmp_path / "mine.py").write_text(block)
+    model = save_tiny(tmp_path / "model")
+    recipe = dicer.Recipe(
+        criterion=f"{tmp_path}/mine.py:act_times_down", activation="mod", grouping="random", seq_len=24, samples=2
+    )
+    plan = dicer.make_plan(model, recipe)
+    assert all(len(layer.keep) == NEURONS * 3 // 4 for layer in plan.mlp.values())
+    assert plan.recipe["criterion"].startswith("mine.py:act_times_down")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_row(name):
+    assert re.search(rf"^\| `{name}`", README, flags=re.MULTILINE)
+
+
+def test_families_are_those_of_the_table():
+    (listed,) = re.findall(r"- Families: ([\w, ]+)\.", README)
+    assert set(listed.split(", ")) == FAMILIES.keys()
