@@ -22,9 +22,16 @@ LOW = {"errors", "recipe", "families", "layer_statistics", "checkpoint", "source
 LOW |= {"machine", "grouping", "merging", "plan", "walk", "surgery"}  # all of L0 to L2
 CRITERION = {"criteria.registry", "families", "layer_statistics"}
 TABLE = {
-    0: {"errors": set(), "recipe": {"errors"}, "families": {"errors"}, "protocols": {"errors", "recipe"}},
+    0: {
+        "errors": set(),
+        "recipe": {"errors"},
+        "families": {"errors"},
+        "protocols": {"errors", "recipe"},
+        "distributed": set(),
+        "paper": set(),
+    },
     1: {
-        "layer_statistics": {"errors", "families"},
+        "layer_statistics": {"errors", "families", "distributed"},
         "checkpoint": {"errors"},
         "sources": {"errors", "families", "checkpoint"},
         "calibration": {"errors", "recipe"},
@@ -38,13 +45,25 @@ TABLE = {
         "grouping": {"errors"},
         "merging": {"errors"},
         "plan": {"errors", "recipe"},
+        "records": {"errors"},
+        "grid": {"errors", "protocols", "recipe"},
     },
     2: {
-        "walk": {"families", "checkpoint", "layer_statistics", "calibration"},
+        "walk": {"families", "checkpoint", "layer_statistics", "calibration", "distributed"},
         "surgery": {"errors", "families", "checkpoint", "plan"},
     },
     3: {
-        "scoring": LOW,
+        "scoring": LOW | {"distributed"},
+        "passes": LOW | {"scoring"},
+        "run_record": {"distributed", "passes", "plan", "records"},
+        "experiment": LOW
+        | {"distributed", "grid", "passes", "pipeline", "protocols", "records", "run_record", "scoring"},
+        "tables": {"paper"},
+        "plot_style": {"errors", "tables"},
+        "plots_layers": {"records", "plot_style"},
+        "plots": {"paper", "tables", "plot_style", "plots_layers"},
+        "report": {"errors", "paper", "records", "tables", "plot_style", "plots"},
+        "templates": set(),
         "facts": {"recipe", "scoring", "sources"},
         "card": {"plan", "surgery"},
         "harness": {"errors"},
@@ -58,7 +77,8 @@ TABLE = {
     4: {
         "terminal": {"errors"},
         "cli_measure": {"errors", "evaluate", "machine", "protocols", "sources", "speed", "terminal"},
-        "cli": LOW | {"card", "facts", "scoring", "pipeline", "cli_measure", "terminal"},
+        "cli_experiments": {"evaluate", "experiment", "grid", "report", "terminal"},
+        "cli": LOW | {"card", "facts", "scoring", "pipeline", "cli_experiments", "cli_measure", "terminal"},
         "__init__": LOW | {"evaluate", "harness", "pipeline", "protocols", "speed"},
     },
 }
@@ -71,6 +91,22 @@ SIDEWAYS = {  # packages whole
     ("evaluate", "harness"),
     ("cli_measure", "terminal"),
     ("cli", "cli_measure"),
+    ("cli", "cli_experiments"),
+    ("cli_experiments", "terminal"),
+    ("passes", "scoring"),
+    ("run_record", "passes"),
+    ("experiment", "passes"),
+    ("experiment", "pipeline"),
+    ("experiment", "run_record"),
+    ("experiment", "scoring"),
+    ("plot_style", "tables"),
+    ("plots_layers", "plot_style"),
+    ("plots", "tables"),
+    ("plots", "plot_style"),
+    ("plots", "plots_layers"),
+    ("report", "tables"),
+    ("report", "plot_style"),
+    ("report", "plots"),
     ("cli", "terminal"),
     ("families", "errors"),
     ("criteria", "layer_statistics"),
@@ -147,7 +183,7 @@ def test_no_two_modules_import_each_other_by_any_way_round():
 
 @every_module
 def test_only_the_command_line_prints_or_ends_the_process(module):
-    if module in ("cli", "cli_measure", "terminal"):
+    if module in ("cli", "cli_experiments", "cli_measure", "terminal"):
         return
     names = {ast.unparse(node.func) for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call)}
     assert not names & {"print", "exit", "quit", "sys.exit", "os._exit", "sys.stdout.write", "sys.stderr.write"}

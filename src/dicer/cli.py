@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.table import Table
 
-from dicer import cli_measure
+from dicer import cli_experiments, cli_measure
 from dicer.errors import DicerError
 from dicer.recipe import PRESETS, Recipe, make_recipe, read_recipe
 from dicer.terminal import Bar, ModelArgument, console, quiet_transformers, say
@@ -220,6 +220,7 @@ def methods() -> None:
 
 
 app.add_typer(cli_measure.app)
+app.add_typer(cli_experiments.app)
 
 
 def _show_sizes(before: Any, after: Any) -> None:

@@ -7,7 +7,8 @@ DicerError              anything that a user can mend; the command line turns it
 ├── CalibrationError    the text cannot be had, or gives not one sample
 ├── EvaluationError     a benchmark task, or the data that it needs, cannot be had
 ├── PlanError           the plan file is broken, or was made for another model
-└── OutputError         the result cannot be written where it was asked for
+├── OutputError         the result cannot be written where it was asked for
+└── ExperimentError     an experiment file, a record or a results folder is not what it should be
 
 Every message says what was asked, what was found and what to do, in one line.
 """
@@ -50,6 +51,10 @@ class PlanError(DicerError):
 
 class OutputError(DicerError):
     """The result cannot be written where it was asked for."""
+
+
+class ExperimentError(DicerError):
+    """An experiment file, a record or a results folder is not what it should be."""
 
 
 def unknown(kind: str, name: str, options: Iterable[str]) -> str:

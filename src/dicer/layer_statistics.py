@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from dicer.distributed import all_reduce, sum_of, world_size
 from dicer.errors import RecipeError
 from dicer.families import UnitWeights
 
@@ -46,6 +48,20 @@ class Sums:
                 continue
             batch = (flat.square() if need.kind == "square_sum" else flat).sum(0)  # [U]
             self._totals[need] = self._totals.get(need, 0.0) + batch.double()
+
+    def all_reduce(self, units: int, device: torch.device) -> None:
+        """Make these the sums over all processes' tokens; a process without tokens takes part with zeros.
+
+        Args:
+            units: U.
+            device: where zeros are made.
+        """
+        if world_size() == 1:
+            return
+        self.count = sum_of(self.count)
+        for need in sorted(self.needs):
+            shape, dtype = ((units, units), torch.float32) if need.kind == "gram" else ((units,), torch.float64)
+            all_reduce(self._totals.setdefault(need, torch.zeros(shape, dtype=dtype, device=device)))
 
     def get(self, kind: Kind, activation: str) -> Tensor:
         """One sum.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dicer.calibration import Calibration, load_calibration
 from dicer.criteria import CRITERIA, Criterion, find_criterion
+from dicer.distributed import share
 from dicer.errors import RecipeError, unknown
 from dicer.families import legal
 from dicer.grouping import GROUPINGS, random_groups, similarity_groups
@@ -77,13 +78,16 @@ class Job:
         return plan_cut(self.source.tensors, self.source.family, outline).sizes()
 
 
-def prepare(source: ModelSource, recipe: Recipe, tokenizer: Any | None = None) -> Job:
+def prepare(
+    source: ModelSource, recipe: Recipe, tokenizer: Any | None = None, calibration: Calibration | None = None
+) -> Job:
     """Hold a recipe against a model.
 
     Args:
         source: the model.
         recipe: what was asked.
         tokenizer: for models in memory; others bring their own.
+        calibration: what the recipe's text gave before, so that it need not be read again.
 
     Raises:
         RecipeError: names that are in no registry, layers that do not exist, a ratio that leaves no neuron.
@@ -106,7 +110,7 @@ def prepare(source: ModelSource, recipe: Recipe, tokenizer: Any | None = None) -
     job = Job(source, recipe, method, criterion, layers, None)
     if not job.needs and "gradient" not in criterion.needs:
         return job
-    calibration = load_calibration(recipe, tokenize_with(tokenizer or source.tokenizer()))
+    calibration = calibration or load_calibration(recipe, tokenize_with(tokenizer or source.tokenizer()))
     _check_tokens(calibration.tokens, source)
     return Job(source, recipe, method, criterion, layers, calibration)
 
@@ -125,6 +129,9 @@ def _check_tokens(tokens: Tensor, source: ModelSource) -> None:
 def score(jobs: Sequence[Job], model: Any, progress: Progress = silent) -> list[PrunePlan]:
     """Run the walk once for all jobs, and decide for every chosen layer what stays.
 
+    Where torch.distributed is initialised, each process sees its share of the samples, the sums are added up, and all
+    processes come to the same plans.
+
     Args:
         jobs: from :func:`prepare`, of one model; those that look at text must have the same tokens.
         model: the model in memory, in the dtype and on the device to compute with.
@@ -142,7 +149,8 @@ def score(jobs: Sequence[Job], model: Any, progress: Progress = silent) -> list[
     size = min((job.recipe.batch_size for job in jobs if job.recipe.batch_size), default=None)
     batches: Sequence[Tensor] = ()
     if texts:
-        batches = texts[0].split(size or max(1, BATCH_TOKENS // texts[0].shape[1]))
+        mine = share(texts[0])  # [S', T]: all of it, or this process's part
+        batches = mine.split(size or max(1, BATCH_TOKENS // mine.shape[1])) if len(mine) else ()
     visits = walk(
         ResidentStore(model, jobs[0].source.family),
         sorted({index for job in jobs for index in job.layers}),
@@ -167,7 +175,7 @@ def _plan(job: Job, layers: dict[int, LayerPlan]) -> PrunePlan:
             "model_type": str(job.source.config.model_type),
             "fingerprint": job.source.fingerprint,
         },
-        recipe=_portable(job.recipe, job.method),
+        recipe=portable(job.recipe, job.method),
         calibration=job.calibration.provenance if job.calibration else {},
         versions={name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")},
         axes={"mlp": layers},
@@ -202,7 +210,7 @@ def _survivors(job: Job, visit: LayerVisit, scores: Tensor, units: int, keep: in
     return keep_strongest(scores, labels, keep)
 
 
-def _portable(recipe: Recipe, method: Method) -> dict[str, Any]:
+def portable(recipe: Recipe, method: Method) -> dict[str, Any]:
     """The recipe with every choice made and without paths of this machine."""
     criterion = method.criterion
     if ".py:" in criterion:

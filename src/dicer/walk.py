@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dicer.distributed import all_reduce, sum_of, world_size
 from dicer.families import Axis, Family, UnitWeights, unit_weights
 from dicer.layer_statistics import Need, Sums
 
@@ -135,7 +136,7 @@ class ResidentStore:
         """
         axis = self.family.mlp
         gradients: dict[int, dict[str, Tensor]] = {index: {} for index in layers}
-        predicted = sum(batch[:, 1:].numel() for batch in batches)
+        predicted = sum_of(sum(batch[:, 1:].numel() for batch in batches))
         with ExitStack() as stack:
             stack.enter_context(evaluating(self._model))
             stack.enter_context(_frozen(self._model))
@@ -155,6 +156,8 @@ class ResidentStore:
                 )
                 (loss / predicted).backward()
                 progress("gradients", done, len(batches))
+        for index in sorted(gradients):
+            _sum_over_processes(gradients[index], _mlp_weights(axis, self._layers[index]))
         return {index: unit_weights(axis, held) for index, held in gradients.items()}
 
 
@@ -200,6 +203,7 @@ def walk(
             progress("calibration", index + 1, last + 1)
             if index in chosen:
                 weights = unit_weights(axis, {n: w.detach() for n, w in _mlp_weights(axis, layer).items()})
+                sums.all_reduce(weights.units, weights.up.device)
                 yield LayerVisit(index, weights, sums, gradients.get(index))
 
 
@@ -275,6 +279,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def _mlp_weights(axis: Axis, layer: nn.Module) -> dict[str, nn.Parameter]:
     return {piece.name: layer.get_parameter(piece.name) for piece in axis.slices if not piece.optional}
+
+
+def _sum_over_processes(held: dict[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Make gradients of this process's samples those of all samples; one without samples takes part with zeros."""
+    if world_size() > 1:
+        for name, weight in weights.items():
+            all_reduce(held.setdefault(name, torch.zeros_like(weight, dtype=torch.float32)))
 
 
 def _accumulate(held: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:

@@ -1,0 +1,259 @@
+"""Run an experiment: what is done is skipped, every run leaves one record, and one that fails stops no other."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from dicer.distributed import from_first, rank, world_size
+from dicer.errors import DicerError, ExperimentError
+from dicer.grid import Experiment, Run, identity, portable_evaluation
+from dicer.machine import peak_memory, pick_device, reset_peak_memory
+from dicer.passes import Scored, score_all
+from dicer.pipeline import build_model
+from dicer.protocols import Evaluation
+from dicer.records import locked, read_records, record_path, run_id, write_record
+from dicer.run_record import facts_of, surroundings
+from dicer.scoring import portable
+from dicer.sources import ModelSource, open_model
+from dicer.walk import Progress, silent
+
+
+class Evaluate(Protocol):
+    """:func:`dicer.evaluate.evaluate`."""
+
+    def __call__(
+        self, model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent
+    ) -> dict[str, Any]:
+        """What was measured; {} in processes other than the first."""
+        ...
+
+
+class Event(NamedTuple):
+    """What an experiment tells while it runs.
+
+    Attributes:
+        kind: ``skipped``, ``waiting``, ``scoring``, ``evaluating``, ``stage``, ``done`` or ``failed``.
+        task: the run that it is about; None for a stage.
+        text: the stage's name, or why it failed.
+        done: of a stage.
+        total: of a stage.
+    """
+
+    kind: str
+    task: Task | None
+    text: str = ""
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run with its name, and all that is known before it starts.
+
+    Attributes:
+        run: what was asked for.
+        name: the run id.
+        source: the model.
+        recipe: with every choice made; {} for the model as it is.
+        path: of the record.
+    """
+
+    run: Run
+    name: str
+    source: ModelSource
+    recipe: dict[str, Any]
+    path: Path
+
+
+class Loaded(NamedTuple):
+    """How a model was loaded, and how long it took."""
+
+    dtype: Any
+    device: Any
+    seconds: float
+
+
+@dataclass
+class Bench:
+    """What all runs of an experiment share."""
+
+    evaluation: Evaluation
+    evaluate: Evaluate
+    watch: Callable[[Event], None]
+    counts: dict[str, int] = field(default_factory=lambda: {"done": 0, "skipped": 0, "failed": 0})
+
+    def tell(self, kind: str, task: Task | None, text: str = "") -> None:
+        """Count and pass on."""
+        if kind in self.counts:
+            self.counts[kind] += 1
+        self.watch(Event(kind, task, text))
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """A progress callback for whatever runs below."""
+        self.watch(Event("stage", None, stage, done, total))
+
+
+def run_experiment(
+    experiment: Experiment, results: Path, *, evaluate: Evaluate, watch: Callable[[Event], None] = lambda _: None
+) -> dict[str, int]:
+    """Do every run of an experiment that the results folder has no record of.
+
+    Args:
+        experiment: from :func:`dicer.grid.read_experiment`.
+        results: where records lie; one experiment at a time may write there.
+        evaluate: what measures a model.
+        watch: told of everything that happens.
+
+    Returns:
+        How many runs were ``done``, ``skipped`` and ``failed``.
+
+    Raises:
+        DicerError: a model cannot be opened, another run holds the folder, or it holds records of another format.
+    """
+    bench = Bench(experiment.evaluation, evaluate, watch)
+    sources = {model: open_model(model) for model in dict.fromkeys(run.model for run in experiment.runs)}
+    tasks = [_task(run, sources[run.model], experiment.evaluation, results) for run in experiment.runs]
+    with ExitStack() as stack:
+        finished = _on_first(lambda: _finished(stack, results))
+        for task in tasks:
+            bench.tell("skipped" if task.name in finished else "waiting", task)
+        waiting = [task for task in tasks if task.name not in finished]
+        for _, group in itertools.groupby(waiting, key=lambda task: (task.run.model, task.run.loading)):
+            _run_model(list(group), bench)
+    return bench.counts
+
+
+def _finished(stack: ExitStack, results: Path) -> set[str]:
+    stack.enter_context(locked(results))
+    return {record["id"] for record in read_records(results) if record["status"] == "done"}
+
+
+def _on_first(work: Callable[[], set[str]]) -> set[str]:
+    """Work that only process 0 may do; what it gives, or the error that it meets, is everyone's."""
+    found: tuple[set[str], str] = (set(), "")
+    if rank() == 0:
+        try:
+            found = (work(), "")
+        except DicerError as error:
+            if world_size() == 1:
+                raise
+            found = (set(), str(error))
+    names, error_text = from_first(found)
+    if error_text:
+        raise ExperimentError(error_text)
+    return names
+
+
+def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path) -> Task:
+    recipe = portable(run.recipe, run.recipe.resolve()) if run.recipe else {"dtype": run.loading.dtype}
+    name = run_id(identity(run, recipe, evaluation, source.fingerprint))
+    return Task(run, name, source, recipe, record_path(results, source.name, run.method, name))
+
+
+def _run_model(tasks: list[Task], bench: Bench) -> None:
+    """All runs of one model: it is loaded once, measured if asked, scored for all, and gone before the first cut."""
+    try:
+        tokenizer = tasks[0].source.tokenizer()
+        pruned, loaded = _with_dense(tasks, tokenizer, bench)
+    except Exception as error:
+        for task in tasks:
+            _fail(task, bench, error)
+        return
+    for task, found in pruned:
+        gc.collect()  # a model that is gone but not collected would double the peak
+        if isinstance(found, Exception):
+            _fail(task, bench, found)
+            continue
+        build = partial(build_model, task.source, found.plan, loaded.dtype, loaded.device)
+        _measure(task, bench, build, tokenizer, {"load": loaded.seconds, "score": found.seconds}, facts_of(found))
+
+
+def _with_dense(
+    tasks: list[Task], tokenizer: Any, bench: Bench
+) -> tuple[list[tuple[Task, Scored | Exception]], Loaded]:
+    """Whatever needs the whole model; it dies with this function."""
+    source, loading = tasks[0].source, tasks[0].run.loading
+    start = time.perf_counter()
+    model = source.load_model(loading.dtype, pick_device(loading.device))
+    loaded = Loaded(model.dtype, model.device, time.perf_counter() - start)
+    for task in tasks:
+        if task.run.recipe is None:
+            _measure(task, bench, partial(_given, model), tokenizer, {"load": loaded.seconds}, {})
+    pruned = [task for task in tasks if task.run.recipe is not None]
+    for task in pruned:
+        bench.tell("scoring", task)
+    recipes = [task.run.recipe for task in pruned if task.run.recipe is not None]
+    scored = score_all(source, model, recipes, tokenizer, bench.progress)
+    return list(zip(pruned, scored, strict=True)), loaded
+
+
+def _given(model: Any) -> Any:
+    return model
+
+
+def _measure(
+    task: Task,
+    bench: Bench,
+    build: Callable[[], Any],
+    tokenizer: Any,
+    seconds: dict[str, float],
+    facts: dict[str, Any],
+) -> None:
+    """Build, evaluate, write the record, and forget the model."""
+    bench.tell("evaluating", task)
+    try:
+        reset_peak_memory()
+        start = time.perf_counter()
+        model = build()
+        built = time.perf_counter()
+        metrics = bench.evaluate(model, tokenizer, bench.evaluation, progress=bench.progress)
+        seconds |= {"build": built - start, "evaluate": time.perf_counter() - built}
+    except Exception as error:
+        _fail(task, bench, error)
+        return
+    memory = {**facts.pop("memory", {}), "evaluate": peak_memory()}
+    device = f"{model.device} {str(model.dtype).removeprefix('torch.')}"
+    count = sum(info.numel for info in task.source.tensors.infos().values())
+    sizes = {"parameters": {"before": count, "after": count}}
+    found = {**sizes, **facts, "metrics": metrics, "seconds": seconds, "memory": memory, "computed_on": device}
+    _write(task, bench, {"status": "done", "error": None, **found})
+    bench.tell("done", task)
+
+
+def _fail(task: Task, bench: Bench, error: Exception) -> None:
+    reason = str(error) if isinstance(error, DicerError) else f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+    _write(task, bench, {"status": "failed", "error": reason.strip(), "traceback": where})
+    bench.tell("failed", task, (reason.splitlines() or [""])[0])
+    if world_size() > 1:  # the other processes wait for this one; the launcher ends them
+        raise error
+
+
+def _write(task: Task, bench: Bench, found: dict[str, Any]) -> None:
+    if rank() != 0:
+        return
+    source = task.source
+    model = {"name": source.name, "model_type": source.family.model_type, "fingerprint": source.fingerprint}
+    record = {
+        "id": task.name,
+        "method": task.run.method,
+        "text": task.run.text,
+        "model": model,
+        "recipe": task.recipe,
+        "evaluation": portable_evaluation(bench.evaluation),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        **surroundings(),
+        **found,
+    }
+    write_record(task.path, record)

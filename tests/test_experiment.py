@@ -1,0 +1,415 @@
+"""Grids, records, resuming: what a run does once, what it does again, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny, tiny_tokens
+
+from dicer import cli, experiment, passes
+from dicer.errors import DicerError, ExperimentError
+from dicer.experiment import run_experiment
+from dicer.grid import make_experiment, method_name, read_experiment
+from dicer.passes import score_all
+from dicer.pipeline import make_plan
+from dicer.recipe import Recipe
+from dicer.records import pack, read_record, read_records, unpack, write_record
+from dicer.sources import open_model
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+METHODS = ["random", "rc-a", "act-l2", "weight-l2", "taylor", {"method": "act-mean", "activation": "pre"}, "sim-a"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tiny_tokens().tolist()))
+    return path
+
+
+class Measure:
+    """Stands in for the evaluation: counts its calls and says how wide the model is."""
+
+    def __init__(self, broken=()):
+        self.widths, self.broken = [], broken
+
+    def __call__(self, model, tokenizer, evaluation, *, progress=None):
+        width = model.model.layers[1].mlp.up_proj.out_features
+        self.widths.append(width)
+        if len(self.widths) in self.broken:
+            raise ValueError("a number that is none\nand more")
+        return {"perplexity": None, "tasks": {}, "groups": {}, "summary": {"average": width / 100}, "versions": {}}
+
+
+def _values(model, rows, **more):
+    base = {"models": [str(model)], "methods": METHODS, "ratios": [0.25, 0.5], "calib": [str(rows)]}
+    return {**base, "recipe": {"layers": "1-2"}, "evaluation": {"perplexity": "builtin"}, **more}
+
+
+def _untimed(record):
+    return {name: value for name, value in record.items() if name not in ("seconds", "memory", "ended")}
+
+
+def test_every_point_of_the_grid_runs_once_and_the_model_itself_too(model, rows, tmp_path):
+    asked = make_experiment(_values(model, rows, seeds=[1, 2], methods=["rc-a", {"method": "weight-l2", "seeds": [1]}]))
+    measure, seen = Measure(), []
+    counts = run_experiment(asked, tmp_path, evaluate=measure, watch=lambda event: seen.append(event.kind))
+    assert counts == {"done": 7, "skipped": 0, "failed": 0}
+    assert sorted(measure.widths) == [20, 20, 20, 30, 30, 30, 40]
+    assert measure.widths[0] == 40  # the dense model, before it goes
+    assert seen.count("done") == 7
+    records = read_records(tmp_path)
+    points = sorted((r["method"], r["recipe"].get("ratio"), r["recipe"].get("seed")) for r in records if r["text"])
+    assert points == [
+        *(("rc-a", ratio, seed) for ratio in (0.25, 0.5) for seed in (1, 2)),
+        ("weight-l2", 0.25, 1),
+        ("weight-l2", 0.5, 1),
+    ]
+    files = sorted(path.relative_to(tmp_path).parts for path in tmp_path.rglob("*.json"))
+    assert {parts[:1] + parts[2:3] for parts in files} == {("llama", "logs")}
+    assert str(model.parent) not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+
+
+def test_a_record_says_what_stayed_and_how_active_it_was(model, rows, tmp_path):
+    asked = make_experiment(_values(model, rows, methods=["act-l2", "weight-l2"], ratios=[0.25], original=False))
+    run_experiment(asked, tmp_path, evaluate=Measure())
+    for record in read_records(tmp_path):
+        plan = make_plan(model, Recipe(method=record["method"], layers="1-2", calib=str(rows)))
+        norms = make_plan(model, Recipe(method="act-l2", layers="1-2", calib=str(rows)))
+        assert set(record["layers"]) == {"1", "2"}
+        for index, layer in plan.mlp.items():
+            found = record["layers"][str(index)]
+            mask = unpack(found["keep"], found["units"])
+            assert np.flatnonzero(mask).tolist() == layer.keep.tolist()
+            scores = norms.mlp[index].scores.numpy()
+            assert found["norm"]["kept"] == pytest.approx(scores[mask].mean(), rel=1e-5)
+            assert found["norm"]["dropped"] == pytest.approx(scores[~mask].mean(), rel=1e-5)
+        assert record["parameters"]["before"] - record["parameters"]["after"] == 2 * 10 * 3 * 32
+        assert {"load", "score", "build", "evaluate"} == set(record["seconds"])
+        assert record["memory"]["score"]["host"] > 0
+        assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+
+
+def test_a_bit_mask_comes_back():
+    keep = torch.tensor([0, 3, 8, 18])
+    assert np.flatnonzero(unpack(pack(keep, 19), 19)).tolist() == keep.tolist()
+
+
+def test_passes_are_shared_and_plans_the_same_as_alone(model, rows, monkeypatch):
+    asked = [run.recipe for run in make_experiment(_values(model, rows, original=False)).runs]
+    calls = []
+    score = passes.score
+    monkeypatch.setattr(passes, "score", lambda jobs, *rest: calls.append(len(jobs)) or score(jobs, *rest))
+    source = open_model(model)
+    loads = []
+    load = passes.load_calibration
+    monkeypatch.setattr(passes, "load_calibration", lambda *args: loads.append(1) or load(*args))
+    found = score_all(source, source.load_model(), asked, source.tokenizer())
+    # weights only; sums (with the norms that all show); gradients; Gram matrices
+    assert sorted(calls) == [2, 2, 4, 7]
+    assert len(loads) <= 1
+    for recipe, scored in zip(asked, found, strict=True):
+        alone = make_plan(model, recipe)
+        assert not scored.plan.diff(alone), recipe.method
+        assert scored.sharing in (2, 4, 6)
+
+
+def test_a_run_that_fails_is_recorded_tried_again_and_stops_no_other(model, rows, tmp_path):
+    asked = make_experiment(_values(model, rows, methods=["weight-l2", "random"], ratios=[0.25]))
+    assert run_experiment(asked, tmp_path, evaluate=Measure(broken=[2])) == {"done": 2, "skipped": 0, "failed": 1}
+    (failed,) = (record for record in read_records(tmp_path) if record["status"] == "failed")
+    assert failed["error"] == "ValueError: a number that is none\nand more"
+    assert failed["traceback"][-1].startswith("test_experiment.py:")
+    again = Measure()
+    assert run_experiment(asked, tmp_path, evaluate=again) == {"done": 1, "skipped": 2, "failed": 0}
+    assert len(again.widths) == 1
+    assert {record["status"] for record in read_records(tmp_path)} == {"done"}
+    assert run_experiment(asked, tmp_path, evaluate=again) == {"done": 0, "skipped": 3, "failed": 0}
+
+
+def test_a_recipe_that_has_no_meaning_for_the_model_fails_alone(model, rows, tmp_path):
+    methods = [{"method": "rc-a", "layers": "99"}, {"method": "rc-a", "criterion": "no-such"}, "rc-a"]
+    asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25], original=False))
+    assert run_experiment(asked, tmp_path, evaluate=Measure()) == {"done": 1, "skipped": 0, "failed": 2}
+    errors = sorted(record["error"] for record in read_records(tmp_path) if record["error"])
+    assert errors[0].startswith("layer 99 does not exist")
+    assert errors[1].startswith("unknown criterion 'no-such'")
+
+
+def test_one_bad_member_of_a_pass_does_not_take_the_others_along(model, rows, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        'import dicer\n@dicer.criterion("nan", needs=("square_sum",), source="a test")\n'
+        'def nan(w, s):\n    return s.square_sum * float("nan")\n'
+    )
+    methods = ["act-l2", {"criterion": f"{own}:nan"}]
+    asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25], original=False))
+    assert run_experiment(asked, tmp_path / "r", evaluate=Measure()) == {"done": 1, "skipped": 0, "failed": 1}
+    (failed,) = (record for record in read_records(tmp_path / "r") if record["status"] == "failed")
+    assert "not finite" in failed["error"]
+    assert failed["method"] == "own-nan"
+    assert str(tmp_path) not in json.dumps(failed)
+
+
+def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):
+    moved = tmp_path / "elsewhere" / rows.name
+    moved.parent.mkdir()
+    moved.write_bytes(rows.read_bytes())
+    measure = Measure()
+    for text in (rows, moved):
+        values = _values(model, text, methods=["rc-a"], ratios=[0.25], original=False)
+        run_experiment(make_experiment(values), tmp_path / "r", evaluate=measure)
+    assert len(measure.widths) == 1
+    moved.write_text(moved.read_text().splitlines()[0] + "\n")
+    run_experiment(make_experiment(values), tmp_path / "r", evaluate=measure)
+    assert len(measure.widths) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('models = ["a"]\nmethod = ["rc-a"]\n', "unknown key 'method'. Did you mean 'methods'?"),
+        ('methods = ["rc-a"]\n', "the key 'models' is missing"),
+        ('models = "a"\nmethods = ["rc-a"]\n', "models: expected a valid list, got 'a'."),
+        ('models = ["a"]\nmethods = ["rc-a"]\nratios = ["much"]\n', "ratios.0: expected a valid number, got 'much'."),
+        ('models = ["a"]\nmethods = ["rc-a"]\nseeds = [1.5]\n', "seeds.0: expected a valid integer, got 1.5."),
+        ('models = ["a"]\nmethods = ["rc-b"]\n', "unknown method 'rc-b'. Did you mean 'rc-a'?"),
+        ('models = ["a"]\nmethods = [{method="rc-a", seeds=3}]\n', "methods.seeds: expected a list, got 3."),
+        (
+            'models = ["a"]\nmethods = ["rc-a"]\n[recipe]\nseq = 3\n',
+            "unknown recipe key 'seq'. Did you mean 'seq_len'?",
+        ),
+        ('models = ["a"]\nmethods = ["rc-a"]\n[evaluation]\nlimits = 3\n', "Did you mean 'limit'?"),
+        ('models = ["a"]\nmethods = ["rc-a"]\ncalib = ["${NO_SUCH}/x.txt"]\n', "environment variable NO_SUCH"),
+        ("models = [", "cannot be read:"),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path, monkeypatch, capfd, text, says):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ExperimentError) as caught:
+        read_experiment(path)
+    assert str(caught.value).startswith(f"experiment {path}")
+    assert says in str(caught.value)
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(path), "-o", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    assert not (tmp_path / "results").exists()
+
+
+def test_variables_are_put_into_paths_only(monkeypatch):
+    monkeypatch.setenv("DICER_DATA", "/texts")
+    values = {"models": ["${DICER_DATA}/m"], "methods": [{"method": "rc-a", "calib": {"calib": "${DICER_DATA}/a.txt"}}]}
+    asked = make_experiment({**values, "evaluation": {"perplexity": "${DICER_DATA}/b.txt"}})
+    assert [run.model for run in asked.runs] == ["/texts/m"] * 2
+    assert asked.runs[1].recipe.calib == "/texts/a.txt"
+    assert asked.evaluation.perplexity == "/texts/b.txt"
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.toml")), ids=lambda p: str(p.relative_to(EXPERIMENTS)))
+def test_the_experiments_of_the_paper_can_be_read(path, monkeypatch):
+    monkeypatch.setenv("DICER_DATA", "/texts")
+    monkeypatch.setenv("DICER_TASKS", "/tasks")
+    asked = read_experiment(path)
+    pruned = [run for run in asked.runs if run.recipe]
+    counts = {1: 12, 2: 8, 3: 2, 4: 4, 5: 4, 6: 6, 7: 6, 8: 8, 9: 4}
+    assert len(pruned) == counts[int(path.stem.removeprefix("table"))]
+    assert len(asked.runs) == len(pruned) + 1
+    small = path.parent.name == "smollm2"
+    assert {run.recipe.layers for run in pruned} == {"5-28" if small else "5-26"}
+
+
+def test_there_is_a_file_for_each_of_the_nine_tables():
+    for folder in (EXPERIMENTS, EXPERIMENTS / "smollm2"):
+        assert {path.name for path in folder.glob("*.toml")} == {f"table{n}.toml" for n in range(1, 10)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ({"method": "rc-a"}, "rc-a"),
+        ({"criterion": "act-l2", "grouping": "random"}, "rc-a"),
+        ({"method": "rc-a", "groups": 8}, "act-l2-post-random-8-groups"),
+        ({"method": "act-mean", "activation": "pre"}, "act-mean-pre"),
+        ({"criterion": "own/file.py:mine"}, "file-mine"),
+        ({"criterion": "weight-l2", "grouping": "similarity", "merge": "mean"}, "weight-l2-post-similarity-mean"),
+    ],
+)
+def test_the_folder_of_a_method(recipe, name):
+    assert method_name(Recipe(**recipe).resolve()) == name
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from dicer.records import locked
+
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_on_the_same_folder_is_refused_and_a_kill_lets_go(model, rows, tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    asked = make_experiment(_values(model, rows, methods=["weight-l2"], ratios=[0.25], original=False))
+    with pytest.raises(ExperimentError, match=r"another run is writing to .*; wait for it"):
+        run_experiment(asked, tmp_path, evaluate=Measure())
+    assert not list(tmp_path.rglob("*.json"))
+    other.kill()
+    other.stdout.close()
+    other.wait(60)
+    assert run_experiment(asked, tmp_path, evaluate=Measure())["done"] == 1
+
+
+def test_records_of_another_format_and_other_files_are_one_line(model, rows, tmp_path):
+    asked = make_experiment(_values(model, rows, methods=["weight-l2"], ratios=[0.25], original=False))
+    run_experiment(asked, tmp_path, evaluate=Measure())
+    (path,) = tmp_path.rglob("*.json")
+    whole = json.loads(path.read_text())
+    for content, says in (
+        (json.dumps({**whole, "format": 0}), "has format 0, and this version of dicer reads 1"),
+        (json.dumps({"format": 1, "id": "x"}), "is no whole record"),
+        ("[]", "is no record"),
+        ("{", "is no record"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ExperimentError, match=says) as caught:
+            run_experiment(asked, tmp_path, evaluate=Measure())
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_not_finite_are_written_as_json(tmp_path):
+    parts = {"id": "a", "status": "done", "method": "m", "model": {}, "recipe": {}, "evaluation": {}}
+    write_record(tmp_path / "a.json", {**parts, "metrics": {"x": [float("inf"), 1.5]}})
+    json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert float(read_record(tmp_path / "a.json")["metrics"]["x"][0]) == float("inf")
+
+
+RUNNER = """
+import sys, time
+from pathlib import Path
+from dicer.experiment import run_experiment
+from dicer.grid import read_experiment
+
+def measure(model, tokenizer, evaluation, *, progress=None):
+    print("evaluating", flush=True)
+    time.sleep(float(sys.argv[3]))
+    return {"perplexity": None, "tasks": {}, "groups": {}, "summary": {"average": 0.5}, "versions": {}}
+
+def watch(event):
+    if event.kind in ("done", "skipped"):
+        print(event.kind, event.task.name, flush=True)
+
+run_experiment(read_experiment(Path(sys.argv[1])), Path(sys.argv[2]), evaluate=measure, watch=watch)
+"""
+
+
+def _half(model, tokenizer, evaluation, *, progress=None):
+    return {"perplexity": None, "tasks": {}, "groups": {}, "summary": {"average": 0.5}, "versions": {}}
+
+
+def test_a_killed_experiment_goes_on_where_it_was(model, rows, tmp_path):
+    toml = tmp_path / "grid.toml"
+    toml.write_text(
+        f'models = ["{model}"]\nmethods = ["rc-a", "random", "taylor"]\nratios = [0.25, 0.5]\ncalib = ["{rows}"]\n'
+        '[evaluation]\nperplexity = "builtin"\n'
+    )
+    command = [sys.executable, "-c", RUNNER, str(toml)]
+    killed = subprocess.Popen([*command, str(tmp_path / "a"), "0.3"], stdout=subprocess.PIPE, text=True)
+    done = []
+    for line in killed.stdout:
+        if line.startswith("done"):
+            done.append(line.split()[1])
+        if len(done) == 3 and line.startswith("evaluating"):
+            time.sleep(0.05)
+            killed.send_signal(signal.SIGKILL)
+            break
+    killed.stdout.close()
+    assert killed.wait(60) == -signal.SIGKILL
+    assert sorted(path.stem for path in (tmp_path / "a").rglob("*.json")) == sorted(done)
+    left = next((tmp_path / "a").rglob("*.json")).with_suffix(".json.partial")
+    left.write_text('{"half')  # as if it had died while it wrote
+    second = subprocess.run([*command, str(tmp_path / "a"), "0"], capture_output=True, text=True, check=True)
+    assert sorted(line.split()[1] for line in second.stdout.splitlines() if line.startswith("skipped")) == sorted(done)
+    assert second.stdout.count("evaluating") == 7 - 3
+    assert not left.exists()
+    run_experiment(read_experiment(toml), tmp_path / "b", evaluate=_half)
+    resumed, whole = (
+        {record["id"]: _untimed(record) for record in read_records(tmp_path / name)} for name in ("a", "b")
+    )
+    assert resumed == whole
+
+
+def test_without_a_terminal_each_run_is_a_line(model, rows, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("dicer.evaluate.evaluate", Measure(broken=[3]))
+    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    toml = tmp_path / "grid.toml"
+    toml.write_text(
+        f'models = ["{model}"]\nmethods = ["rc-a", "random"]\ncalib = ["{rows}"]\n'
+        '[evaluation]\nperplexity = "builtin"\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, _ = capfd.readouterr()
+    lines = out.splitlines()
+    assert end.value.code == 1
+    assert lines[0].startswith("[1/3] done llama original")
+    assert lines[1].startswith("[2/3] done llama rc-a 0.25 seed 42, rows.jsonl 10 x 128")
+    assert lines[2] == "[3/3] failed llama random 0.25 seed 42, rows.jsonl 10 x 128: ValueError: a number that is none"
+    assert lines[3].startswith("2 done, 0 skipped, 1 failed. Records: ")
+
+
+def test_on_a_terminal_there_is_a_live_table(model, rows, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich believe in a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    from dicer.cli_experiments import Board
+
+    asked = make_experiment(_values(model, rows, methods=["weight-l2", "random"], ratios=[0.25]))
+    with Board() as board:
+        run_experiment(asked, tmp_path, evaluate=Measure(), watch=board.watch)
+    out, _ = capfd.readouterr()
+    assert "3 runs: 3 done" in out
+    assert "llama weight-l2 0.25 seed 42" in out
+
+
+def test_an_experiment_that_cannot_write_says_so(model, rows, tmp_path):
+    (tmp_path / "file").write_text("")
+    asked = make_experiment(_values(model, rows, methods=["weight-l2"], original=False))
+    with pytest.raises(DicerError, match="results folder"):
+        run_experiment(asked, tmp_path / "file", evaluate=Measure())
+
+
+def test_the_commit_is_recorded_where_there_is_one(tmp_path, monkeypatch):
+    from dicer.run_record import surroundings
+
+    monkeypatch.chdir(tmp_path)
+    assert surroundings()["git"] is None
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    revision = surroundings()["git"]
+    assert len(revision) == 40
+    assert os.environ.get("HOSTNAME", "no-host") not in json.dumps(surroundings())
+    assert experiment.surroundings is surroundings
