@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from operator import attrgetter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LAYERS, NEURONS, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 import dicer
 from dicer.errors import ModelError, PlanError
@@ -667,3 +668,73 @@ def test_layers_come_back_in_order_also_beyond_nine(tmp_path):
         tmp_path
     )
     assert list(dicer.load_plan(tmp_path).mlp) == [8, 9, 10, 11, 12]
+
+
+def test_the_pruned_model_shares_no_memory_with_the_dense_one_and_generates_as_it_did():
+    dense = tiny_model("llama", tied=True)
+    dense.generation_config.max_new_tokens = 77
+    pruned = dicer.prune(dense, dicer.Recipe(method="weight-l2", layers="1-2")).model
+    assert not {p.data_ptr() for p in dense.parameters()} & {p.data_ptr() for p in pruned.parameters()}
+    assert pruned.generation_config.max_new_tokens == 77
+
+
+def test_the_generation_config_of_a_folder_reaches_the_model_in_memory(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6], "repetition_penalty": 1.3}))
+    pruned = dicer.prune(folder, dicer.Recipe(method="weight-l2")).model
+    assert (pruned.generation_config.eos_token_id, pruned.generation_config.repetition_penalty) == ([5, 6], 1.3)
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "module", "headless", "classifier"])
+def test_what_is_no_language_model_is_refused(wrong):
+    dense = tiny_model("llama")
+    given = {"nothing": None, "module": torch.nn.Linear(2, 2), "headless": dense.model}
+    given["classifier"] = LlamaForSequenceClassification(dense.config)
+    with pytest.raises(ModelError, match=r"is no transformers model|cannot be pruned"):
+        dicer.prune(given[wrong])
+
+
+def test_a_recipe_cannot_move_a_model_in_memory():
+    with pytest.raises(dicer.DicerError, match="asks for dtype bfloat16, and the model in memory has float32"):
+        dicer.prune(tiny_model("llama"), dicer.Recipe(method="weight-l2", dtype="bfloat16"))
+
+
+def test_taylor_in_half_precision_finds_nearly_what_float32_finds():
+    model, tokens = tiny_model("llama"), tiny_tokens(8, 64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    kept = {}
+    for dtype in (torch.float32, torch.float16):
+        store = ResidentStore(copy.deepcopy(model).to(dtype), family_of("llama"))
+        found = store.gradients(tokens.split(2), [1], checkpointing=False, progress=lambda *_: None)[1]
+        kept[dtype] = (found.up * model.model.layers[1].mlp.up_proj.weight.detach()).abs().sum(1)
+    torch.testing.assert_close(kept[torch.float16], kept[torch.float32], rtol=0.02, atol=1e-5)
+
+
+def test_one_layers_sums_are_gone_before_the_next_layer_has_any():
+    alive: list[weakref.ref] = []
+    most = []
+    visits = walk(
+        ResidentStore(tiny_model("llama"), family_of("llama")),
+        range(LAYERS),
+        tiny_tokens().split(3),
+        needs={Need("gram", "mod")},
+        progress=lambda *_: most.append(sum(ref() is not None for ref in alive)),
+    )
+    for visit in visits:
+        alive.append(weakref.ref(visit.sums))
+        del visit
+    assert most == [0] * LAYERS
+
+
+def test_plans_that_keep_the_same_but_merge_differently_differ(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    plans = [dicer.make_plan(folder, dicer.Recipe(method=m, seq_len=24, samples=2)) for m in ("sim-a", "sim-mean")]
+    assert len(plans[0].diff(plans[1])) == LAYERS
+    assert plans[1].diff(plans[1]) == []
+
+
+def test_loading_what_is_not_there_is_one_clear_line():
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        dicer.load("/nonexistent/model")

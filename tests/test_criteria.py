@@ -216,8 +216,8 @@ def test_taylor_sums_the_gradients_of_a_bf16_model_in_float32():
     for batch in batches:
         model.zero_grad()
         logits = model(input_ids=batch).logits[0, :-1].float()
-        (torch.nn.functional.cross_entropy(logits, batch[0, 1:], reduction="sum") / predicted).backward()
-        expected += model.model.layers[1].mlp.gate_proj.weight.grad.float()
+        torch.nn.functional.cross_entropy(logits, batch[0, 1:], reduction="sum").backward()
+        expected += model.model.layers[1].mlp.gate_proj.weight.grad.float() / predicted
     model.zero_grad()
     (visit,) = walk(ResidentStore(model, family_of("llama")), [1], batches, gradient=True)
     assert {part.dtype for part in (visit.gradient.gate, visit.gradient.up, visit.gradient.down)} == {torch.float32}

@@ -24,6 +24,11 @@ class Need(NamedTuple):
     activation: str
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """What long sums are kept in: float64, but for Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Sums:
     """The sums of one layer, filled batch by batch.
 
@@ -47,7 +52,7 @@ class Sums:
                 total.addmm_(flat.T, flat)
                 continue
             batch = (flat.square() if need.kind == "square_sum" else flat).sum(0)  # [U]
-            self._totals[need] = self._totals.get(need, 0.0) + batch.double()
+            self._totals[need] = self._totals.get(need, 0.0) + batch.to(widest(batch.device))
 
     def all_reduce(self, units: int, device: torch.device) -> None:
         """Make these the sums over all processes' tokens; a process without tokens takes part with zeros.
@@ -60,7 +65,7 @@ class Sums:
             return
         self.count = sum_of(self.count)
         for need in sorted(self.needs):
-            shape, dtype = ((units, units), torch.float32) if need.kind == "gram" else ((units,), torch.float64)
+            shape, dtype = ((units, units), torch.float32) if need.kind == "gram" else ((units,), widest(device))
             all_reduce(self._totals.setdefault(need, torch.zeros(shape, dtype=dtype, device=device)))
 
     def get(self, kind: Kind, activation: str) -> Tensor:

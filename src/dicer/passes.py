@@ -20,7 +20,7 @@ from dicer.walk import Progress, silent
 
 T = TypeVar("T")
 
-_TEXT_FIELDS = ("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len", "seed")
+_TEXT_FIELDS = ("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len", "calib_seed")
 _PLAIN: dict[str, Any] = dict.fromkeys(("criterion", "activation", "grouping", "merge", "groups"))
 
 

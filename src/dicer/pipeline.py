@@ -17,7 +17,7 @@ from torch import Tensor
 from dicer.calibration import load_windows
 from dicer.card import model_card
 from dicer.checkpoint import CheckpointSink, check_output, check_space
-from dicer.errors import ModelError
+from dicer.errors import ModelError, RecipeError
 from dicer.evaluate import perplexity
 from dicer.machine import pick_device
 from dicer.plan import PrunePlan, load_plan
@@ -145,6 +145,8 @@ def prune(
         check_output(out, overwrite=overwrite)
     in_memory = not isinstance(model, str | os.PathLike)
     source = from_memory(model) if in_memory else open_model(model)
+    if in_memory:
+        recipe = recipe.model_copy(update=_as_it_is(model, recipe))
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     job = prepare(source, recipe, tokenizer)
@@ -172,8 +174,24 @@ def prune(
     if out is not None:
         result.model = None
         with _timed(result, "write"):
-            _write(result, source, out, overwrite, progress, model if in_memory else None, tokenizer, perplexity_text)
+            _write(result, source, out, overwrite, progress, tokenizer, perplexity_text)
     return result
+
+
+def _as_it_is(model: Any, recipe: Recipe) -> dict[str, str]:
+    """Device and dtype of a model in memory, which no recipe changes.
+
+    Raises:
+        RecipeError: the recipe asks for others.
+    """
+    found = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+    for name, value in found.items():
+        asked = getattr(recipe, name)
+        if asked not in ("auto", value):
+            raise RecipeError(
+                f"the recipe asks for {name} {asked}, and the model in memory has {value}; move it first."
+            )
+    return found
 
 
 def _windows(text: str, source: ModelSource, tokenizer: Any | None) -> Tensor:
@@ -212,7 +230,11 @@ def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", devic
         model_class = getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"])
         config.auto_map = auto_map
     state = {name: cut.read(name) for name in cut.infos}
+    if source.live is not None:  # what was not cut is still the dense model's own memory
+        state = {name: tensor if name in cut.sliced else tensor.clone() for name, tensor in state.items()}
     pruned: Any = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    if (generation := source.generation_config()) is not None:
+        pruned.generation_config = generation
     return pruned.to(device).eval()
 
 
@@ -222,7 +244,6 @@ def _write(
     out: Path,
     overwrite: bool,
     progress: Progress,
-    model: Any | None = None,
     tokenizer: Any | None = None,
     perplexity_text: str | None = None,
 ) -> None:
@@ -231,11 +252,13 @@ def _write(
     config = pruned_config(source.raw_config, source.family, pruned_widths(source.config, source.family, result.plan))
     if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
         config["tokenizer_class"] = tokenizer_class
+    live = source.generation_config() if source.folder is None else None
+    generation = None if live is None else live.to_diff_dict()  # not save_pretrained: it refuses odd but usual ones
     with CheckpointSink(out, overwrite=overwrite) as sink:
         if source.folder is not None:
             copy_side_files(source.folder, sink.folder)
-        elif model is not None and getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(sink.folder)
+        elif generation is not None:
+            sink.write_json("generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save_pretrained(sink.folder)
         result.plan.save(sink.folder)
@@ -259,7 +282,7 @@ def _write(
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Any:
-    """Load a pruned checkpoint, or any other, without running code from its folder.
+    """Load a pruned checkpoint, or any other, in eval mode, without running code from its folder.
 
     Args:
         path: a folder or hub id.
@@ -270,7 +293,10 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options).eval()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextmanager

@@ -150,7 +150,7 @@ class PrunePlan:
         return lines
 
     def diff(self, other: PrunePlan) -> list[str]:
-        """One line for each layer in which two plans keep different units."""
+        """One line for each layer in which two plans keep different units, or merge others into them differently."""
         lines = []
         for axis in sorted({*self.axes, *other.axes}):
             mine, theirs = self.axes.get(axis, {}), other.axes.get(axis, {})
@@ -164,7 +164,17 @@ class PrunePlan:
                     lines.append(
                         f"layer {index} {axis}: {both} kept by both, {len(a) - both} and {len(b) - both} by one"
                     )
+                elif not _same_merge(mine[index], theirs[index]):
+                    lines.append(f"layer {index} {axis}: the same kept, others merged into them differently")
         return lines
+
+
+def _same_merge(first: LayerPlan, second: LayerPlan) -> bool:
+    for name in _MERGE_FIELDS:
+        a, b = getattr(first, name), getattr(second, name)
+        if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
+            return False
+    return True
 
 
 def load_plan(path: Path) -> PrunePlan:

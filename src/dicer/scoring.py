@@ -26,7 +26,8 @@ from dicer.sources import ModelSource, tokenize_with
 from dicer.surgery import Sizes, plan_cut
 from dicer.walk import LayerVisit, Progress, ResidentStore, silent, walk
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096  # in a forward pass
+GRADIENT_TOKENS = 1024  # in a forward and backward pass, which also holds logits and their gradients
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def score(jobs: Sequence[Job], model: Any, progress: Progress = silent) -> list[
     Raises:
         RecipeError: jobs with different calibration tokens.
     """
+    gradient = any("gradient" in job.criterion.needs for job in jobs)
     texts = [job.calibration.tokens for job in jobs if job.calibration is not None]
     if any(not torch.equal(tokens, texts[0]) for tokens in texts):
         raise RecipeError("methods that share a pass must share their calibration tokens; score these apart.")
@@ -150,13 +152,14 @@ def score(jobs: Sequence[Job], model: Any, progress: Progress = silent) -> list[
     batches: Sequence[Tensor] = ()
     if texts:
         mine = share(texts[0])  # [S', T]: all of it, or this process's part
-        batches = mine.split(size or max(1, BATCH_TOKENS // mine.shape[1])) if len(mine) else ()
+        most = GRADIENT_TOKENS if gradient else BATCH_TOKENS
+        batches = mine.split(size or max(1, most // mine.shape[1])) if len(mine) else ()
     visits = walk(
         ResidentStore(model, jobs[0].source.family),
         sorted({index for job in jobs for index in job.layers}),
         batches,
         needs=frozenset().union(*(job.needs for job in jobs)),
-        gradient=any("gradient" in job.criterion.needs for job in jobs),
+        gradient=gradient,
         checkpointing=any(job.recipe.gradient_checkpointing for job in jobs),
         progress=progress,
     )
@@ -165,6 +168,7 @@ def score(jobs: Sequence[Job], model: Any, progress: Progress = silent) -> list[
         for job, decided in zip(jobs, layers, strict=True):
             if visit.index in job.layers:
                 decided[visit.index] = _decide(job, visit)
+        del visit  # one layer alive at a time: the next one is made before the loop would let go of this
     return [_plan(job, decided) for job, decided in zip(jobs, layers, strict=True)]
 
 

@@ -143,18 +143,19 @@ class ResidentStore:
             for index, held in gradients.items():
                 for name, weight in _mlp_weights(axis, self._layers[index]).items():
                     weight.requires_grad_(True)
-                    handle = weight.register_post_accumulate_grad_hook(_accumulate(held, name))
+                    handle = weight.register_post_accumulate_grad_hook(_accumulate(held, name, predicted))
                     stack.callback(handle.remove)
             if checkpointing:
                 stack.enter_context(_forwards(self._layers, _checkpointed))
             stack.enter_context(torch.enable_grad())
+            progress("gradients", 0, len(batches))
             for done, tokens in enumerate(batches, start=1):
                 batch = tokens.to(self._model.device)
                 logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]  # [B, T-1, V]
                 loss = nn.functional.cross_entropy(
                     logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
                 )
-                (loss / predicted).backward()
+                loss.backward()  # of the sum: divided by the tokens here, fp16 gradients would vanish
                 progress("gradients", done, len(batches))
         for index in sorted(gradients):
             _sum_over_processes(gradients[index], _mlp_weights(axis, self._layers[index]))
@@ -187,7 +188,7 @@ def walk(
     """
     axis = store.family.mlp
     chosen, last = set(layers), max(layers)
-    gradients: Mapping[int, UnitWeights] = {}
+    gradients: dict[int, UnitWeights] = {}
     if gradient:
         gradients = store.gradients(batches, sorted(chosen), checkpointing=checkpointing, progress=progress)
     recording = store.record(batches) if needs else Recording()
@@ -204,7 +205,9 @@ def walk(
             if index in chosen:
                 weights = unit_weights(axis, {n: w.detach() for n, w in _mlp_weights(axis, layer).items()})
                 sums.all_reduce(weights.units, weights.up.device)
-                yield LayerVisit(index, weights, sums, gradients.get(index))
+                yield LayerVisit(index, weights, sums, gradients.pop(index, None))
+                del weights
+            del sums  # a Gram matrix of the next layer must not meet this one
 
 
 @contextmanager
@@ -288,16 +291,14 @@ def _sum_over_processes(held: dict[str, Tensor], weights: Mapping[str, Tensor]) 
             all_reduce(held.setdefault(name, torch.zeros_like(weight, dtype=torch.float32)))
 
 
-def _accumulate(held: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
-    """Move a batch's gradient into a float32 sum, so that a bf16 model loses nothing over many batches."""
+def _accumulate(held: dict[str, Tensor], name: str, predicted: int) -> Callable[[Tensor], None]:
+    """Move a batch's gradient of the summed loss into a float32 sum of gradients of the mean loss."""
 
     def hook(weight: Tensor) -> None:
         if weight.grad is None:
             return
-        if name in held:
-            held[name] += weight.grad
-        else:
-            held[name] = weight.grad.float()
+        gradient = weight.grad.float() / predicted
+        held[name] = held[name].add_(gradient) if name in held else gradient
         weight.grad = None
 
     return hook
