@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -40,6 +41,7 @@ class ModelSource:
         raw_config: ``config.json`` as it stands.
         family: its row of the table.
         tensors: its weights by name on disk.
+        live: the model itself, where it is in memory.
     """
 
     name: str
@@ -48,16 +50,12 @@ class ModelSource:
     raw_config: Mapping[str, Any]
     family: Family
     tensors: TensorSource
+    live: Any | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash that tells two models apart (see :func:`dicer.checkpoint.fingerprint`)."""
         return fingerprint(self.tensors)
-
-    @property
-    def layer_count(self) -> int:
-        """Number of decoder layers."""
-        return int(self.config.num_hidden_layers)
 
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the folder has none.
@@ -83,6 +81,21 @@ class ModelSource:
             return None
         tokenizer = self.tokenizer()
         return None if tokenizer is None else type(tokenizer).__name__
+
+    def generation_config(self) -> Any | None:
+        """How it generates unless told otherwise, or None where that is not said.
+
+        Raises:
+            ModelError: its file cannot be read.
+        """
+        if self.live is not None:
+            return copy.deepcopy(getattr(self.live, "generation_config", None))
+        if self.folder is None or not (self.folder / "generation_config.json").is_file():
+            return None
+        from transformers import GenerationConfig
+
+        with _as_model_error(self.name, "generation config"):
+            return GenerationConfig.from_pretrained(self.folder, local_files_only=True)
 
     def load_model(self, dtype: str = "auto", device: str = "cpu") -> nn.Module:
         """The model in memory, in eval mode.
@@ -191,17 +204,24 @@ def from_memory(model: Any) -> ModelSource:
 
     Raises:
         UnknownFamily: its family has no row in the table.
-        ModelError: its weights are quantized.
+        ModelError: it is no language model of transformers, or its weights are quantized.
     """
-    config = model.config
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
+        raise ModelError(f"a {type(model).__name__} is no transformers model; give an AutoModelForCausalLM, or a path.")
     family = family_of(str(config.model_type))
+    if not {kind.__name__ for kind in type(model).__mro__} & {family.causal_lm, *family.pruned_classes.values()}:
+        raise ModelError(
+            f"a {type(model).__name__} cannot be pruned: its head is not that of a {family.causal_lm}. Load it with "
+            "AutoModelForCausalLM (and merge or unload adapters first)."
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
     raw_config = json.loads(json.dumps(config.to_dict(), default=str))
     tied = set(_tied_names(model))
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     name = Path(str(getattr(config, "_name_or_path", "") or type(model).__name__)).name
-    return ModelSource(name, None, config, raw_config, family, MemorySource(state))
+    return ModelSource(name, None, config, raw_config, family, MemorySource(state), model)
 
 
 def _find(model: str) -> tuple[str, Path]:
