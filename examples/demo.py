@@ -14,6 +14,7 @@ import dicer
 from dicer.machine import peak_memory
 from dicer.pipeline import PERPLEXITY_LENGTH, PERPLEXITY_WINDOWS
 from dicer.sources import open_model
+from dicer.terminal import Bar
 
 MODEL = "builtin:smollm2"
 OUT = Path("build/smollm2-rc-a-25")
@@ -36,7 +37,8 @@ def main() -> None:
     source = open_model(MODEL)
     recipe = dicer.Recipe(method="rc-a", ratio=0.25, layers="10-19")
     print("Pruning 25% of the MLP neurons of layers 10 to 19 with rc-a, and measuring perplexity ...", flush=True)
-    result = dicer.prune(MODEL, recipe, output=OUT, overwrite=True, perplexity_text="builtin")
+    with Bar() as progress:
+        result = dicer.prune(MODEL, recipe, output=OUT, overwrite=True, perplexity_text="builtin", progress=progress)
 
     before, after = result.before, result.after
     print(f"\n                      {'dense':>14} {'pruned':>14}")
