@@ -180,24 +180,38 @@ def test_text_without_a_tokenizer_is_refused(tmp_path):
 # Builtin
 
 
+BLOCK = 2048  # tokens
+
+
 @pytest.fixture(scope="module")
-def windows(tokenize):
-    """All windows of the builtin text, side by side."""
+def builtin(tokenize):
+    """How many tokens the builtin text has."""
     import pydoc_data.topics
 
     topics = pydoc_data.topics.topics
-    ids = tokenize("\n\n".join(topics[name] for name in sorted(topics)))
-    return [tuple(ids[i : i + TWO_WINDOWS]) for i in range(0, len(ids) - TWO_WINDOWS + 1, TWO_WINDOWS)]
+    return len(tokenize("\n\n".join(topics[name] for name in sorted(topics))))
 
 
-def test_builtin_calibration_and_perplexity_never_see_the_same_window(windows, tokenize):
-    everything = len(windows)
-    shown = load_calibration(_recipe("builtin", samples=(everything + 1) // 2, seq_len=TWO_WINDOWS), tokenize)
-    measured = load_windows("builtin", tokenize, TWO_WINDOWS, everything)
-    assert shown.notes == ()
-    assert {tuple(row) for row in shown.tokens.tolist()} == set(windows[0::2])
-    assert [tuple(row) for row in measured.tolist()] == windows[1::2]
-    assert len(shown.tokens) + len(measured) == everything
+@pytest.fixture
+def count_up(builtin):
+    """A tokenizer whose ids are their own positions."""
+    return lambda _: list(range(builtin))
+
+
+@pytest.mark.parametrize("shown_length", [128, TWO_WINDOWS, 1023, 2048, 5001])
+@pytest.mark.parametrize("measured_length", [128, 1024, 777, 2048, 3000])
+def test_builtin_calibration_and_perplexity_never_see_the_same_text(count_up, builtin, shown_length, measured_length):
+    shown = load_calibration(_recipe("builtin", samples=5000, seq_len=shown_length), count_up).tokens
+    measured = load_windows("builtin", count_up, measured_length, None)
+    assert set((shown // BLOCK % 2).unique().tolist()) == {0}
+    assert set((measured // BLOCK % 2).unique().tolist()) == {1}
+    for rows, length in ((shown, shown_length), (measured, measured_length)):
+        if length <= BLOCK:
+            assert torch.equal(rows, rows[:, :1] + torch.arange(length))  # each window is one stretch of text
+        whole = (
+            builtin // (2 * BLOCK) * BLOCK // length if length > BLOCK else builtin // (2 * BLOCK) * (BLOCK // length)
+        )
+        assert whole <= len(rows.unique(dim=0)) <= whole + BLOCK // length + 1  # and nearly all of the text is used
 
 
 def test_builtin_is_seeded(tokenize):
@@ -205,10 +219,11 @@ def test_builtin_is_seeded(tokenize):
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_builtin_samples_are_not_used_twice_before_all_were_used(windows, tokenize):
-    even = (len(windows) + 1) // 2
-    calibration = load_calibration(_recipe("builtin", samples=even + 5, seq_len=TWO_WINDOWS), tokenize)
-    assert len({tuple(row) for row in calibration.tokens[:even].tolist()}) == len(set(windows[0::2]))
+def test_builtin_samples_are_not_used_twice_before_all_were_used(count_up, builtin):
+    even = sum(min(BLOCK, builtin - i) // TWO_WINDOWS for i in range(0, builtin, 2 * BLOCK))
+    assert load_calibration(_recipe("builtin", samples=even, seq_len=TWO_WINDOWS), count_up).notes == ()
+    calibration = load_calibration(_recipe("builtin", samples=even + 5, seq_len=TWO_WINDOWS), count_up)
+    assert len({tuple(row) for row in calibration.tokens[:even].tolist()}) == even
     assert calibration.notes == (f"the builtin text has {even} samples of {TWO_WINDOWS} tokens; some are used again",)
 
 

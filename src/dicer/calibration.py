@@ -27,6 +27,8 @@ Tokenize = Callable[[str], list[int]]
 _DOCUMENT_CHARACTERS = 1_000_000
 # How many documents of a streamed data set are drawn from; more would mean more download for the same randomness.
 _HUB_DOCUMENTS = 10_000
+# Tokens: even blocks of the builtin text are for calibration, odd ones for perplexity, whatever the window lengths.
+_BUILTIN_BLOCK = 2_048
 
 
 class HubText(NamedTuple):
@@ -92,7 +94,7 @@ def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None
     """The first ``count`` windows of a text, side by side, for perplexity.
 
     Args:
-        source: ``builtin`` (the windows that calibration never sees) or a local file.
+        source: ``builtin`` (the blocks that calibration never sees, at no window length) or a local file.
         tokenize: text -> token ids without special tokens.
         length: tokens in a window.
         count: most windows to return; None for all.
@@ -105,7 +107,7 @@ def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None
         CalibrationError: the source cannot be read, or is shorter than one window.
     """
     if source == "builtin":
-        windows = _side_by_side(tokenize(_builtin_text()), length)[1::2]
+        windows = _builtin_windows(tokenize, length, first_block=1)
     elif _is_local(source):
         windows = _side_by_side(tokenize("\n\n".join(_read_documents(Path(source), field))), length)
     else:
@@ -197,8 +199,20 @@ def _builtin_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def _builtin_windows(tokenize: Tokenize, length: int, first_block: int) -> list[list[int]]:
+    """Windows of every second block, side by side; none crosses into the blocks between.
+
+    A window longer than a block goes on in the next block of the same kind.
+    """
+    ids = tokenize(_builtin_text())
+    blocks = [ids[i : i + _BUILTIN_BLOCK] for i in range(0, len(ids), _BUILTIN_BLOCK)][first_block::2]
+    if length > _BUILTIN_BLOCK:
+        return _side_by_side(list(itertools.chain.from_iterable(blocks)), length)
+    return [window for block in blocks for window in _side_by_side(block, length)]
+
+
 def _builtin(recipe: Recipe, tokenize: Tokenize) -> Calibration:
-    even = _side_by_side(tokenize(_builtin_text()), recipe.seq_len)[0::2]
+    even = _builtin_windows(tokenize, recipe.seq_len, first_block=0)
     if not even:
         raise CalibrationError(f"the builtin text is shorter than one sample of {recipe.seq_len} tokens.")
     rng, notes = np.random.default_rng(recipe.seed), []
