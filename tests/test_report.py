@@ -18,11 +18,12 @@ import pytest
 
 from dicer import cli, report
 from dicer.errors import ExperimentError, OutputError
+from dicer.measured import measures
 from dicer.paper import FULL, QWEN, SHORT, TABLES, TASKS
 from dicer.plots import one_each, ordered
 from dicer.records import pack, record_path, write_record
 from dicer.report import write_report
-from dicer.tables import cell, full_table, measures, paper_tables, settings
+from dicer.tables import cell, full_table, paper_tables, settings
 
 CHROMIUM = Path("/usr/bin/chromium")
 METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a", "sim-mean", "sim-dominant")
@@ -155,6 +156,7 @@ def test_only_runs_of_one_setting_are_put_together():
     limited["evaluation"]["limit"] = 10
     groups = settings([_record("original"), _record("rc-a", 0.25), other, limited])
     assert [len(members) for members in groups.values()] == [2, 2, 1]  # the limited one has no original
+    assert [setting.title.endswith(", only 10 documents a task") for setting in groups] == [False, False, True]
 
 
 def test_what_was_measured_without_a_protocol_is_found_too():
