@@ -166,6 +166,29 @@ def test_limit_tags_groups_and_doubled_names(tiny, folder):
     assert group["metrics"]["acc"]["value"] == result["tasks"]["tiny_third"]["metrics"]["acc"]["value"]
 
 
+def test_limits_of_single_tasks_win_over_the_common_one(tiny, folder):
+    asked = Evaluation(
+        tasks="tiny_choice,tiny_group,tiny_pages",
+        limit=3,
+        limits="tiny_group=1, tiny_pages=2",
+        include_path=str(folder),
+    )
+    found = evaluate(*tiny, asked)
+    assert found["tasks"]["tiny_choice"]["n"] == 3
+    assert found["tasks"]["tiny_pages"]["n"] == 2
+    assert {task["n"] for name, task in found["tasks"].items() if name not in ("tiny_choice", "tiny_pages")} == {1}
+    alone = evaluate(*tiny, Evaluation(tasks="tiny_choice", limit=3, include_path=str(folder)))
+    assert found["tasks"]["tiny_choice"] == alone["tasks"]["tiny_choice"]
+
+
+@pytest.mark.parametrize("limits", ["tiny_choice", "tiny_choice=0", "tiny_choice=many", {"tiny_choice": 1.5}])
+def test_limits_that_cannot_be_read_are_refused(limits):
+    with pytest.raises(RecipeError, match="limits name tasks and a number"):
+        Evaluation(tasks="tiny_choice", limits=limits)
+    with pytest.raises(RecipeError, match=r"limits: unknown task 'tiny_chioce'\. Did you mean 'tiny_choice'"):
+        Evaluation(tasks="tiny_choice", limits={"tiny_chioce": 1})
+
+
 def test_a_pruned_model_of_differing_widths_is_measured(tiny, folder, text, tmp_path):
     pruned = dicer.prune(
         save_tiny(tmp_path / "llama"), dicer.Recipe(method="weight-l2", layers="1"), output=tmp_path / "out"

@@ -35,6 +35,9 @@ def evaluate(
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt (default: the task's own).")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents a task (default: all).")] = None,
+    limits: Annotated[
+        str | None, typer.Option(metavar="TASK=N,...", help="Documents of single tasks or groups, over --limit.")
+    ] = None,
     batch_size: Annotated[str, typer.Option(metavar="auto|N", help="Requests in a forward pass.")] = "auto",
     include_path: Annotated[str | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")] = None,
     perplexity: Annotated[
@@ -59,6 +62,7 @@ def evaluate(
         "task_prefix": task_prefix,
         "num_fewshot": num_fewshot,
         "limit": limit,
+        "limits": limits,
         "batch_size": batch_size,
         "include_path": include_path,
         "perplexity": perplexity,

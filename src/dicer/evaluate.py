@@ -43,26 +43,26 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
         DicerError: anything that the user can mend; all but a failing model is found before anything is measured.
     """
     evaluation.require_something()
-    names, text = evaluation.task_names(), evaluation.text()
+    text = evaluation.text()
     if tokenizer is None:
         raise ModelError("the model has no tokenizer, so it cannot be measured on text.")
     windows = None if text is None else _windows(model, tokenizer, evaluation, text)
-    tasks = load_tasks(names, evaluation.include_path) if names else None
+    tasks = {limit: load_tasks(names, evaluation.include_path) for limit, names in evaluation.by_limit().items()}
     result: dict[str, Any] = {"perplexity": None, "tasks": {}, "groups": {}, "summary": {}, "versions": {}}
     with evaluating(model):
-        if tasks is not None:
+        for limit, members in tasks.items():
             found = run_tasks(
                 model,
                 tokenizer,
-                tasks,
+                members,
                 num_fewshot=0 if evaluation.protocol else evaluation.num_fewshot,
-                limit=evaluation.limit,
+                limit=limit,
                 batch_size=evaluation.batch_size,
                 progress=lambda done, total: progress("tasks", done, total),
             )
-            if found is None:
-                return {}
-            result |= {**found, "versions": {"lm_eval": importlib.metadata.version("lm_eval")}}
+            for kind in ("tasks", "groups"):
+                result[kind] |= (found or {}).get(kind, {})
+            result["versions"] = {"lm_eval": importlib.metadata.version("lm_eval")}
         if int(os.environ.get("RANK", "0")):
             return {}
         if windows is not None:

@@ -68,6 +68,9 @@ class Evaluation(BaseModel):
     task_prefix: str = Field(default="", description="put before the protocol's task names, e.g. local_")
     num_fewshot: int | None = Field(default=None, ge=0, description="examples in the prompt (default: the task's own)")
     limit: int | None = Field(default=None, ge=1, description="documents a task (default: all)")
+    limits: dict[str, int] = Field(
+        default={}, description="documents of single tasks or groups, over limit: NAME=N, with commas between"
+    )
     batch_size: int | Literal["auto"] = Field(default="auto", description="auto, or requests in a forward pass")
     include_path: str | None = Field(default=None, description="folder with task files of your own")
     perplexity: str | None = Field(
@@ -91,6 +94,21 @@ class Evaluation(BaseModel):
             return tuple(name for part in value.split(",") if (name := part.strip()))
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _limits_apart(cls, value: Any) -> Any:
+        pairs = value
+        if isinstance(value, str):
+            pairs = {
+                name.strip(): int(count) if count.strip().isdecimal() else count
+                for name, _, count in (part.partition("=") for part in value.split(","))
+            }
+        if not isinstance(pairs, dict) or not all(type(count) is int and count >= 1 for count in pairs.values()):
+            raise RecipeError(
+                f"limits name tasks and a number from 1 on, as in local_mmlu=2,local_piqa=50; got {value!r}."
+            )
+        return pairs
+
     @field_validator("batch_size", mode="before")
     @classmethod
     def _size_read(cls, value: Any) -> Any:
@@ -105,12 +123,23 @@ class Evaluation(BaseModel):
             raise RecipeError(unknown("protocol", self.protocol, PROTOCOLS))
         if self.protocol is not None and self.num_fewshot:
             raise RecipeError(f"protocol '{self.protocol}' is zero-shot; leave num_fewshot out, or name --tasks.")
+        for name in self.limits:
+            if name not in self.task_names():
+                raise RecipeError("limits: " + unknown("task", name, self.task_names()))
         return self
 
     def task_names(self) -> tuple[str, ...]:
         """The protocol's tasks, then those that were named; each once."""
         prefixed = (self.task_prefix + name for name in PROTOCOLS[self.protocol].tasks) if self.protocol else ()
         return tuple(dict.fromkeys([*prefixed, *self.tasks]))
+
+    def by_limit(self) -> dict[int | None, tuple[str, ...]]:
+        """Documents a task -> the tasks that it holds for."""
+        found: dict[int | None, tuple[str, ...]] = {}
+        for name in self.task_names():
+            limit = self.limits.get(name, self.limit)
+            found[limit] = (*found.get(limit, ()), name)
+        return found
 
     def record(self) -> dict[str, Any]:
         """Every field as a plain value, for a file: of paths only the name."""
