@@ -89,8 +89,9 @@ class Setting(NamedTuple):
     def title(self) -> str:
         """For people."""
         common = json.loads(self.common)
-        limit = common.get("evaluation", {}).get("limit")
-        part = f", only {limit} documents a task" if limit else ""
+        asked = common.get("evaluation", {})
+        single = "".join(f", {name} {count}" for name, count in (asked.get("limits") or {}).items())
+        part = f", only {asked['limit']} documents a task{single}" if asked.get("limit") else single
         return f"{self.model[0]}, layers {common['recipe'].get('layers', 'all')}, calibration {self.text}{part}"
 
 
