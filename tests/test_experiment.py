@@ -193,7 +193,7 @@ def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):
             'models = ["a"]\nmethods = ["rc-a"]\n[recipe]\nseq = 3\n',
             "unknown recipe key 'seq'. Did you mean 'seq_len'?",
         ),
-        ('models = ["a"]\nmethods = ["rc-a"]\n[evaluation]\nlimits = 3\n', "Did you mean 'limit'?"),
+        ('models = ["a"]\nmethods = ["rc-a"]\n[evaluation]\nlimt = 3\n', "Did you mean 'limit'?"),
         ('models = ["a"]\nmethods = ["rc-a"]\ncalib = ["${NO_SUCH}/x.txt"]\n', "environment variable NO_SUCH"),
         ("models = [", "cannot be read:"),
     ],

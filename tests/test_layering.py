@@ -46,6 +46,7 @@ TABLE = {
         "merging": {"errors"},
         "plan": {"errors", "recipe"},
         "records": {"errors"},
+        "measured": {"paper"},
         "grid": {"errors", "protocols", "recipe"},
     },
     2: {
@@ -58,11 +59,11 @@ TABLE = {
         "run_record": {"distributed", "passes", "plan", "records"},
         "experiment": LOW
         | {"distributed", "grid", "passes", "pipeline", "protocols", "records", "run_record", "scoring"},
-        "tables": {"paper"},
+        "tables": {"measured", "paper"},
         "plot_style": {"errors", "tables"},
         "plots_layers": {"records", "plot_style"},
-        "plots": {"paper", "tables", "plot_style", "plots_layers"},
-        "report": {"errors", "paper", "records", "tables", "plot_style", "plots"},
+        "plots": {"measured", "paper", "tables", "plot_style", "plots_layers"},
+        "report": {"errors", "measured", "paper", "records", "tables", "plot_style", "plots"},
         "templates": set(),
         "facts": {"recipe", "scoring", "sources"},
         "card": {"plan", "surgery"},

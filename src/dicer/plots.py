@@ -8,10 +8,11 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from dicer.measured import measures, perplexity_kind
 from dicer.paper import PERPLEXITY, TITLES
 from dicer.plot_style import Picture, figure, log_axis, ordered, png, style
 from dicer.plots_layers import norms, overlap, overlap_by_layer
-from dicer.tables import ORIGINAL, measured_columns, measures, perplexity_kind
+from dicer.tables import ORIGINAL, measured_columns
 
 Record = dict[str, Any]
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dicer.errors import ExperimentError, OutputError
+from dicer.measured import perplexity_kind
 from dicer.paper import TITLES
 from dicer.plot_style import Picture
 from dicer.plots import pictures
 from dicer.records import read_records
-from dicer.tables import Setting, TableView, done, full_table, paper_tables, perplexity_kind, settings, shown
+from dicer.tables import Setting, TableView, done, full_table, paper_tables, settings, shown
 
 TITLE = "Pruning experiments"
 
@@ -70,7 +71,7 @@ def _values(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     contents += [("figures", "Figures"), ("environment", "Environment")]
     return {
         "title": TITLE,
-        "summary": f"{finished} finished runs, {len(failed)} failed, {len(groups)} settings.",
+        "summary": f"{finished} finished runs, {len(failed)} failed; settings: {len(groups)}.",
         "note": _note(records, paper),
         "contents": contents,
         "paper": paper,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dicer.measured import measures
 from dicer.paper import PERPLEXITY, TABLES, TITLES, PaperRow, PaperTable
 
 ORIGINAL = "original"
@@ -58,7 +59,6 @@ class TableView:
         columns: keys of what each cell shows, ratio by ratio.
         ratios: fractions removed; () where the rows name their own.
         rows: in order.
-        has_paper: whether a figure of the paper stands beside any.
     """
 
     title: str
@@ -88,8 +88,11 @@ class Setting(NamedTuple):
     @property
     def title(self) -> str:
         """For people."""
-        layers = json.loads(self.common)["recipe"].get("layers", "all")
-        return f"{self.model[0]}, layers {layers}, calibration {self.text}"
+        common = json.loads(self.common)
+        asked = common.get("evaluation", {})
+        single = "".join(f", {name} {count}" for name, count in (asked.get("limits") or {}).items())
+        part = f", only {asked['limit']} documents a task{single}" if asked.get("limit") else single
+        return f"{self.model[0]}, layers {common['recipe'].get('layers', 'all')}, calibration {self.text}{part}"
 
 
 def setting_of(record: dict[str, Any]) -> Setting:
@@ -112,36 +115,6 @@ def _model(record: dict[str, Any]) -> tuple[str, str]:
 def done(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that have metrics."""
     return [record for record in records if record["status"] == "done"]
-
-
-def measures(record: dict[str, Any]) -> dict[str, float]:
-    """Column -> value: the protocol's summary, or what the tasks themselves say; one perplexity."""
-    metrics, prefix = record["metrics"], record["evaluation"].get("task_prefix") or ""
-    found = {name: float(value) for name, value in metrics.get("summary", {}).items() if value is not None}
-    if not found:
-        for name, entry in {**metrics.get("tasks", {}), **metrics.get("groups", {})}.items():
-            for metric in ("word_perplexity", "acc"):
-                if metric in entry["metrics"]:
-                    column = "word_perplexity" if metric != "acc" else name.removeprefix(prefix)
-                    found[column] = float(entry["metrics"][metric]["value"])
-    token = metrics.get("perplexity") or {}
-    if "word_perplexity" in found:
-        found[PERPLEXITY] = found.pop("word_perplexity")
-    elif "value" in token:
-        found[PERPLEXITY] = float(token["value"])
-    return found
-
-
-def perplexity_kind(record: dict[str, Any]) -> str:
-    """What the perplexity of a record is of."""
-    metrics = record["metrics"]
-    words = "word_perplexity" in metrics.get("summary", {}) or any(
-        "word_perplexity" in entry["metrics"] for entry in metrics.get("tasks", {}).values()
-    )
-    if words:
-        return "word perplexity of the harness's wikitext task"
-    token = metrics.get("perplexity")
-    return f"token perplexity on {token['text']}, windows of {token['window']}" if token else "no perplexity measured"
 
 
 def settings(records: Iterable[dict[str, Any]]) -> dict[Setting, list[dict[str, Any]]]:

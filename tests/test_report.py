@@ -1,0 +1,347 @@
+"""The report: tables in the paper's form, figures that hold their numbers, and one HTML file that a browser shows."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+import re
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dicer import cli, report
+from dicer.errors import ExperimentError, OutputError
+from dicer.measured import measures
+from dicer.paper import FULL, QWEN, SHORT, TABLES, TASKS
+from dicer.plots import one_each, ordered
+from dicer.records import pack, record_path, write_record
+from dicer.report import write_report
+from dicer.tables import cell, full_table, paper_tables, settings
+
+CHROMIUM = Path("/usr/bin/chromium")
+METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a", "sim-mean", "sim-dominant")
+ACCURACIES = ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "winogrande", "average")
+LAYERS, UNITS = (5, 6, 7, 8), 64
+
+
+def _record(method, ratio=None, seed=42, *, model=QWEN, text="bookcorpus", average=0.5, perplexity=20.0, **more):
+    rng = np.random.default_rng([len(method), int(100 * (ratio or 0)), seed])
+    recipe = {"dtype": "auto"}
+    layers = {}
+    if ratio is not None:
+        recipe |= {"ratio": ratio, "seed": seed, "layers": "5-26", "calib": text, "samples": 10, "seq_len": 128}
+        for index in LAYERS:
+            keep = np.sort(rng.permutation(UNITS)[: int(UNITS * (1 - ratio))])
+            norm = {"kept": 10.0 + index + rng.random(), "dropped": 5.0 + index + rng.random()}
+            layers[str(index)] = {"units": UNITS, "keep": pack(keep, UNITS), "norm": norm, "score": norm}
+    summary = {"word_perplexity": perplexity, **dict.fromkeys(ACCURACIES, average)}
+    return {
+        "format": 1,
+        "id": f"{method}-{ratio}-{seed}-{text}-{model}",
+        "status": "done",
+        "error": None,
+        "method": method,
+        "text": text if ratio is not None else "",
+        "model": {"name": f"Qwen/{model}" if model == QWEN else model, "model_type": "qwen2", "fingerprint": model},
+        "recipe": recipe,
+        "evaluation": {"protocol": "randomness", "task_prefix": "", "batch_size": 8},
+        "metrics": {"perplexity": None, "tasks": {}, "groups": {}, "summary": summary, "versions": {}},
+        "seconds": {"load": 1.0, "score": 2.0 + len(method), "build": 0.5, "evaluate": 30.0},
+        "memory": {"score": {"host": 3_000_000_000}, "evaluate": {"host": 2_000_000_000}},
+        "layers": layers,
+        "versions": {"dicer": "0.1.0", "python": "3.11"},
+        "environment": {"system": "Linux", "accelerators": []},
+        "git": "0" * 40,
+        "computed_on": "cpu float32",
+        **more,
+    }
+
+
+def _grid(model=QWEN):
+    """Every method at two ratios and two seeds; the better, the earlier in METHODS."""
+    records = [_record("original", model=model, average=0.622, perplexity=9.6)]
+    for place, method in enumerate(METHODS):
+        for ratio in (0.25, 0.5):
+            for seed in (42, 0):
+                average = 0.6 - place / 50 - ratio / 4 + seed / 10_000
+                worse = 3.0**place * 20 * (1 + 4 * ratio) + seed / 10
+                records.append(_record(method, ratio, seed, model=model, average=average, perplexity=worse))
+    return records
+
+
+def _save(records, folder):
+    for record in records:
+        write_record(
+            record_path(folder, record["model"]["name"], record["method"], record["id"].replace("/", "-")), record
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A report of a whole grid, and a run that failed."""
+    failed = _record("rc-a", 0.75, status="failed", error="no <memory> & no luck")
+    results = _save([*_grid(), failed], tmp_path_factory.mktemp("results"))
+    out = tmp_path_factory.mktemp("report") / "deep" / "report"
+    write_report(results, out)
+    return out
+
+
+def test_the_paper_s_figures_agree_with_one_another():
+    by_number = {table.number: table for table in TABLES}
+    assert sorted(by_number) == list(range(1, 10))
+    for table in TABLES:
+        for row in table.rows:
+            assert all(len(figures) == len(table.columns) for figures in row.figures.values())
+            # The average is the mean of the six, as far as three decimals tell.
+            for figures in row.figures.values():
+                if table.columns == FULL:
+                    assert figures[-1] == pytest.approx(np.mean(figures[1:7]), abs=0.0021), (table.number, row.title)
+    # What several tables print is the same in all: RC+A at 25% in Tables 1, 2, 4 and 9.
+    found = {t.number: next(r for r in t.rows if r.method == "rc-a").figures[0.25] for t in TABLES[:2] + TABLES[8:]}
+    assert set(found.values()) == {(14.944, 0.618, 0.524)}
+    four = next(row for row in by_number[4].rows if row.seed == 42).figures[0.25]
+    assert (four[0], four[4], four[-1]) == (14.944, 0.618, 0.524)
+    assert {t.number: t.columns for t in TABLES} == {
+        **dict.fromkeys((1, 2, 9), SHORT),
+        **dict.fromkeys((4, 5, 6, 7, 8), FULL),
+        3: TASKS,
+    }
+
+
+def test_rows_and_columns_are_the_paper_s_with_its_figures_beside():
+    views = {view.title.split(":")[0]: view for view in paper_tables(_grid())}
+    assert {"Table 1", "Table 2"} <= set(views)
+    first = views["Table 1"]
+    titles = ["Original", "Taylor", "Random Prune", "RC+A", "Activation Mean", "Activation L2", "Weight L2"]
+    assert [row.title for row in first.rows] == titles
+    assert (first.columns, first.ratios) == (SHORT, (0.25, 0.5))
+    taylor = first.rows[1].cells
+    assert [c.paper for c in taylor] == [15.244, 0.607, 0.504, 31.839, 0.476, 0.394]
+    assert taylor[0].mean == pytest.approx(42.1)
+    assert taylor[0].spread == pytest.approx(np.std([40.0, 44.2], ddof=1))
+    assert [c.best for c in taylor] == [True] * 6
+    assert not any(c.best for row in first.rows if row.title != "Taylor" for c in row.cells)
+    assert (taylor[0].runs, taylor[0].text("perplexity")) == (2, "42.100 ± 2.970")
+
+
+def test_another_model_stands_without_the_paper_s_figures():
+    views = paper_tables(_grid("SmolLM2"))
+    assert any(view.title.startswith("Table 6") for view in views)
+    assert not any(view.has_paper for view in views)
+    assert not any(view.title.startswith("Table 6") for view in paper_tables(_grid()))
+
+
+def test_seeds_and_texts_have_rows_of_their_own():
+    seeds = [_record("rc-a", 0.25, seed, perplexity=10.0 + seed) for seed in (42, 0, 1, 7)]
+    view = next(v for v in paper_tables([_record("original"), *seeds]) if v.title.startswith("Table 4"))
+    assert [row.cells[0].mean for row in view.rows] == [20.0, 52.0, 10.0, 11.0, 17.0]
+    texts = [_record("act-mean", 0.25, text=text, perplexity=p) for text, p in (("bookcorpus", 5.0), ("c4", 6.0))]
+    view = next(v for v in paper_tables(texts) if v.title.startswith("Table 3"))
+    assert [row.cells[0].mean for row in view.rows] == [5.0, 6.0]
+    assert view.columns == TASKS
+
+
+def test_only_runs_of_one_setting_are_put_together():
+    other = _record("rc-a", 0.25, seed=1)
+    other["recipe"]["layers"] = "all"
+    limited = _record("rc-a", 0.25, seed=2)
+    limited["evaluation"]["limit"] = 10
+    groups = settings([_record("original"), _record("rc-a", 0.25), other, limited])
+    assert [len(members) for members in groups.values()] == [2, 2, 1]  # the limited one has no original
+    assert [setting.title.endswith(", only 10 documents a task") for setting in groups] == [False, False, True]
+
+
+def test_what_was_measured_without_a_protocol_is_found_too():
+    record = _record("rc-a", 0.25)
+    record["evaluation"]["task_prefix"] = "local_"
+    tasks = {
+        "local_piqa": {"metrics": {"acc": {"value": 0.7, "stderr": 0.1}, "acc_norm": {"value": 0.8, "stderr": 0.1}}},
+        "local_wikitext": {"metrics": {"word_perplexity": {"value": 12.5, "stderr": None}}},
+    }
+    record["metrics"] |= {"summary": {}, "tasks": tasks, "groups": {}}
+    assert measures(record) == {"piqa": 0.7, "perplexity": 12.5}
+    record["metrics"] |= {"tasks": {}, "perplexity": {"text": "a.txt", "window": 64, "value": "inf"}}
+    assert measures(record) == {"perplexity": float("inf")}
+    assert cell([record], "perplexity").text("perplexity") == "inf"
+
+
+def test_all_runs_are_listed_with_every_column():
+    ((setting, members),) = settings(_grid()).items()
+    view = full_table(setting, members)
+    assert view.columns == FULL
+    assert len(view.rows) == 1 + 2 * len(METHODS)
+    assert view.rows[0].title == "original"
+
+
+def test_like_is_held_against_like():
+    records = [_record("rc-a", 0.25, seed) for seed in (7, 42)] + [_record("weight-l2", 0.25, 42)]
+    assert {m: r["recipe"]["seed"] for m, r in one_each(records, 0.25).items()} == {"rc-a": 42, "weight-l2": 42}
+    assert ordered(["zzz", "rc-a", "taylor", "original"]) == ["taylor", "rc-a", "zzz"]
+
+
+def _size(png):
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", png[16:24])
+
+
+def test_every_figure_is_a_png_and_a_table(made):
+    kinds = ["cost", "norms-25", "norms-50", "overlap-25", "overlap-50", "quality", "tasks"]
+    kinds += ["overlap-by-layer-25", "overlap-by-layer-50"]
+    assert {path.stem for path in made.glob("*.png")} == {f"setting1-{kind}" for kind in kinds}
+    for path in made.glob("*.png"):
+        assert min(_size(path.read_bytes())) > 300
+        with path.with_suffix(".csv").open(newline="") as file:
+            header, *rows = csv.reader(file)
+        assert rows
+        assert all(len(row) == len(header) for row in rows)
+
+
+def test_the_numbers_of_the_figures_are_those_of_the_records(made):
+    with (made / "setting1-overlap-by-layer-25.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(METHODS) * (len(METHODS) - 1) // 2 * len(LAYERS)
+    keeps = {}
+    for record in _grid():
+        if record["recipe"].get("ratio") == 0.25 and record["recipe"]["seed"] == 0:
+            bits = np.unpackbits(np.frombuffer(base64.b64decode(record["layers"]["6"]["keep"]), dtype=np.uint8))
+            keeps[record["method"]] = set(np.flatnonzero(bits))
+    row = next(r for r in rows if (r["method"], r["other"], r["layer"]) == ("taylor", "rc-a", "6"))
+    a, b = keeps["taylor"], keeps["rc-a"]
+    assert float(row["jaccard"]) == pytest.approx(len(a & b) / len(a | b))
+    with (made / "setting1-quality.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["column"] for row in rows} == {"perplexity", "average"}
+    assert len(rows) == 2 * (1 + 4 * len(METHODS))
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.outside, self.images, self.tables, self.ids, self.links = [], [], 0, set(), []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.tables += tag == "table"
+        self.ids |= {values["id"]} if "id" in values else set()
+        if tag == "img":
+            self.images.append(values)
+        for name in ("src", "href"):
+            target = values.get(name) or ""
+            if target.startswith("#"):
+                self.links.append(target[1:])
+            elif target and not target.startswith("data:"):
+                self.outside.append(target)
+
+
+def test_the_page_needs_nothing_outside_itself(made):
+    text = (made / "report.html").read_text(encoding="utf-8")
+    page = _Page()
+    page.feed(text)
+    assert not page.outside
+    assert not re.search(r"https?://|url\(|@import", re.sub(r"base64,[^\"]*", "", text))
+    assert len(page.images) == len(list(made.glob("*.png")))
+    assert all(image["alt"] for image in page.images)
+    assert set(page.links) <= page.ids
+    assert page.tables >= 4
+    assert "no &lt;memory&gt; &amp; no luck" in text
+    assert '<b>42.100 ± 2.970</b> (2)<span class="paper">paper 15.244</span>' in text
+
+
+def test_the_markdown_has_the_tables_and_the_figures(made):
+    text = (made / "report.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("**Table 1")) + 2
+    assert lines[head].count("|") == lines[head + 1].count("|") == lines[head + 2].count("|") == 8
+    assert lines[head + 3].startswith("| Taylor | **42.100 ± 2.970** (2) [15.244] |")
+    for name in re.findall(r"\]\((.*?\.png)\)", text):
+        assert (made / name).is_file()
+    assert "&lt;" not in text
+
+
+def test_the_same_records_make_the_same_report(made, tmp_path):
+    failed = _record("rc-a", 0.75, status="failed", error="no <memory> & no luck")
+    write_report(_save([*_grid(), failed], tmp_path / "results"), tmp_path / "out")
+    for path in made.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_originals_alone_make_a_report(tmp_path):
+    write_report(_save([_record("original")], tmp_path / "results"), tmp_path / "out")
+    assert "| original | 20.000 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_command_says_where_the_report_is(tmp_path, monkeypatch, capfd):
+    _save([_record("original")], tmp_path / "results")
+    words = ["dicer", "report", str(tmp_path / "results"), "-o", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert capfd.readouterr().out.endswith(f"open {tmp_path / 'out' / 'report.html'}\n")
+
+
+def test_nothing_to_report_is_one_line(tmp_path):
+    with pytest.raises(ExperimentError, match="holds no finished run; 'dicer run"):
+        write_report(tmp_path, tmp_path / "out")
+    _save([_record("rc-a", 0.25, status="failed", error="x")], tmp_path)
+    with pytest.raises(ExperimentError, match=r"holds no finished run \(1 failed\)"):
+        write_report(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_older_record_is_one_line(tmp_path):
+    (path,) = _save([_record("original")], tmp_path).rglob("*.json")
+    path.write_text(json.dumps({"format": 0}))
+    with pytest.raises(ExperimentError, match="has format 0, and this version of dicer reads 1"):
+        write_report(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
+def test_a_missing_library_is_one_line(tmp_path, monkeypatch, library):
+    results = _save([_record("original"), _record("rc-a", 0.25)], tmp_path / "results")
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ExperimentError, match=rf"need {library}: pip install 'dicer\[report\]'"):
+        write_report(results, tmp_path / "out")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OutputError, match="cannot be written to"):
+        write_report(_save([_record("original")], tmp_path / "results"), tmp_path / "out")
+    assert report.TITLE
+
+
+PROBE = """<script>
+addEventListener("load", () => {
+  const sizes = [...document.querySelectorAll("img, svg")].map(
+    (e) => [e.getBoundingClientRect().width, e.getBoundingClientRect().height, e.naturalWidth || 1]);
+  const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+  document.body.setAttribute("data-probe", JSON.stringify({sizes, wide}));
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium to open the report with")
+def test_a_browser_shows_every_figure_and_has_nothing_to_complain_of(made, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text((made / "report.html").read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    flags += "--disable-component-update --disable-sync --virtual-time-budget=5000 --enable-logging=stderr"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr
+    probe = json.loads(html.unescape(re.search(r'data-probe="(.*?)"', done.stdout)[1]))
+    assert len(probe["sizes"]) == len(list(made.glob("*.png")))
+    assert all(min(size) > 0 for size in probe["sizes"])
+    assert not probe["wide"]  # tables scroll in their own boxes
