@@ -10,10 +10,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import save_tiny, tiny_tokenizer
 
 from dicer.calibration import HUB_TEXTS, load_calibration, load_windows
 from dicer.errors import CalibrationError
+from dicer.pipeline import make_plan
 from dicer.recipe import Recipe
 from dicer.sources import tokenize_with
 
@@ -47,7 +48,7 @@ def local(request, tmp_path):
 
 
 def _recipe(calib, **more):
-    return Recipe(calib=str(calib), **{"samples": 6, "seq_len": 20, "seed": 3, **more})
+    return Recipe(calib=str(calib), **{"samples": 6, "seq_len": 20, "calib_seed": 3, **more})
 
 
 def test_samples_are_windows_of_the_documents(local, tokenize):
@@ -78,11 +79,32 @@ def test_short_documents_are_passed_over_where_a_long_one_is(tmp_path, tokenize)
 
 def test_the_seed_decides_the_samples(local, tokenize):
     path, _ = local
-    first, again, other = (load_calibration(_recipe(path, seed=seed), tokenize) for seed in (3, 3, 4))
+    first, again, other = (load_calibration(_recipe(path, calib_seed=seed), tokenize) for seed in (3, 3, 4))
     assert torch.equal(first.tokens, again.tokens)
     assert first.provenance == again.provenance
     assert not torch.equal(first.tokens, other.tokens)
     assert first.provenance["tokens_sha256"] != other.provenance["tokens_sha256"]
+
+
+def test_the_seed_of_the_method_leaves_the_samples_alone(local, tokenize):
+    path, _ = local
+    for calib in (path, "builtin"):
+        first, other = (load_calibration(_recipe(calib, seed=seed), tokenize) for seed in (0, 1))
+        assert torch.equal(first.tokens, other.tokens)
+        assert first.provenance == other.provenance
+
+
+@pytest.mark.parametrize("method", ["act-l2", "taylor"])
+def test_a_method_without_draws_gives_one_plan_for_all_seeds(tmp_path, method):
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    model = save_tiny(tmp_path / "llama")
+    plans = [
+        make_plan(model, _recipe(tmp_path / "text.txt", method=method, seed=seed, calib_seed=calib_seed))
+        for seed, calib_seed in ((42, 42), (0, 42), (1, 42), (7, 42), (42, 0))
+    ]
+    assert [plans[0].diff(plan) for plan in plans[1:4]] == [[], [], []]
+    assert all(plan.calibration == plans[0].calibration for plan in plans[1:4])
+    assert plans[4].calibration["tokens_sha256"] != plans[0].calibration["tokens_sha256"]
 
 
 def test_provenance_says_source_and_hash_and_no_path(local, tokenize):
@@ -198,8 +220,9 @@ def count_up(builtin):
     return lambda _: list(range(builtin))
 
 
-@pytest.mark.parametrize("shown_length", [128, TWO_WINDOWS, 1023, 2048, 5001])
-@pytest.mark.parametrize("measured_length", [128, 1024, 777, 2048, 3000])
+@pytest.mark.parametrize(
+    ("shown_length", "measured_length"), [(128, 1024), (TWO_WINDOWS, 777), (1023, 128), (2048, 2048), (5001, 3000)]
+)
 def test_builtin_calibration_and_perplexity_never_see_the_same_text(count_up, builtin, shown_length, measured_length):
     shown = load_calibration(_recipe("builtin", samples=5000, seq_len=shown_length), count_up).tokens
     measured = load_windows("builtin", count_up, measured_length, None)
@@ -215,7 +238,7 @@ def test_builtin_calibration_and_perplexity_never_see_the_same_text(count_up, bu
 
 
 def test_builtin_is_seeded(tokenize):
-    rows = [load_calibration(_recipe("builtin", seed=seed), tokenize).tokens.tolist() for seed in (3, 3, 4)]
+    rows = [load_calibration(_recipe("builtin", calib_seed=seed), tokenize).tokens.tolist() for seed in (3, 3, 4)]
     assert rows[0] == rows[1] != rows[2]
 
 
@@ -268,7 +291,7 @@ def test_a_data_set_gives_windows_of_its_documents(hub, tokenize):
     assert all(any(_contains(document, row) for document in ids) for row in calibration.tokens.tolist())
     assert calibration.provenance["source"] == "owner/name"
     assert torch.equal(calibration.tokens, load_calibration(_recipe(hub), tokenize).tokens)
-    assert not torch.equal(calibration.tokens, load_calibration(_recipe(hub, seed=4), tokenize).tokens)
+    assert not torch.equal(calibration.tokens, load_calibration(_recipe(hub, calib_seed=4), tokenize).tokens)
 
 
 def test_a_data_set_says_nothing_on_stderr(hub, tokenize, capfd):

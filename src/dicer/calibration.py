@@ -70,7 +70,7 @@ def load_calibration(recipe: Recipe, tokenize: Tokenize | None) -> Calibration:
     """Take the samples that a recipe asks for (METHODS section 4).
 
     Args:
-        recipe: ``calib``, ``samples``, ``seq_len``, ``seed`` and the hub fields are read.
+        recipe: ``calib``, ``samples``, ``seq_len``, ``calib_seed`` and the hub fields are read.
         tokenize: text -> token ids without special tokens; not needed for ready ``input_ids``.
 
     Raises:
@@ -215,17 +215,17 @@ def _builtin(recipe: Recipe, tokenize: Tokenize) -> Calibration:
     even = _builtin_windows(tokenize, recipe.seq_len, first_block=0)
     if not even:
         raise CalibrationError(f"the builtin text is shorter than one sample of {recipe.seq_len} tokens.")
-    rng, notes = np.random.default_rng(recipe.seed), []
+    rng, notes = np.random.default_rng(recipe.calib_seed), []
     if recipe.samples > len(even):
         notes.append(f"the builtin text has {len(even)} samples of {recipe.seq_len} tokens; some are used again")
     order = np.concatenate([rng.permutation(len(even)) for _ in range(-(-recipe.samples // len(even)))])
     rows = [even[i] for i in order[: recipe.samples]]
-    return _calibration(torch.tensor(rows), {"source": "builtin", "kind": "windows", "seed": recipe.seed}, notes)
+    return _calibration(torch.tensor(rows), {"source": "builtin", "kind": "windows", "seed": recipe.calib_seed}, notes)
 
 
 def _sample(documents: Iterable[str], name: str, recipe: Recipe, tokenize: Tokenize) -> Calibration:
     """Windows at seeded random places, one a document until all long documents have been used, then again."""
-    length, rng, notes = recipe.seq_len, np.random.default_rng(recipe.seed), []
+    length, rng, notes = recipe.seq_len, np.random.default_rng(recipe.calib_seed), []
     pieces = [p for d in itertools.islice(documents, _HUB_DOCUMENTS) for p in _pieces(d)]
     if not pieces:
         raise CalibrationError(f"'{name}' holds no text.")
@@ -252,7 +252,7 @@ def _sample(documents: Iterable[str], name: str, recipe: Recipe, tokenize: Token
         ids = chosen[i % len(chosen)]
         start = int(rng.integers(len(ids) - length + 1))
         rows.append(ids[start : start + length])
-    provenance = {"source": name, "kind": "random windows", "seed": recipe.seed, "joined": joined}
+    provenance = {"source": name, "kind": "random windows", "seed": recipe.calib_seed, "joined": joined}
     return _calibration(torch.tensor(rows), provenance, notes)
 
 
@@ -282,7 +282,7 @@ def _hub_documents(recipe: Recipe) -> Iterator[str]:
         ) from None
     try:
         rows = datasets.load_dataset(text.path, text.config, split=text.split, revision=text.revision, streaming=True)
-        for row in rows.shuffle(seed=recipe.seed, buffer_size=_HUB_DOCUMENTS):
+        for row in rows.shuffle(seed=recipe.calib_seed, buffer_size=_HUB_DOCUMENTS):
             if not isinstance(row.get(text.field), str):
                 raise CalibrationError(
                     f"data set '{recipe.calib}' has no text field '{text.field}' (has: {', '.join(row)}); "

@@ -96,7 +96,10 @@ class Recipe(BaseModel):
     calib_field: str = Field(default="text", description="text field of the hub data set or of the .jsonl file")
     samples: int = Field(default=10, ge=1, description="calibration samples")
     seq_len: int = Field(default=128, ge=2, description="tokens in a sample")
-    seed: int = Field(default=42, ge=0, lt=2**63, description="seed of every draw")
+    calib_seed: int = Field(
+        default=42, ge=0, lt=2**63, description="seed of the choice of calibration samples, apart from --seed"
+    )
+    seed: int = Field(default=42, ge=0, lt=2**63, description="seed of random criteria and groupings")
     batch_size: int | None = Field(
         default=None, ge=1, description="samples in a forward pass (default: 4,096 tokens' worth)"
     )
