@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_tokenizer
 
+from dicer import calibration as calibration_module
 from dicer.calibration import HUB_TEXTS, load_calibration, load_windows
 from dicer.errors import CalibrationError
 from dicer.pipeline import make_plan
@@ -145,6 +146,25 @@ def test_short_documents_are_joined_and_the_run_says_so(tmp_path, tokenize):
     assert _contains(tokenize("\n\n".join(texts)), calibration.tokens[0].tolist())
     assert calibration.notes == ("no document of 'text.jsonl' has 20 tokens, so its 3 documents were joined",)
     assert calibration.provenance["joined"] is True
+
+
+def test_short_documents_joined_give_what_too_few_long_ones_do_not(tmp_path, tokenize):
+    short = [f"short {i}." for i in range(20)]
+    texts = [*short[:10], "x" * 45, *short[10:], "y" * 25]
+    path = _jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    calibration = load_calibration(_recipe(path, samples=7), tokenize)
+    rows = calibration.tokens.tolist()
+    assert [set(row) for row in sorted(rows[:2])] == [set(tokenize("x")), set(tokenize("y"))]
+    joined = tokenize("\n\n".join(short))
+    assert all(_contains(joined, row) for row in rows[2:])
+    assert calibration.notes == (
+        "only 2 documents of 'text.jsonl' have 20 tokens, so 5 of 7 samples come from the shorter ones joined",
+    )
+    assert calibration.provenance["joined"] is True
+    room = len(joined) // 20 + 2 + 1  # of the joined ones, of x and of y
+    assert len(load_calibration(_recipe(path, samples=room), tokenize).notes) == 1
+    notes = load_calibration(_recipe(path, samples=room + 1), tokenize).notes
+    assert notes[1:] == (f"'text.jsonl' is shorter than {room + 1} x 20 tokens, so samples overlap",)
 
 
 @pytest.mark.parametrize(("samples", "overlap"), [(1, False), (10, False), (11, True), (40, True)])
@@ -319,17 +339,6 @@ def test_what_a_data_set_does_not_have_is_one_line(hub, tokenize, asked, says):
     assert "\n" not in str(caught.value)
 
 
-class _Rows:
-    """What load_dataset returns when it streams."""
-
-    def __init__(self, field, shuffled):
-        self._field, self._shuffled = field, shuffled
-
-    def shuffle(self, *, seed, buffer_size):
-        self._shuffled.append((seed, buffer_size))
-        return iter([{self._field: "   "}, {self._field: "w" * 60}, {self._field: "v" * 60}])
-
-
 @pytest.mark.parametrize(
     ("asked", "arguments"),
     [
@@ -346,18 +355,43 @@ class _Rows:
 def test_names_become_the_right_data_sets_and_stream(monkeypatch, tokenize, asked, arguments):
     import datasets
 
-    called, shuffled = [], []
+    called = []
 
     def load_dataset(path, config, *, split, revision, streaming):
         called.append((path, config, split, revision))
         assert streaming is True
-        return _Rows(asked.get("calib_field", "text"), shuffled)
+        return ({asked.get("calib_field", "text"): text} for text in ("   ", "w" * 60, "v" * 60))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     calibration = load_calibration(_recipe(**asked), tokenize)
     assert called == [arguments]
-    assert shuffled == [(3, 10_000)]
     assert set(calibration.tokens.flatten().tolist()) == set(tokenize("vw"))  # the blank document is passed over
+
+
+def test_short_rows_of_a_stream_stay_in_their_order_and_only_the_first_are_read(monkeypatch, tokenize):
+    import datasets
+
+    read = []
+
+    def sentences():
+        for i in range(10_000_000):
+            read.append(i)
+            yield {"text": f"sentence {i:05d}."}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: sentences())
+    monkeypatch.setattr(calibration_module, "_HUB_DOCUMENTS", 300)
+    calibration = load_calibration(_recipe("bookcorpus", seq_len=100), tokenize)
+    text = tokenize("\n\n".join(f"sentence {i:05d}." for i in range(300)))
+    assert len(read) == 300
+    assert all(_contains(text, row) for row in calibration.tokens.tolist())
+
+
+def test_a_local_file_is_read_whole(tmp_path, monkeypatch, tokenize):
+    monkeypatch.setattr(calibration_module, "_HUB_DOCUMENTS", 3)
+    path = _jsonl(tmp_path / "text.jsonl", [{"text": document} for document in DOCUMENTS])
+    calibration = load_calibration(_recipe(path, samples=12, seq_len=190), tokenize)
+    assert len({tuple(row) for row in calibration.tokens.tolist()}) == 12
+    assert calibration.notes == ()
 
 
 def test_the_known_names_are_those_of_the_paper():

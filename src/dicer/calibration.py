@@ -25,7 +25,7 @@ Tokenize = Callable[[str], list[int]]
 
 # A longer document is read as several: the place of a window stays random without tokenizing gigabytes.
 _DOCUMENT_CHARACTERS = 1_000_000
-# How many documents of a streamed data set are drawn from; more would mean more download for the same randomness.
+# How many documents of a streamed data set, its first ones, are drawn from; more would mean more download.
 _HUB_DOCUMENTS = 10_000
 # Tokens: even blocks of the builtin text are for calibration, odd ones for perplexity, whatever the window lengths.
 _BUILTIN_BLOCK = 2_048
@@ -86,7 +86,7 @@ def load_calibration(recipe: Recipe, tokenize: Tokenize | None) -> Calibration:
     elif source == "builtin":
         return _builtin(recipe, _need(tokenize))
     else:
-        documents, name = _hub_documents(recipe), source
+        documents, name = itertools.islice(_hub_documents(recipe), _HUB_DOCUMENTS), source
     return _sample(documents, name, recipe, _need(tokenize))
 
 
@@ -224,35 +224,57 @@ def _builtin(recipe: Recipe, tokenize: Tokenize) -> Calibration:
 
 
 def _sample(documents: Iterable[str], name: str, recipe: Recipe, tokenize: Tokenize) -> Calibration:
-    """Windows at seeded random places, one a document until all long documents have been used, then again."""
-    length, rng, notes = recipe.seq_len, np.random.default_rng(recipe.calib_seed), []
-    pieces = [p for d in itertools.islice(documents, _HUB_DOCUMENTS) for p in _pieces(d)]
+    """Windows at seeded random places: one of each long document, then of the short ones joined, then more of each.
+
+    Short documents are joined in their order, so that sentences of one book follow each other.
+    """
+    length, samples, rng, notes = recipe.seq_len, recipe.samples, np.random.default_rng(recipe.calib_seed), []
+    pieces = [p for d in documents for p in _pieces(d)]
     if not pieces:
         raise CalibrationError(f"'{name}' holds no text.")
-    chosen: list[list[int]] = []
+    long: dict[int, list[int]] = {}
     for index in rng.permutation(len(pieces)):
         ids = tokenize(pieces[index])
         if len(ids) >= length:
-            chosen.append(ids)
-        if len(chosen) == recipe.samples:
+            long[int(index)] = ids
+        if len(long) == samples:
             break
-    joined = not chosen
-    if joined:
-        chosen = [tokenize("\n\n".join(pieces))]
-        if len(chosen[0]) < length:
-            raise CalibrationError(
-                f"'{name}' gives {len(chosen[0])} tokens, too short for one sample of {length}; "
-                "use a longer text or a smaller --seq-len."
-            )
+    seats = list(long.values())
+    room = {id(ids): len(ids) // length for ids in seats}
+    short = [piece for index, piece in enumerate(pieces) if index not in long] if len(seats) < samples else []
+    joined = tokenize("\n\n".join(short)) if short else []
+    from_joined = min(len(joined) // length, samples - len(seats))
+    if not seats and not from_joined:
+        raise CalibrationError(
+            f"'{name}' gives {len(joined)} tokens, too short for one sample of {length}; "
+            "use a longer text or a smaller --seq-len."
+        )
+    if from_joined and not seats:
         notes.append(f"no document of '{name}' has {length} tokens, so its {len(pieces)} documents were joined")
-    if sum(len(ids) // length for ids in chosen) < recipe.samples:
-        notes.append(f"'{name}' is shorter than {recipe.samples} x {length} tokens, so samples overlap")
+    elif from_joined:
+        notes.append(
+            f"only {len(seats)} documents of '{name}' have {length} tokens, so {from_joined} of {samples} samples come "
+            "from the shorter ones joined"
+        )
+    texts = [*seats, joined] if from_joined else seats
+    seats = seats + [joined] * from_joined
+    room[id(joined)] = len(joined) // length
+    if sum(room[id(ids)] for ids in texts) < samples:
+        notes.append(f"'{name}' is shorter than {samples} x {length} tokens, so samples overlap")
+    for turn in itertools.count(2):  # a text has its next turn while it has room, and then all have
+        if len(seats) >= samples:
+            break
+        seats += [ids for ids in texts if ids is not joined and room[id(ids)] >= turn] or texts
     rows = []
-    for i in range(recipe.samples):
-        ids = chosen[i % len(chosen)]
+    for ids in seats[:samples]:
         start = int(rng.integers(len(ids) - length + 1))
         rows.append(ids[start : start + length])
-    provenance = {"source": name, "kind": "random windows", "seed": recipe.calib_seed, "joined": joined}
+    provenance = {
+        "source": name,
+        "kind": "random windows",
+        "seed": recipe.calib_seed,
+        "joined": from_joined > 0,
+    }
     return _calibration(torch.tensor(rows), provenance, notes)
 
 
@@ -266,6 +288,10 @@ def _side_by_side(ids: Sequence[int], length: int) -> list[list[int]]:
 
 
 def _hub_documents(recipe: Recipe) -> Iterator[str]:
+    """The rows with text, as the stream has them: a shuffled stream would tear sentences of one book apart.
+
+    The seed chooses among the first ``_HUB_DOCUMENTS`` of them, and the places in them.
+    """
     known = HUB_TEXTS.get(recipe.calib)
     if known is None and recipe.calib.count("/") != 1:
         raise CalibrationError(
@@ -282,7 +308,7 @@ def _hub_documents(recipe: Recipe) -> Iterator[str]:
         ) from None
     try:
         rows = datasets.load_dataset(text.path, text.config, split=text.split, revision=text.revision, streaming=True)
-        for row in rows.shuffle(seed=recipe.calib_seed, buffer_size=_HUB_DOCUMENTS):
+        for row in rows:
             if not isinstance(row.get(text.field), str):
                 raise CalibrationError(
                     f"data set '{recipe.calib}' has no text field '{text.field}' (has: {', '.join(row)}); "
