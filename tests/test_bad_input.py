@@ -376,8 +376,37 @@ def test_an_output_folder_that_is_not_empty(refused, models, tmp_path):
     (out / "notes.txt").write_text("mine")
     words = ("prune", models.llama, "-o", out, "--method", "weight-l2")
     refused(*words, says=["output folder", "out is not empty", "--overwrite"])
-    refused(*words, "--overwrite", says=["no config.json", "--overwrite leaves it"])
+    refused(*words, "--overwrite", says=["no dicer_plan.json", "--overwrite leaves it"])
     refused(*words, "--dry-run", says=["is not empty"])
+
+
+@pytest.mark.parametrize("held", ["model", "text", "recipe", "perplexity", "criterion", "plan"])
+def test_an_output_that_holds_what_the_run_reads(refused, copy, models, text, tmp_path, held):
+    model = copy() if held == "model" else models.llama
+    out = model if held == "model" else tmp_path / "out"
+    dicer.make_plan(models.llama, Recipe(method="weight-l2")).save(_made(out))
+    (out / "text.txt").write_text("some text")
+    words = {
+        "model": ["prune", model],
+        "text": ["prune", model, "--calib", out / "text.txt"],
+        "recipe": ["plan", model, "--recipe", _recipe_file(out)],
+        "perplexity": ["prune", model, "--perplexity", out / "text.txt"],
+        "criterion": ["plan", model, "--criterion", f"{out / 'text.txt'}:name"],
+        "plan": ["apply", out / "dicer_plan.json", model],
+    }[held]
+    before = sorted(path.name for path in out.iterdir())
+    refused(*words, "-o", out, "--overwrite", says=["is or holds", "which this run reads"])
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def _made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _recipe_file(folder):
+    (folder / "recipe.toml").write_text("ratio = 0.5")
+    return folder / "recipe.toml"
 
 
 def test_a_folder_in_the_way_of_the_unfinished_one(refused, models, tmp_path):
@@ -769,7 +798,7 @@ def test_a_plan_does_not_overwrite_what_is_none(refused, models, tmp_path):
     (out / "notes.txt").write_text("mine")
     words = ("plan", models.llama, "-o", out, "--method", "weight-l2")
     refused(*words, says=["is not empty"])
-    refused(*words, "--overwrite", says=["neither checkpoint", "nor plan"])
+    refused(*words, "--overwrite", says=["no dicer_plan.json", "--overwrite leaves it"])
 
 
 # The same from Python, and in a process of its own

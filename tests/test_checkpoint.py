@@ -221,26 +221,43 @@ def test_nothing_is_under_the_final_name_before_the_end(tmp_path):
     assert [path.name for path in out.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("there", ["nothing", "empty folder", "checkpoint", "plan"])
+@pytest.mark.parametrize("there", ["nothing", "empty folder", "checkpoint", "other checkpoint", "plan", "notes"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_an_output_folder_may_hold(tmp_path, there, overwrite):
     out = tmp_path / "out"
     if there != "nothing":
         out.mkdir()
-    if there == "checkpoint":
-        (out / "config.json").write_text("{}")
-    if there == "plan":
-        (out / "dicer_plan.json").write_text("{}")
-    if there in ("checkpoint", "plan") and not overwrite:
-        with pytest.raises(OutputError, match="is not empty"):
-            check_output(out, overwrite=overwrite)
-        with pytest.raises(OutputError, match="is not empty"):
-            _write(out, overwrite=overwrite)
+    held = {
+        "checkpoint": ["config.json", "dicer_plan.json"],
+        "other checkpoint": ["config.json", "runs"],  # of a training, say
+        "plan": ["dicer_plan.json"],
+        "notes": ["notes.txt"],
+    }
+    for name in held.get(there, []):
+        (out / name).write_text("{}")
+    says = None if there in ("nothing", "empty folder") else "is not empty"
+    if says and overwrite:
+        says = None if "dicer_plan.json" in held[there] else "no dicer_plan.json, so dicer did not write it"
+    if says:
+        for write in (check_output, _write):
+            with pytest.raises(OutputError, match=says):
+                write(out, overwrite=overwrite)
+        assert sorted(path.name for path in out.iterdir()) == held[there]
         return
     check_output(out, overwrite=overwrite)
     _write(out, overwrite=overwrite)
     assert sorted(_bytes(out)) == ["config.json", WEIGHTS]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["out", "out/text.txt", "out/deep/model", "link"])
+def test_an_output_folder_never_holds_what_the_run_reads(tmp_path, place):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dicer_plan.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(OutputError, match="which this run reads"):
+        check_output(tmp_path / "out", overwrite=True, inputs=[tmp_path / "other", tmp_path / place])
+    check_output(tmp_path / "out", overwrite=True, inputs=[tmp_path / "output", tmp_path])
 
 
 @pytest.mark.parametrize("state", ["empty", "marked"])
@@ -265,6 +282,7 @@ def test_a_folder_of_somebody_else_is_never_touched(tmp_path, name):
             _write(tmp_path / "out")
     else:
         _write(tmp_path / "out")
+        (tmp_path / "out" / "dicer_plan.json").touch()
         _write(tmp_path / "out", overwrite=True)
     assert (tmp_path / name / "mine.txt").read_text() == "mine"
 

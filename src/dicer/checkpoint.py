@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
 _MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
 _OLD = "old"  # inside it: the checkpoint that --overwrite replaces, between two renames
+_MADE_BY_DICER = "dicer_plan.json"  # in every checkpoint and plan of ours; nothing else is overwritten
 _MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
 
 _DTYPES = {
@@ -313,22 +314,30 @@ class CheckpointSink:
         (self.folder / name).write_text(text, encoding="utf-8")
 
 
-def check_output(out: Path, *, overwrite: bool) -> None:
+def check_output(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse an output folder that would lose something or cannot be made, before any work is done.
 
+    Args:
+        out: the folder to write.
+        overwrite: whether what dicer wrote there before may be replaced.
+        inputs: what the run reads (model folder, plan, recipe, text); none of it may lie in ``out``.
+
     Raises:
-        OutputError: it is a file, or not empty without ``overwrite``, or holds something that dicer does not write, or
-            lies where nothing can be written.
+        OutputError: it is a file, or not empty without ``overwrite``, or was not written by dicer, or holds an input,
+            or lies where nothing can be written.
     """
     try:
-        _check_output(out.resolve(), out, overwrite)
+        _check_output(out.resolve(), out, overwrite, inputs)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}.") from None
 
 
-def _check_output(target: Path, out: Path, overwrite: bool) -> None:
+def _check_output(target: Path, out: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     if Path.cwd().is_relative_to(target):
         raise OutputError(f"output {out} is the folder that you are in, or holds it; choose a folder of its own.")
+    for path in inputs:
+        if path.resolve().is_relative_to(target):
+            raise OutputError(f"output {out} is or holds {path}, which this run reads; choose another folder.")
     if target.is_file():
         raise OutputError(f"output {out} is a file; choose a folder that does not exist yet.")
     parent = next(p for p in target.parents if p.exists())
@@ -341,8 +350,10 @@ def _check_output(target: Path, out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"output folder {out} is not empty. Choose another, or pass --overwrite to replace it.")
-    if not any((held / name).is_file() for name in ("config.json", "dicer_plan.json")):
-        raise OutputError(f"{out} holds neither checkpoint (no config.json) nor plan; --overwrite leaves it.")
+    if not (held / _MADE_BY_DICER).is_file():
+        raise OutputError(
+            f"{out} holds no {_MADE_BY_DICER}, so dicer did not write it; --overwrite leaves it. Choose another folder."
+        )
 
 
 def check_space(out: Path, weight_bytes: int) -> None:

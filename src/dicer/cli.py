@@ -74,6 +74,12 @@ def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
     return make_recipe({**(read_recipe(file) if file else {}), **given})
 
 
+def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path]:
+    """What is there on the disk of the things that a run reads."""
+    named = (model, recipe.calib, (recipe.criterion or "").rpartition(":")[0], *files)
+    return [path for path in (Path(name) for name in named if name) if path.exists()]
+
+
 @app.command()
 @_recipe_flags
 def prune(
@@ -108,7 +114,7 @@ def prune(
     from dicer.scoring import prepare
     from dicer.sources import open_model
 
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, inputs=_inputs(model, asked, recipe, perplexity))
     quiet_transformers()
     if dry_run:
         job = prepare(open_model(model), asked)
@@ -141,7 +147,7 @@ def plan(
     from dicer import pipeline
     from dicer.checkpoint import CheckpointSink, check_output
 
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, inputs=_inputs(model, asked, recipe))
     quiet_transformers()
     with Bar() as progress:
         made = pipeline.make_plan(model, asked, progress=progress)
@@ -161,7 +167,9 @@ def apply(
 ) -> None:
     """Write the checkpoint that PLAN describes, shard by shard, without loading MODEL."""
     from dicer import pipeline
+    from dicer.checkpoint import check_output
 
+    check_output(output, overwrite=overwrite, inputs=_inputs(model, Recipe(), plan))
     quiet_transformers()
     with Bar() as progress:
         result = pipeline.apply_plan(plan, model, output, overwrite=overwrite, progress=progress)
