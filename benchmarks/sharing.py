@@ -1,0 +1,79 @@
+"""What seven methods cost together, against one shared calibration pass, the taylor pass and seven cuts.
+
+The left side is what an experiment does (`passes.score_all`, then each pruned model is built and dropped); the right
+side is the sum of its parts, each timed alone in the same round. One process, rounds interleaved, medians. Prints
+``seven methods / parts: X`` on a line of its own.
+
+    python benchmarks/sharing.py [--model builtin:smollm2] [--layers 5-28] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+from transformers.utils import logging
+
+from dicer.passes import score_all
+from dicer.pipeline import build_model
+from dicer.recipe import make_recipe
+from dicer.scoring import prepare, score
+from dicer.sources import open_model
+
+METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin:smollm2")
+    parser.add_argument("--layers", default="5-28")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    source = open_model(options.model)
+    model, tokenizer = source.load_model(), source.tokenizer()
+    methods = options.methods.split(",")
+    recipes = [make_recipe({"method": method, "layers": options.layers}) for method in methods]
+    jobs = {method: prepare(source, recipe, tokenizer) for method, recipe in zip(methods, recipes, strict=True)}
+    plans = score(list(jobs.values()), model)
+
+    def together() -> None:
+        for found in score_all(source, model, recipes, tokenizer):
+            if isinstance(found, Exception):
+                raise found
+            build_model(source, found.plan)
+
+    # One pass that collects what all methods without gradients need; its decisions (clustering ...) are part of it.
+    shared = [job for method, job in jobs.items() if method != "taylor"]
+    parts: dict[str, Callable[[], object]] = {
+        "calibration pass": lambda: score(shared, model),
+        "taylor pass": lambda: score([jobs["taylor"]], model),
+        "cuts": lambda: [build_model(source, plan) for plan in plans],
+    }
+    whole: list[float] = []
+    apart: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(options.rounds + 1):
+        took = seconds(together)
+        each = {name: seconds(work) for name, work in parts.items()}
+        if number > 0:  # the first round warms up
+            whole.append(took)
+            for name, value in each.items():
+                apart[name].append(value)
+    print(f"{options.model}, layers {options.layers}, {len(methods)} methods: {', '.join(methods)}")
+    for name, values in {"together": whole, **apart}.items():
+        print(f"{name:>16}: median {statistics.median(values):.2f} s, {min(values):.2f} to {max(values):.2f}")
+    total = sum(statistics.median(values) for values in apart.values())
+    print(f"seven methods / parts: {statistics.median(whole) / total:.3f}")
+
+
+if __name__ == "__main__":
+    main()
