@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -268,6 +270,59 @@ def test_an_unfinished_folder_of_ours_is_cleared_away(tmp_path, state):
         (partial / ".dicer-partial").touch()
         (partial / "new").mkdir()
         (partial / "new" / WEIGHTS).write_bytes(b"half")
+    _write(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+WRITER = """
+import pathlib, sys
+from dicer.checkpoint import CheckpointSink
+with CheckpointSink(pathlib.Path(sys.argv[1])) as sink:
+    sink.write_text("config.json", "{}")
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """Another process that has begun to write ``out``."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "open\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_leaves_the_folder_of_a_first_alone(tmp_path, writer):
+    for refused in (lambda: check_output(tmp_path / "out", overwrite=True), lambda: _write(tmp_path / "out")):
+        with pytest.raises(OutputError, match="another run of dicer writes"):
+            refused()
+    writer.communicate("")
+    assert writer.returncode == 0
+    assert sorted(_bytes(tmp_path / "out")) == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_begins_between_check_and_writing_is_seen_too(tmp_path):
+    first, second = CheckpointSink(tmp_path / "out"), CheckpointSink(tmp_path / "out")
+    with first:
+        with pytest.raises(OutputError, match="another run of dicer writes"), second:
+            pass
+        first.write_text("config.json", "{}")
+    assert sorted(_bytes(tmp_path / "out")) == ["config.json"]
+
+
+def test_a_kill_frees_the_folder(tmp_path, writer):
+    writer.kill()
+    writer.wait()
+    assert (tmp_path / "out.partial" / "new" / "config.json").exists()
+    _write(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_such_locks_writing_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("dicer.checkpoint.fcntl", None)
     _write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

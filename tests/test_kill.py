@@ -18,7 +18,7 @@ from dicer import checkpoint
 from dicer.errors import OutputError
 from dicer.recipe import Recipe
 
-POINTS, LAST = 10, 12
+POINTS, LAST = 10, 20
 
 # Imports once, then forks a child for each kill. An event is whatever Python does to a file below the output's parent;
 # the child kills itself just before the one that it was told. Where: ten events spread from the first to the last, each

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs into one folder are not told apart
+    fcntl = None  # type: ignore[assignment]
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -207,10 +212,12 @@ class CheckpointSink:
 
     Use as a context manager. After an exception the partial folder is removed; after a kill it stays under a name that
     nothing loads and that the next run clears away. With ``overwrite`` the old folder is replaced only after the new
-    one is whole; a kill between the two renames leaves it in the partial folder, and the next run puts it back.
+    one is whole; a kill between the two renames leaves it in the partial folder, and the next run puts it back. A lock
+    on the marker, which ends with the process, keeps a second run away from the folder of a first that still writes.
 
     Raises:
-        OutputError: the folder is there and not empty, cannot be written, or the disk is too full.
+        OutputError: the folder is there and not empty, another run writes it, it cannot be written, or the disk is too
+            full.
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
@@ -219,28 +226,45 @@ class CheckpointSink:
         self._partial = _partial(self.out)
         self.folder = self._partial / "new"
         self._shard_bytes = shard_bytes
+        self._lock: int | None = None
 
     def __enter__(self) -> CheckpointSink:
         with self._as_output_error():
             if self._partial.exists():
-                self._clear()
+                left = _locked(self._partial / _MARKER, self.out)
+                try:
+                    self._clear()
+                finally:
+                    _unlock(left)
             self._partial.mkdir(parents=True)
             (self._partial / _MARKER).touch()
-            self.folder.mkdir()
+            self._lock = _locked(self._partial / _MARKER, self.out)
+            try:
+                self.folder.mkdir()
+            except BaseException:
+                self._unlock()
+                raise
         return self
+
+    def _unlock(self) -> None:
+        _unlock(self._lock)
+        self._lock = None
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
         with self._as_output_error():
-            if error is None:
-                try:
-                    self._finish()
-                finally:
+            try:
+                if error is None:
+                    try:
+                        self._finish()
+                    finally:
+                        self._clear()
+                    return
+                with suppress(OSError):
                     self._clear()
-                return
-            with suppress(OSError):
-                self._clear()
-            if isinstance(error, OSError):
-                raise error
+                if isinstance(error, OSError):
+                    raise error
+            finally:
+                self._unlock()
 
     def _finish(self) -> None:
         if self.out.exists():
@@ -345,6 +369,7 @@ def _check_output(target: Path, out: Path, overwrite: bool, inputs: Iterable[Pat
         raise OutputError(f"cannot write {out}: {parent} is a file.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {out}: no permission to write in {parent}.")
+    _unlock(_locked(_partial(target) / _MARKER, out))
     held = target if target.exists() else _partial(target) / _OLD  # set aside by a run that was killed
     if not held.is_dir() or not any(held.iterdir()):
         return
@@ -373,6 +398,36 @@ def check_space(out: Path, weight_bytes: int) -> None:
 
 def _partial(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
+
+
+def _locked(marker: Path, out: Path) -> int | None:
+    """Lock a marker file for this process; None where there is none, or no such locks.
+
+    Raises:
+        OutputError: another run holds it.
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(marker, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(
+            f"another run of dicer writes {out} now; wait for its end, or choose another folder."
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _shards(infos: Mapping[str, TensorInfo], limit: int) -> Iterable[list[str]]:
