@@ -234,6 +234,11 @@ def test_cuda_where_there_is_none(prune_refused):
             "score",
             ["returned list", "tensor"],
         ),
+        (
+            "import dicer\n@dicer.criterion('s', source='x')\ndef score(w, s): return {}['key']",
+            "score",
+            ["criterion 's' failed: KeyError: 'key'"],
+        ),
     ],
 )
 def test_a_criterion_of_ones_own_that_is_not_one(prune_refused, tmp_path, monkeypatch, content, name, says):

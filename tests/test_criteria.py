@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -316,3 +317,17 @@ def test_a_criterion_file_that_is_not_there_and_a_name_that_nobody_knows_are_sai
 def test_a_need_that_does_not_exist_is_said_where_it_is_declared():
     with pytest.raises(RecipeError, match=r"criterion 'mine': unknown need 'gradients'\. Did you mean 'gradient'\?"):
         dicer.criterion("mine", needs=("gradients",), source="a test")
+
+
+def test_a_file_of_ones_own_may_hold_dataclasses(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    file = tmp_path / "json.py"  # no module of that name is put aside
+    file.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses, dicer\n"
+        "@dataclasses.dataclass\nclass Options:\n    power: int = 2\n"
+        "@dicer.criterion('own', source='x')\ndef score(w, s): return w.up.pow(Options().power).sum(1)\n"
+    )
+    before = sys.modules["json"]
+    assert find_criterion(f"{file}:score", CRITERIA).name == "own"
+    assert sys.modules["json"] is before

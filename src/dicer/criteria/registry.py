@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.util
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dicer.errors import RecipeError, unknown
+from dicer.errors import DicerError, RecipeError, unknown
 from dicer.families import UnitWeights
 from dicer.layer_statistics import LayerStatistics
 
@@ -86,16 +90,33 @@ def find_criterion(name: str, registry: Mapping[str, Criterion]) -> Criterion:
     path = Path(file)
     if not path.is_file():
         raise RecipeError(f"criterion file {path} does not exist.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    private = "_dicer_criterion_" + hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    spec = importlib.util.spec_from_file_location(private, path)
     if spec is None or spec.loader is None:
         raise RecipeError(f"criterion file {path} cannot be imported.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise RecipeError(f"criterion file {path} cannot be run: {type(error).__name__}: {error}.") from error
     found = getattr(module, attribute, None)
     if not isinstance(found, Criterion):
         own = [key for key, value in vars(module).items() if isinstance(value, Criterion)]
         raise RecipeError(f"{path}: " + unknown("criterion", attribute, own) + " Mark it with @dicer.criterion(...).")
-    return found
+    return dataclasses.replace(found, score=_told(found))
+
+
+def _told(own: Criterion) -> Score:
+    """A user's score function whose exceptions say where they come from, in one line."""
+
+    def score(weights: UnitWeights, statistics: LayerStatistics) -> Tensor:
+        try:
+            return own.score(weights, statistics)
+        except (DicerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise RecipeError(f"criterion '{own.name}' failed: {type(error).__name__}: {error}.") from error
+
+    return score
