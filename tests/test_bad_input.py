@@ -268,7 +268,7 @@ def test_a_recipe_file_that_is_wrong(prune_refused, tmp_path, content, says):
     file = tmp_path / "recipe.toml"
     if content is not None:
         file.write_bytes(content)
-    prune_refused("--recipe", file, says=says)
+    prune_refused("--recipe", file, says=[*says, file])
 
 
 # Calibration text

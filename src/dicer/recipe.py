@@ -188,7 +188,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """The values of a recipe file, to be overridden by flags and given to :func:`make_recipe`.
 
     Raises:
-        RecipeError: the file cannot be read, is no TOML, or has a key that no recipe has.
+        RecipeError: the file cannot be read, is no TOML, or has a key or value that no recipe has; the line names it.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -198,6 +198,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for key in values:
         if key not in Recipe.model_fields:
             raise RecipeError(f"recipe {path}: " + unknown("key", key, Recipe.model_fields))
+    try:
+        make_recipe(values)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from None
     return values
 
 
