@@ -362,8 +362,15 @@ def test_a_corrupt_tokenizer(prune_refused, copy, content):
     ("value", "says"),
     [("no.txt", ["no.txt cannot be read"]), ("c4", ["'c4' is neither 'builtin' nor a .txt"])],
 )
-def test_a_perplexity_text_that_cannot_be_had(prune_refused, value, says):
-    prune_refused("--perplexity", value, says=says)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_perplexity_text_that_cannot_be_had(prune_refused, value, says, dry):
+    prune_refused("--perplexity", value, *dry, says=says)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_disk_that_is_too_full(prune_refused, monkeypatch, dry):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    prune_refused(*dry, says=["are free on that disk"])
 
 
 def test_a_perplexity_text_that_is_too_short(prune_refused, text, tmp_path):

@@ -109,7 +109,7 @@ def prune(
     """
     asked = _recipe(recipe, flags)
     from dicer import pipeline
-    from dicer.checkpoint import check_output
+    from dicer.checkpoint import check_output, check_space
     from dicer.machine import pick_device
     from dicer.scoring import prepare
     from dicer.sources import open_model
@@ -118,6 +118,9 @@ def prune(
     quiet_transformers()
     if dry_run:
         job = prepare(open_model(model), asked)
+        check_space(output, job.sizes()[1].nbytes)
+        if perplexity:
+            pipeline._windows(perplexity, job.source, None)
         pick_device(asked.device)
         say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
         _show_sizes(*job.sizes())
