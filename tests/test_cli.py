@@ -302,6 +302,36 @@ def test_a_bar_appears_on_a_terminal_once_a_stage_takes_long(monkeypatch, capsys
     assert bool(err) == shown
 
 
+def test_a_stage_that_comes_again_begins_anew(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with terminal.Bar() as progress:
+        for time, done in ((0, 0), (1, 3), (60, 0), (61, 1)):
+            now[0] = time
+            progress("calibration", done, 3)
+    assert capsys.readouterr() == ("", "")
+    with terminal.Bar() as progress:
+        for time, done in ((0, 0), (3, 1)):
+            now[0] = time
+            progress("calibration", done, 3)
+    assert "calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_bars_of_downloads_stay_on_a_terminal(monkeypatch, on_terminal):
+    from huggingface_hub import utils
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", None)
+    try:
+        terminal.quiet_transformers()
+        assert utils.are_progress_bars_disabled() != on_terminal
+    finally:
+        utils.disable_progress_bars()
+
+
 def test_anything_else_keeps_its_traceback(monkeypatch, model, tmp_path):
     from dicer import pipeline
 

@@ -44,7 +44,7 @@ class Bar:
     def _update(self, stage: str, done: int, total: int) -> None:
         if not self._progress.console.is_terminal:
             return
-        if stage != self._stage:
+        if stage != self._stage or done == 0:  # a stage that comes again begins anew
             if self._task is not None:
                 self._progress.remove_task(self._task)
             self._stage, self._began, self._task = stage, time.monotonic(), None
@@ -67,11 +67,15 @@ def say(text: str) -> None:
 
 
 def quiet_transformers() -> None:
-    """Its bars and warnings speak to programmers; dicer has its own."""
+    """Its bars and warnings speak to programmers; dicer has its own. Bars of downloads stay, on a terminal."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # those of huggingface_hub, too
+    if sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
 
 
 def check_file(path: Path | None, *, overwrite: bool) -> None:
