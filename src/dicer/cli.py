@@ -120,7 +120,7 @@ def prune(
         job = prepare(open_model(model), asked)
         check_space(output, job.sizes()[1].nbytes)
         if perplexity:
-            pipeline._windows(perplexity, job.source, None)
+            pipeline.perplexity_windows(perplexity, job.source, None)
         pick_device(asked.device)
         say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
         _show_sizes(*job.sizes())

@@ -101,7 +101,8 @@ def apply_plan(
         DicerError: anything that the user can mend.
     """
     out = Path(output)
-    check_output(out, overwrite=overwrite)
+    read = [Path(p) for p in (plan, model) if not isinstance(p, PrunePlan)]
+    check_output(out, overwrite=overwrite, inputs=read)
     loaded = plan if isinstance(plan, PrunePlan) else load_plan(Path(plan))
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
@@ -141,9 +142,10 @@ def prune(
     """
     recipe = recipe or Recipe()
     out = Path(output) if output is not None else None
-    if out is not None:
-        check_output(out, overwrite=overwrite)
     in_memory = not isinstance(model, str | os.PathLike)
+    if out is not None:
+        read = [recipe.calib, perplexity_text, None if in_memory else model]
+        check_output(out, overwrite=overwrite, inputs=[Path(p) for p in read if p is not None and Path(p).exists()])
     source = from_memory(model) if in_memory else open_model(model)
     if in_memory:
         recipe = recipe.model_copy(update=_as_it_is(model, recipe))
@@ -152,7 +154,7 @@ def prune(
     job = prepare(source, recipe, tokenizer)
     if out is not None:
         check_space(out, job.sizes()[1].nbytes)
-    windows = _windows(perplexity_text, source, tokenizer) if perplexity_text else None
+    windows = perplexity_windows(perplexity_text, source, tokenizer) if perplexity_text else None
     dense = model if in_memory else _load_for_scoring(job)
     seconds["load"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -194,7 +196,12 @@ def _as_it_is(model: Any, recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _windows(text: str, source: ModelSource, tokenizer: Any | None) -> Tensor:
+def perplexity_windows(text: str, source: ModelSource, tokenizer: Any | None) -> Tensor:
+    """What perplexity before and after is measured on, int64 [W, T]: the first windows of a text.
+
+    Raises:
+        DicerError: the text cannot be read or is too short, or the model has no tokenizer.
+    """
     tokenize = tokenize_with(tokenizer or source.tokenizer())
     if tokenize is None:
         raise ModelError(f"{source.name} has no tokenizer, so perplexity on text cannot be measured.")
