@@ -17,15 +17,13 @@ from tiny import save_tiny, tiny_model
 from dicer.checkpoint import (
     INDEX,
     WEIGHTS,
-    CheckpointSink,
     MemorySource,
     SafetensorsSource,
     TensorInfo,
-    check_output,
-    check_space,
     fingerprint,
 )
 from dicer.errors import OutputError
+from dicer.sink import CheckpointSink, check_output, check_space
 from dicer.sources import from_memory, open_model
 
 TENSORS = {
@@ -276,7 +274,7 @@ def test_an_unfinished_folder_of_ours_is_cleared_away(tmp_path, state):
 
 WRITER = """
 import pathlib, sys
-from dicer.checkpoint import CheckpointSink
+from dicer.sink import CheckpointSink
 with CheckpointSink(pathlib.Path(sys.argv[1])) as sink:
     sink.write_text("config.json", "{}")
     print("open", flush=True)
@@ -322,7 +320,7 @@ def test_a_kill_frees_the_folder(tmp_path, writer):
 
 
 def test_without_such_locks_writing_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("dicer.checkpoint.fcntl", None)
+    monkeypatch.setattr("dicer.sink.fcntl", None)
     _write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -344,7 +342,7 @@ def test_a_folder_of_somebody_else_is_never_touched(tmp_path, name):
 
 def test_space_is_asked_for_before_any_work(tmp_path, monkeypatch):
     check_space(tmp_path / "not" / "yet" / "there", 1000)
-    monkeypatch.setattr("dicer.checkpoint.shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
+    monkeypatch.setattr("dicer.sink.shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
     with pytest.raises(OutputError, match="are free on that disk"):
         check_space(tmp_path / "two", 1000)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 import dicer
-from dicer import checkpoint
+from dicer import sink
 from dicer.errors import OutputError
 from dicer.recipe import Recipe
 
@@ -30,7 +30,7 @@ import json, os, pathlib, shutil, signal, sys
 parent, model, spread, last = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 import torch
 torch.set_num_threads(1)
-import dicer, dicer.checkpoint
+import dicer, dicer.sink
 from transformers import AutoModelForCausalLM
 from dicer.recipe import Recipe
 
@@ -71,7 +71,7 @@ def run(kind, point):
     child = os.fork()
     if child == 0:
         if point == -1:
-            dicer.checkpoint.save_file = half_a_file
+            dicer.sink.save_file = half_a_file
         seen = watch(folder, point)
         dicer.prune(
             model, Recipe(method="weight-l2", layers="1-2"), output=folder / "out", overwrite=kind == "over"
@@ -197,7 +197,7 @@ def test_an_old_checkpoint_left_aside_is_put_back_or_replaced(model, old, new, t
 
 def test_an_old_checkpoint_left_aside_survives_a_run_that_fails(model, old, tmp_path, monkeypatch):
     _aside(model, tmp_path, old, whole=False)
-    monkeypatch.setattr(checkpoint, "save_file", _full_disk)
+    monkeypatch.setattr(sink, "save_file", _full_disk)
     with pytest.raises(OutputError):
         _prune(model, tmp_path / "out", overwrite=True)
     assert _bytes(tmp_path / "out") == old
@@ -209,7 +209,7 @@ def _full_disk(*_, **__):
 
 
 def _safetensors_full_disk(*_, **__):
-    raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    raise sink.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def _interrupted(*_, **__):
@@ -235,7 +235,7 @@ def test_an_error_in_the_middle_leaves_nothing_of_the_new_one(
 ):
     if overwrite:
         _restore(tmp_path / "out", old)
-    monkeypatch.setattr(checkpoint, "save_file", failure)
+    monkeypatch.setattr(sink, "save_file", failure)
     with pytest.raises(error) as caught:
         _prune(model, tmp_path / "out", overwrite=overwrite)
     if error is OutputError:

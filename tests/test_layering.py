@@ -19,7 +19,7 @@ SOURCE = Path(dicer.__file__).parent
 # evaluate borrows walk's switch to eval mode; scoring is the part of the pipeline that
 # decides; pipeline also measures, writes the card and carries the model file along.
 LOW = {"errors", "recipe", "families", "layer_statistics", "checkpoint", "sources", "calibration", "criteria"}
-LOW |= {"machine", "grouping", "merging", "plan", "walk", "surgery"}  # all of L0 to L2
+LOW |= {"machine", "sink", "grouping", "merging", "plan", "walk", "surgery"}  # all of L0 to L2
 CRITERION = {"criteria.registry", "families", "layer_statistics"}
 TABLE = {
     0: {
@@ -33,6 +33,7 @@ TABLE = {
     1: {
         "layer_statistics": {"errors", "families", "distributed"},
         "checkpoint": {"errors"},
+        "sink": {"errors", "checkpoint"},
         "sources": {"errors", "families", "checkpoint"},
         "calibration": {"errors", "recipe"},
         "criteria.registry": {"errors", "families", "layer_statistics"},
@@ -112,6 +113,7 @@ SIDEWAYS = {  # packages whole
     ("families", "errors"),
     ("criteria", "layer_statistics"),
     ("sources", "checkpoint"),
+    ("sink", "checkpoint"),
     ("calibration", "recipe"),
     ("plan", "recipe"),
     ("facts", "scoring"),

@@ -109,9 +109,9 @@ def prune(
     """
     asked = _recipe(recipe, flags)
     from dicer import pipeline
-    from dicer.checkpoint import check_output, check_space
     from dicer.machine import pick_device
     from dicer.scoring import prepare
+    from dicer.sink import check_output, check_space
     from dicer.sources import open_model
 
     check_output(output, overwrite=overwrite, inputs=_inputs(model, asked, recipe, perplexity))
@@ -148,7 +148,7 @@ def plan(
     """Decide which neurons of MODEL stay, and write only that: dicer_plan.json and dicer_plan.safetensors in OUT."""
     asked = _recipe(recipe, flags)
     from dicer import pipeline
-    from dicer.checkpoint import CheckpointSink, check_output
+    from dicer.sink import CheckpointSink, check_output
 
     check_output(output, overwrite=overwrite, inputs=_inputs(model, asked, recipe))
     quiet_transformers()
@@ -170,7 +170,7 @@ def apply(
 ) -> None:
     """Write the checkpoint that PLAN describes, shard by shard, without loading MODEL."""
     from dicer import pipeline
-    from dicer.checkpoint import check_output
+    from dicer.sink import check_output
 
     check_output(output, overwrite=overwrite, inputs=_inputs(model, Recipe(), plan))
     quiet_transformers()

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from dicer.calibration import load_windows
 from dicer.card import model_card
-from dicer.checkpoint import CheckpointSink, check_output, check_space
 from dicer.errors import ModelError, RecipeError
 from dicer.evaluate import perplexity
 from dicer.machine import pick_device
 from dicer.plan import PrunePlan, load_plan
 from dicer.recipe import Recipe
 from dicer.scoring import Job, prepare, score
+from dicer.sink import CheckpointSink, check_output, check_space
 from dicer.sources import ModelSource, copy_side_files, from_memory, open_model, tokenize_with
 from dicer.surgery import MODELING_FILE, Sizes, plan_cut, pruned_config, pruned_widths
 from dicer.walk import Progress, silent
