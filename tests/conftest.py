@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny, tiny_tokens
 
 DATA = Path(os.environ.get("DICER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -29,3 +31,17 @@ def data_folder() -> Path:
     if not DATA.is_dir():
         pytest.skip("no evaluation data: set DICER_DATA to a folder with wikitext2/ and the rest")
     return DATA
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama."""
+    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ready calibration tokens."""
+    path: Path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tiny_tokens().tolist()))
+    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_tokens
+from tiny import tiny_tokens
 
 import dicer
 from dicer import cli, terminal
@@ -21,19 +20,6 @@ from dicer.recipe import PRESETS, Recipe
 COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "eval", "bench")
 COLOURS = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE")
 FAST = ("--method", "weight-l2")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Ready calibration tokens."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tiny_tokens().tolist()))
-    return path
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny, tiny_tokens
 
 from dicer import cli, experiment, passes
 from dicer.errors import DicerError, ExperimentError
@@ -27,18 +26,6 @@ from dicer.sources import open_model
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 METHODS = ["random", "rc-a", "act-l2", "weight-l2", "taylor", {"method": "act-mean", "activation": "pre"}, "sim-a"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tiny_tokens().tolist()))
-    return path
 
 
 class Measure:

@@ -12,18 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny, tiny_tokens
+from tiny import tiny_tokens
 
 from dicer.errors import DicerError
 from dicer.layer_statistics import Need, Sums
 from dicer.records import read_records, unpack
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_experiment.py"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model") / "llama")
 
 
 @pytest.fixture(scope="module")
