@@ -12,9 +12,10 @@ import torch
 from tiny import LAYERS, NEURONS, tiny_model, tiny_tokens
 
 import dicer
+from dicer.axes import UnitWeights
 from dicer.criteria import CRITERIA, find_criterion
 from dicer.errors import RecipeError
-from dicer.families import UnitWeights, family_of
+from dicer.families import family_of
 from dicer.layer_statistics import LayerStatistics, Need, Sums, stream
 from dicer.walk import ResidentStore, walk
 

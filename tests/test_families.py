@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tiny import FAMILIES as TINY
 from tiny import HIDDEN, LAYERS, NEURONS, VOCABULARY, tiny_config, tiny_model
 
+from dicer.axes import Slice, legal, unit_weights
 from dicer.errors import ModelError, RecipeError, UnknownFamily
 from dicer.export import modeling_pruned
-from dicer.families import FAMILIES, Slice, family_of, legal, unit_weights
+from dicer.families import FAMILIES, family_of
 from dicer.walk import _mlp_weights
 
 WITH_BIASES = {"llama": {"mlp_bias": True}}
@@ -128,7 +129,7 @@ def test_optional_slices_are_biases_that_some_config_of_the_family_has(family):
 def test_widths_are_read_from_the_config_layer_by_layer(family):
     config = tiny_config(family.model_type)
     assert family.widths(config) == [NEURONS] * LAYERS
-    setattr(config, family.mlp.width_key, 24)
+    setattr(config, family.mlp.width_keys[0], 24)
     assert family.widths(config) == [24] * LAYERS
 
 

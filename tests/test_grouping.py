@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 import dicer
-from dicer.families import legal
+from dicer.axes import legal
 from dicer.grouping import random_groups, similarity_groups
 from dicer.merging import keep_strongest, keep_top
 

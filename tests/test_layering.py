@@ -18,25 +18,26 @@ SOURCE = Path(dicer.__file__).parent
 # read families (gradients have the form of the weights, and a model is checked against its row); surgery raises errors;
 # evaluate borrows walk's switch to eval mode; scoring is the part of the pipeline that
 # decides; pipeline also measures, writes the card and carries the model file along.
-LOW = {"errors", "recipe", "families", "layer_statistics", "checkpoint", "sources", "calibration", "criteria"}
+LOW = {"errors", "recipe", "axes", "families", "layer_statistics", "checkpoint", "sources", "calibration", "criteria"}
 LOW |= {"machine", "sink", "grouping", "merging", "plan", "walk", "surgery"}  # all of L0 to L2
-CRITERION = {"criteria.registry", "families", "layer_statistics"}
+CRITERION = {"criteria.registry", "axes", "layer_statistics"}
 TABLE = {
     0: {
         "errors": set(),
         "recipe": {"errors"},
-        "families": {"errors"},
+        "axes": {"errors"},
+        "families": {"errors", "axes"},
         "protocols": {"errors", "recipe"},
         "distributed": set(),
         "paper": set(),
     },
     1: {
-        "layer_statistics": {"errors", "families", "distributed"},
+        "layer_statistics": {"errors", "axes", "distributed"},
         "checkpoint": {"errors"},
         "sink": {"errors", "checkpoint"},
         "sources": {"errors", "families", "checkpoint"},
         "calibration": {"errors", "recipe"},
-        "criteria.registry": {"errors", "families", "layer_statistics"},
+        "criteria.registry": {"errors", "axes", "layer_statistics"},
         "criteria.activation": CRITERION,
         "criteria.random": CRITERION,
         "criteria.taylor": CRITERION,
@@ -51,8 +52,8 @@ TABLE = {
         "grid": {"errors", "protocols", "recipe"},
     },
     2: {
-        "walk": {"families", "checkpoint", "layer_statistics", "calibration", "distributed"},
-        "surgery": {"errors", "families", "checkpoint", "plan"},
+        "walk": {"axes", "families", "checkpoint", "layer_statistics", "calibration", "distributed"},
+        "surgery": {"errors", "axes", "families", "checkpoint", "plan"},
     },
     3: {
         "scoring": LOW | {"distributed"},
@@ -87,6 +88,8 @@ TABLE = {
 ALLOWED = {module: allowed for row in TABLE.values() for module, allowed in row.items()}
 ROW = {module: row for row, modules in TABLE.items() for module in modules}
 SIDEWAYS = {  # packages whole
+    ("families", "axes"),
+    ("axes", "errors"),
     ("recipe", "errors"),
     ("protocols", "errors"),
     ("protocols", "recipe"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tiny import NEURONS, tiny_model, tiny_tokens
 
 import dicer
-from dicer.families import FAMILIES, Slice
+from dicer.axes import Slice
+from dicer.families import FAMILIES
 from dicer.grouping import random_groups
 from dicer.merging import keep_strongest, merge_dominant, merge_mean
 from dicer.plan import LayerPlan

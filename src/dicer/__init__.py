@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from dicer.axes import UnitWeights as UnitWeights
     from dicer.criteria import CRITERIA as CRITERIA
     from dicer.criteria import Criterion as Criterion
     from dicer.criteria import criterion as criterion
     from dicer.errors import DicerError as DicerError
     from dicer.evaluate import perplexity as perplexity
-    from dicer.families import UnitWeights as UnitWeights
     from dicer.layer_statistics import LayerStatistics as LayerStatistics
     from dicer.pipeline import Result as Result
     from dicer.pipeline import apply_plan as apply_plan
@@ -36,7 +36,7 @@ _WHERE = {
     "criterion": "criteria",
     "DicerError": "errors",
     "perplexity": "evaluate",
-    "UnitWeights": "families",
+    "UnitWeights": "axes",
     "LayerStatistics": "layer_statistics",
     "Result": "pipeline",
     "apply_plan": "pipeline",

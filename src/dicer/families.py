@@ -3,84 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dicer.errors import RecipeError, UnknownFamily
+from dicer.axes import Axis, Slice
+from dicer.errors import UnknownFamily
 
 PRUNED_PREFIX = "pruned_"  # model_type of a checkpoint whose widths differ: pruned_llama, pruned_opt ...
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where the units of an axis lie in one tensor of a layer.
-
-    Attributes:
-        name: the tensor's name inside its layer, as on disk (``mlp.gate_proj.weight``).
-        dim: the dimension that the units run along.
-        roles: what each consecutive segment along ``dim`` is (``gate``, ``up``, ``down``, ``gate_bias``, ``up_bias``);
-            Phi-3's fused ``gate_up_proj`` has two segments.
-        blocks: how many consecutive rows one unit owns in each segment (1 for neurons, head size for heads).
-    """
-
-    name: str
-    dim: int
-    roles: tuple[str, ...]
-    blocks: tuple[int, ...] = (1,)
-
-    @property
-    def optional(self) -> bool:
-        """Biases are there or not, by config; weights must be there."""
-        return all(role.endswith("_bias") for role in self.roles)
-
-    @property
-    def is_output(self) -> bool:
-        """Whether the units are this tensor's inputs (the output projection) and not its outputs."""
-        return self.roles == ("down",)
-
-    def units(self, shape: Sequence[int]) -> int:
-        """How many units a tensor of this shape holds."""
-        return int(shape[self.dim]) // sum(self.blocks)
-
-    def rows(self, units: Tensor, count: int) -> Tensor:
-        """Indices along ``dim`` that the given units own.
-
-        Args:
-            units: int64 [K], unit numbers in 0..count-1.
-            count: how many units the tensor holds.
-
-        Returns:
-            int64 [K * sum(blocks)], segment after segment.
-        """
-        parts, start = [], 0
-        for block in self.blocks:
-            parts.append((start + units[:, None] * block + torch.arange(block)).reshape(-1))  # [K*block]
-            start += count * block
-        return torch.cat(parts)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One kind of unit that can be pruned, and where a layer of this family keeps it.
-
-    Attributes:
-        name: ``mlp``.
-        width_key: the config attribute that holds the number of units.
-        slices: every tensor of a layer that the units run through.
-        activation: submodule of a layer whose input is the pre-activation and whose output is the post-activation.
-        output: submodule of a layer whose input is the modulated activation.
-    """
-
-    name: str
-    width_key: str
-    slices: tuple[Slice, ...]
-    activation: str
-    output: str
 
 
 @dataclass(frozen=True)
@@ -92,7 +23,11 @@ class Family:
         stem: what the stock config and base model classes are called before ``Config`` and ``Model``.
         causal_lm: name of the stock class with the language-model head.
         layers: path of the list of decoder layers inside the stock class, which is also their prefix on disk.
+        final_norm: path of the norm behind the last layer; a variant of the family may lack it.
         mlp: the MLP axis.
+        attention: the attention axis; :meth:`axes` knows its block sizes.
+        even_heads: the stock config demands that the number of heads divides the hidden size.
+        fixed_heads: the stock attention takes the head size to be hidden size / heads, so fewer heads need own code.
         learned_positions: positions are a table of ``max_position_embeddings`` rows, so longer samples cannot run.
     """
 
@@ -100,7 +35,11 @@ class Family:
     stem: str
     causal_lm: str
     layers: str
+    final_norm: str
     mlp: Axis
+    attention: Axis
+    even_heads: bool = False
+    fixed_heads: bool = False
     learned_positions: bool = False
 
     @property
@@ -130,71 +69,36 @@ class Family:
         match = re.fullmatch(rf"(?:{re.escape(self.layers)}|{re.escape(short)})\.(\d+)\.(.+)", tensor_name)
         return (int(match[1]), match[2]) if match else None
 
-    def widths(self, config: Any) -> list[int]:
-        """Units of the MLP axis in every layer, from a transformers config (stock or pruned)."""
-        return [self._width(layer) for layer in config.per_layer_config[:]]
+    def axes(self, config: Any) -> dict[str, Axis]:
+        """Both axes at the block sizes of a model, by name, attention first.
 
-    def _width(self, layer_config: Any) -> int:
-        value = getattr(layer_config, self.mlp.width_key)
+        Args:
+            config: a transformers config, stock or pruned.
+        """
+        values = config.to_dict()  # the attributes of a config whose layers differ warn when they are read
+        heads = int(values[self.attention.width_keys[0]])
+        groups = int(values.get(self.attention.width_keys[-1]) or heads)
+        size = head_size(values, heads)
+        return {"attention": self.attention.sized(heads // groups * size, size), "mlp": self.mlp}
+
+    def units(self, config: Any, axis: str) -> list[int]:
+        """Units of an axis in every layer, from a transformers config (stock or pruned); 0 where it was removed."""
+        return [self._units(layer, axis) for layer in config.per_layer_config[:]]
+
+    def widths(self, config: Any) -> list[int]:
+        """Neurons in every layer."""
+        return self.units(config, "mlp")
+
+    def _units(self, layer_config: Any, axis: str) -> int:
+        if axis in getattr(layer_config, "skip", ()):
+            return 0
+        value = getattr(layer_config, getattr(self, axis).width_keys[-1])
         return 4 * int(layer_config.hidden_size) if value is None else int(value)  # GPT-2: n_inner = null means 4 x
 
 
-def legal(width: int, ratio: float, multiple: int) -> int:
-    """How many units stay of ``width`` when the fraction ``ratio`` goes.
-
-    K = round(width * (1 - ratio)), then the nearest multiple of ``multiple`` that is not more than ``width``
-    (METHODS section 1).
-
-    Raises:
-        RecipeError: when no unit would stay.
-    """
-    keep = round(width * (1 - ratio))
-    if multiple > 1:
-        keep = min(round(keep / multiple), width // multiple) * multiple
-    if keep < 1:
-        of = f" in multiples of {multiple}" if multiple > 1 else ""
-        raise RecipeError(
-            f"ratio {ratio} leaves no neuron of {width}{of}: ask for a smaller --ratio or a smaller --width-multiple."
-        )
-    return keep
-
-
-@dataclass(frozen=True)
-class UnitWeights:
-    """One layer's weights in the same unfused, untransposed form for every family.
-
-    Attributes:
-        gate: [U, d], or None for an MLP without gate.
-        up: [U, d]; without gate, the input projection.
-        down: [d, U].
-    """
-
-    gate: Tensor | None
-    up: Tensor
-    down: Tensor
-
-    @property
-    def units(self) -> int:
-        """U."""
-        return self.up.shape[0]
-
-
-def unit_weights(axis: Axis, tensors: Mapping[str, Tensor]) -> UnitWeights:
-    """Views of a layer's tensors by their role; nothing is copied.
-
-    Args:
-        axis: whose slices say where each role lies.
-        tensors: name inside the layer -> tensor.
-    """
-    parts: dict[str, Tensor] = {}
-    for piece in axis.slices:
-        if piece.optional:
-            continue
-        by_unit = tensors[piece.name].movedim(piece.dim, 0)  # [U * sum(blocks), d]
-        count = piece.units(by_unit.shape[:1]) if piece.dim == 0 else by_unit.shape[0] // sum(piece.blocks)
-        for role, part in zip(piece.roles, by_unit.split([count * b for b in piece.blocks]), strict=True):
-            parts[role] = part.T if role == "down" else part
-    return UnitWeights(parts.get("gate"), parts["up"], parts["down"])
+def head_size(config: Mapping[str, Any], heads: int) -> int:
+    """Width of one attention head."""
+    return int(config.get("head_dim") or int(config.get("hidden_size") or config["n_embd"]) // heads)
 
 
 def _gated(gate: str, up: str, down: str) -> tuple[Slice, ...]:
@@ -215,36 +119,117 @@ def _ungated(up: str, down: str, *, transposed: bool) -> tuple[Slice, ...]:
     )
 
 
+def _heads(module: str, output: str, *, output_dim: int = 1) -> tuple[Slice, ...]:
+    parts = (("q", "query"), ("k", "key"), ("v", "value"))
+    return (
+        *(
+            Slice(f"{module}.{letter}_proj.{kind}", 0, (role + suffix,))
+            for letter, role in parts
+            for kind, suffix in (("weight", ""), ("bias", "_bias"))
+        ),
+        Slice(f"{output}.weight", output_dim, ("output",)),
+    )
+
+
+_GROUPED = ("num_attention_heads", "num_key_value_heads")
 _LLAMA_MLP = Axis(
-    "mlp", "intermediate_size", _gated("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "mlp.act_fn", "mlp.down_proj"
+    "mlp",
+    ("intermediate_size",),
+    _gated("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ("mlp",),
+    "mlp.act_fn",
+    "mlp.down_proj",
 )
+_LLAMA_HEADS = Axis(
+    "attention", _GROUPED, _heads("self_attn", "self_attn.o_proj"), ("self_attn",), None, "self_attn.o_proj"
+)
+_BIASED_HEADS = replace(_LLAMA_HEADS, bias_option="attention_bias")
 _PHI3_MLP = Axis(
     "mlp",
-    "intermediate_size",
+    ("intermediate_size",),
     (
         Slice("mlp.gate_up_proj.weight", 0, ("gate", "up"), (1, 1)),
         Slice("mlp.down_proj.weight", 1, ("down",)),
     ),
+    ("mlp",),
     "mlp.activation_fn",
     "mlp.down_proj",
 )
-_GPT2_MLP = Axis("mlp", "n_inner", _ungated("mlp.c_fc", "mlp.c_proj", transposed=True), "mlp.act", "mlp.c_proj")
-_OPT_MLP = Axis("mlp", "ffn_dim", _ungated("fc1", "fc2", transposed=False), "activation_fn", "fc2")
+_PHI3_HEADS = replace(
+    _LLAMA_HEADS,
+    slices=(
+        Slice("self_attn.qkv_proj.weight", 0, ("query", "key", "value"), (1, 1, 1)),
+        Slice("self_attn.o_proj.weight", 1, ("output",)),
+    ),
+)
+_GPT2_MLP = Axis(
+    "mlp", ("n_inner",), _ungated("mlp.c_fc", "mlp.c_proj", transposed=True), ("mlp",), "mlp.act", "mlp.c_proj"
+)
+_GPT2_HEADS = Axis(
+    "attention",
+    ("n_head",),
+    (
+        Slice("attn.c_attn.weight", 1, ("query", "key", "value"), (1, 1, 1)),
+        Slice("attn.c_attn.bias", 0, ("query_bias", "key_bias", "value_bias"), (1, 1, 1)),
+        Slice("attn.c_proj.weight", 0, ("output",)),
+    ),
+    ("attn",),
+    None,
+    "attn.c_proj",
+)
+_OPT_MLP = Axis("mlp", ("ffn_dim",), _ungated("fc1", "fc2", transposed=False), ("fc1", "fc2"), "activation_fn", "fc2")
+_OPT_HEADS = Axis(
+    "attention",
+    ("num_attention_heads",),
+    _heads("self_attn", "self_attn.out_proj"),
+    ("self_attn",),
+    None,
+    "self_attn.out_proj",
+)
 
+
+def _like_llama(
+    model_type: str, stem: str, mlp: Axis = _LLAMA_MLP, heads: Axis = _LLAMA_HEADS, *, even_heads: bool = False
+) -> Family:
+    name = f"{stem.removesuffix('Text')}ForCausalLM"
+    return Family(model_type, stem, name, "model.layers", "model.norm", mlp, heads, even_heads=even_heads)
+
+
+_LLAMA_BIASED = replace(_LLAMA_MLP, bias_option="mlp_bias")
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.model_type: family
         for family in (
-            Family("llama", "Llama", "LlamaForCausalLM", "model.layers", _LLAMA_MLP),
-            Family("mistral", "Mistral", "MistralForCausalLM", "model.layers", _LLAMA_MLP),
-            Family("qwen2", "Qwen2", "Qwen2ForCausalLM", "model.layers", _LLAMA_MLP),
-            Family("qwen3", "Qwen3", "Qwen3ForCausalLM", "model.layers", _LLAMA_MLP),
-            Family("gemma", "Gemma", "GemmaForCausalLM", "model.layers", _LLAMA_MLP),
-            Family("gemma2", "Gemma2", "Gemma2ForCausalLM", "model.layers", _LLAMA_MLP),
-            Family("gemma3_text", "Gemma3Text", "Gemma3ForCausalLM", "model.layers", _LLAMA_MLP),
-            Family("phi3", "Phi3", "Phi3ForCausalLM", "model.layers", _PHI3_MLP),
-            Family("gpt2", "GPT2", "GPT2LMHeadModel", "transformer.h", _GPT2_MLP, learned_positions=True),
-            Family("opt", "OPT", "OPTForCausalLM", "model.decoder.layers", _OPT_MLP, learned_positions=True),
+            _like_llama("llama", "Llama", _LLAMA_BIASED, _BIASED_HEADS, even_heads=True),
+            _like_llama("mistral", "Mistral"),
+            _like_llama("qwen2", "Qwen2"),
+            _like_llama("qwen3", "Qwen3", heads=_BIASED_HEADS),
+            _like_llama("gemma", "Gemma", heads=_BIASED_HEADS),
+            _like_llama("gemma2", "Gemma2", heads=_BIASED_HEADS, even_heads=True),
+            _like_llama("gemma3_text", "Gemma3Text", heads=_BIASED_HEADS, even_heads=True),
+            _like_llama("phi3", "Phi3", _PHI3_MLP, _PHI3_HEADS),
+            Family(
+                "gpt2",
+                "GPT2",
+                "GPT2LMHeadModel",
+                "transformer.h",
+                "transformer.ln_f",
+                _GPT2_MLP,
+                _GPT2_HEADS,
+                fixed_heads=True,
+                learned_positions=True,
+            ),
+            Family(
+                "opt",
+                "OPT",
+                "OPTForCausalLM",
+                "model.decoder.layers",
+                "model.decoder.final_layer_norm",
+                _OPT_MLP,
+                _OPT_HEADS,
+                fixed_heads=True,
+                learned_positions=True,
+            ),
         )
     }
 )

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dicer.axes import UnitWeights
 from dicer.distributed import all_reduce, sum_of, world_size
 from dicer.errors import RecipeError
-from dicer.families import UnitWeights
 
 Kind = Literal["square_sum", "sum", "gram"]
 

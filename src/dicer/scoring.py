@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dicer.axes import legal
 from dicer.calibration import Calibration, load_calibration
 from dicer.criteria import CRITERIA, Criterion, find_criterion
 from dicer.distributed import share
 from dicer.errors import RecipeError, unknown
-from dicer.families import legal
 from dicer.grouping import GROUPINGS, random_groups, similarity_groups
 from dicer.layer_statistics import LayerStatistics, Need, stream
 from dicer.merging import MERGES, Survivors, keep_strongest, keep_top, merge_dominant, merge_mean

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dicer.axes import Slice
 from dicer.checkpoint import TensorInfo, TensorSource
 from dicer.errors import PlanError
-from dicer.families import Family, Slice
+from dicer.families import Family
 from dicer.plan import LayerPlan, PrunePlan
 
 MODELING_FILE = "modeling_pruned.py"
@@ -138,7 +139,7 @@ def pruned_config(raw_config: Mapping[str, Any], family: Family, widths: list[in
     """
     own = ("auto_map", "per_layer_config", "allow_global_per_layer_attribute_access", "_name_or_path")
     config = {key: value for key, value in raw_config.items() if key not in own}
-    key, largest = family.mlp.width_key, max(widths)
+    key, largest = family.mlp.width_keys[0], max(widths)
     config[key] = largest
     config["architectures"] = [family.causal_lm]
     config["model_type"] = family.model_type

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dicer.axes import Axis, UnitWeights, unit_weights
 from dicer.distributed import all_reduce, sum_of, world_size
-from dicer.families import Axis, Family, UnitWeights, unit_weights
+from dicer.families import Family
 from dicer.layer_statistics import Need, Sums
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -227,7 +228,7 @@ def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
                 sums.add("mod", inputs[0])
 
         if wanted:
-            activation, output = layer.get_submodule(axis.activation), layer.get_submodule(axis.output)
+            activation, output = layer.get_submodule(axis.activation or ""), layer.get_submodule(axis.output)
             stack.callback(activation.register_forward_hook(at_activation).remove)
             stack.callback(output.register_forward_pre_hook(at_output).remove)
         yield

@@ -15,8 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dicer.axes import UnitWeights
 from dicer.errors import DicerError, RecipeError, unknown
-from dicer.families import UnitWeights
 from dicer.layer_statistics import LayerStatistics
 
 Score = Callable[[UnitWeights, LayerStatistics], Tensor]

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from dicer.axes import UnitWeights
 from dicer.criteria.registry import criterion
-from dicer.families import UnitWeights
 from dicer.layer_statistics import LayerStatistics, widest
 
 

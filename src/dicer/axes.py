@@ -1,0 +1,179 @@
+"""What an axis of pruning is: units, the tensors that they run through, one view of their weights for all criteria."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dicer.errors import RecipeError
+
+AXES = ("attention", "mlp")  # the order of a layer's sub-layers
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the units of an axis lie in one tensor of a layer.
+
+    Attributes:
+        name: the tensor's name inside its layer, as on disk (``mlp.gate_proj.weight``).
+        dim: the dimension that the units run along.
+        roles: what each consecutive segment along ``dim`` is (``gate``, ``up``, ``down``; ``query``, ``key``,
+            ``value``, ``output``; with ``_bias`` behind it for a bias); Phi-3's ``gate_up_proj`` has two segments.
+        blocks: how many consecutive rows one unit owns in each segment: 1 for neurons; for heads
+            :meth:`Axis.sized` says it.
+    """
+
+    name: str
+    dim: int
+    roles: tuple[str, ...]
+    blocks: tuple[int, ...] = (1,)
+
+    @property
+    def optional(self) -> bool:
+        """Biases are there or not, by config; weights must be there."""
+        return all(role.endswith("_bias") for role in self.roles)
+
+    @property
+    def is_output(self) -> bool:
+        """Whether the units are this tensor's inputs (the output projection) and not its outputs."""
+        return self.roles in (("down",), ("output",))
+
+    def units(self, shape: Sequence[int]) -> int:
+        """How many units a tensor of this shape holds."""
+        return int(shape[self.dim]) // sum(self.blocks)
+
+    def rows(self, units: Tensor, count: int) -> Tensor:
+        """Indices along ``dim`` that the given units own.
+
+        Args:
+            units: int64 [K], unit numbers in 0..count-1.
+            count: how many units the tensor holds.
+
+        Returns:
+            int64 [K * sum(blocks)], segment after segment.
+        """
+        parts, start = [], 0
+        for block in self.blocks:
+            parts.append((start + units[:, None] * block + torch.arange(block)).reshape(-1))  # [K*block]
+            start += count * block
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One kind of unit that can be pruned, and where a layer of this family keeps it.
+
+    A unit of ``mlp`` is a neuron. A unit of ``attention`` is a head, or with grouped queries a key-value head with all
+    its query heads.
+
+    Attributes:
+        name: ``mlp`` or ``attention``.
+        width_keys: config attributes that hold the number of units (for attention also of query heads), units last.
+        slices: every tensor of a layer that the units run through.
+        modules: submodules of a layer that make up the sub-layer; the last one's output joins the residual stream.
+        activation: submodule whose input is the pre-activation and whose output is the post-activation; None where
+            there is only the output projection's input.
+        output: submodule whose input is the modulated activation (for attention: the heads' outputs side by side).
+        bias_option: config switch of the stock family that gives the output projection a bias, if it has one.
+    """
+
+    name: str
+    width_keys: tuple[str, ...]
+    slices: tuple[Slice, ...]
+    modules: tuple[str, ...]
+    activation: str | None
+    output: str
+    bias_option: str | None = None
+
+    def sized(self, query: int, head: int) -> Axis:
+        """The axis with the number of rows that a unit owns in each tensor.
+
+        Args:
+            query: rows of a key-value head's queries: heads of a group times head size.
+            head: head size.
+        """
+        rows = {"query": query, "output": query, "key": head, "value": head}
+        blocks = [tuple(rows.get(role.removesuffix("_bias"), 1) for role in piece.roles) for piece in self.slices]
+        return replace(
+            self, slices=tuple(replace(piece, blocks=b) for piece, b in zip(self.slices, blocks, strict=True))
+        )
+
+    @property
+    def required(self) -> tuple[Slice, ...]:
+        """The weight matrices, which every checkpoint has."""
+        return tuple(piece for piece in self.slices if not piece.optional)
+
+    @property
+    def channels(self) -> int:
+        """How many inputs of the output projection one unit owns."""
+        return next(piece.blocks[0] for piece in self.slices if piece.is_output)
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor (by its name inside the layer) lies in this sub-layer."""
+        return name.startswith(tuple(f"{module}." for module in self.modules))
+
+
+@dataclass(frozen=True)
+class UnitWeights:
+    """One sub-layer's weights in the same unfused, untransposed form for every family.
+
+    For attention, where one unit owns many rows, its rows lie flat in one: ``gate`` holds queries, ``up`` keys and
+    values, ``down`` the output projection's columns.
+
+    Attributes:
+        gate: [U, d], or None for an MLP without gate.
+        up: [U, d]; without gate, the input projection.
+        down: [d, U].
+    """
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+
+    @property
+    def units(self) -> int:
+        """U."""
+        return self.up.shape[0]
+
+
+_PLACES = {"query": "gate", "key": "up", "value": "up", "output": "down"}
+
+
+def unit_weights(axis: Axis, tensors: Mapping[str, Tensor]) -> UnitWeights:
+    """A layer's tensors by their role; views where a unit owns one row, so for neurons nothing is copied.
+
+    Args:
+        axis: whose slices say where each role lies.
+        tensors: name inside the layer -> tensor.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for piece in axis.required:
+        by_row = tensors[piece.name].movedim(piece.dim, 0)  # [U * sum(blocks), d]
+        count = by_row.shape[0] // sum(piece.blocks)
+        for role, part in zip(piece.roles, by_row.split([count * b for b in piece.blocks]), strict=True):
+            parts.setdefault(_PLACES.get(role, role), []).append(part.reshape(count, -1))  # [U, block*d]
+    joined = {role: found[0] if len(found) == 1 else torch.cat(found, 1) for role, found in parts.items()}
+    return UnitWeights(joined.get("gate"), joined["up"], joined["down"].T)
+
+
+def legal(width: int, ratio: float, multiple: int) -> int:
+    """How many units stay of ``width`` when the fraction ``ratio`` goes.
+
+    K = round(width * (1 - ratio)), then the nearest multiple of ``multiple`` that is not more than ``width``
+    (METHODS section 1).
+
+    Raises:
+        RecipeError: when no unit would stay.
+    """
+    keep = round(width * (1 - ratio))
+    if multiple > 1:
+        keep = min(round(keep / multiple), width // multiple) * multiple
+    if keep < 1:
+        of = f" in multiples of {multiple}" if multiple > 1 else ""
+        raise RecipeError(
+            f"ratio {ratio} leaves no neuron of {width}{of}: ask for a smaller --ratio or a smaller --width-multiple."
+        )
+    return keep
