@@ -218,11 +218,11 @@ def test_the_walk_sums_what_plain_hooks_sum_bit_for_bit(family, dtype):
     batches = tiny_tokens().split(4)  # 4 and 2 samples
     seen = plain_activations(model, family, batches)
     visits = list(walk(ResidentStore(model, family_of(family)), range(LAYERS), batches, needs=NEEDS))
-    assert [(visit.index, visit.sums.count) for visit in visits] == [(i, 6 * 24) for i in range(LAYERS)]
+    assert [(visit.index, visit.axes["mlp"].sums.count) for visit in visits] == [(i, 6 * 24) for i in range(LAYERS)]
     for index, visit in enumerate(visits):
         plain = sums_of(seen, index)
-        assert [need for need in NEEDS if not torch.equal(visit.sums.get(*need), plain.get(*need))] == []
-        assert_sums_within_rounding(visit.sums, seen, index)
+        assert [need for need in NEEDS if not torch.equal(visit.axes["mlp"].sums.get(*need[:2]), plain.get(*need[:2]))] == []
+        assert_sums_within_rounding(visit.axes["mlp"].sums, seen, index)
 
 
 @every_family
@@ -234,7 +234,8 @@ def test_the_walk_stops_after_the_last_chosen_layer_and_visits_no_other(family):
     visits = list(walk(ResidentStore(model, family_of(family)), [2], [tiny_tokens()], needs=NEEDS))
     assert [visit.index for visit in visits] == [2]
     assert ran == [0, 1, 2]
-    assert [n for n in NEEDS if not torch.equal(visits[0].sums.get(*n), sums_of(seen, 2).get(*n))] == []
+    sums = visits[0].axes["mlp"].sums
+    assert [n for n in NEEDS if not torch.equal(sums.get(*n[:2]), sums_of(seen, 2).get(*n[:2]))] == []
 
 
 # 3. reload, in a process that has no dicer
@@ -707,7 +708,7 @@ def test_taylor_in_half_precision_finds_nearly_what_float32_finds():
     kept = {}
     for dtype in (torch.float32, torch.float16):
         store = ResidentStore(copy.deepcopy(model).to(dtype), family_of("llama"))
-        found = store.gradients(tokens.split(2), [1], checkpointing=False, progress=lambda *_: None)[1]
+        found = store.gradients(tokens.split(2), [1], ["mlp"], checkpointing=False, progress=lambda *_: None)[1]["mlp"]
         kept[dtype] = (found.up * model.model.layers[1].mlp.up_proj.weight.detach()).abs().sum(1)
     torch.testing.assert_close(kept[torch.float16], kept[torch.float32], rtol=0.02, atol=1e-5)
 
@@ -723,7 +724,7 @@ def test_one_layers_sums_are_gone_before_the_next_layer_has_any():
         progress=lambda *_: most.append(sum(ref() is not None for ref in alive)),
     )
     for visit in visits:
-        alive.append(weakref.ref(visit.sums))
+        alive.append(weakref.ref(visit.axes["mlp"].sums))
         del visit
     assert most == [0] * LAYERS
 

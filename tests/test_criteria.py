@@ -222,8 +222,9 @@ def test_taylor_sums_the_gradients_of_a_bf16_model_in_float32():
         expected += model.model.layers[1].mlp.gate_proj.weight.grad.float() / predicted
     model.zero_grad()
     (visit,) = walk(ResidentStore(model, family_of("llama")), [1], batches, gradient=True)
-    assert {part.dtype for part in (visit.gradient.gate, visit.gradient.up, visit.gradient.down)} == {torch.float32}
-    torch.testing.assert_close(visit.gradient.gate, expected, rtol=1e-6, atol=0)
+    gradient = visit.axes["mlp"].gradient
+    assert {part.dtype for part in (gradient.gate, gradient.up, gradient.down)} == {torch.float32}
+    torch.testing.assert_close(gradient.gate, expected, rtol=1e-6, atol=0)
     assert not torch.equal(expected, expected.bfloat16().float()), "more than bf16 can hold"
 
 

@@ -16,7 +16,7 @@ from dicer.axes import Slice, legal, unit_weights
 from dicer.errors import ModelError, RecipeError, UnknownFamily
 from dicer.export import modeling_pruned
 from dicer.families import FAMILIES, family_of
-from dicer.walk import _mlp_weights
+from dicer.walk import _weights
 
 WITH_BIASES = {"llama": {"mlp_bias": True}}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
@@ -167,7 +167,7 @@ def test_tensors_are_located_by_their_names_on_disk_with_and_without_the_outermo
 def test_unit_weights_are_views_that_compute_the_mlp(family):
     model = model_of(family)
     layer = attrgetter(family.layers)(model)[1]
-    tensors = {name: weight.detach() for name, weight in _mlp_weights(family.mlp, layer).items()}
+    tensors = {name: weight.detach() for name, weight in _weights(family.mlp, layer).items()}
     weights = unit_weights(family.mlp, tensors)
     storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     parts = [part for part in (weights.gate, weights.up, weights.down) if part is not None]
@@ -197,13 +197,15 @@ def test_ungated_families_have_no_gate_and_all_others_have_one():
 
 @every_family
 def test_the_model_file_agrees_with_the_table(family):
-    config_name, base_name, causal_name, layers, modules = modeling_pruned.FAMILIES[family.model_type]
+    config_name, base_name, causal_name, layers, *parts = modeling_pruned.FAMILIES[family.model_type]
     assert (config_name, base_name, causal_name) == (f"{family.stem}Config", f"{family.stem}Model", family.causal_lm)
     assert family.layers.endswith(f".{layers}")
     model = model_of(family)
     assert attrgetter(layers)(model.base_model) is attrgetter(family.layers)(model)
-    sized = {piece.name.rsplit(".", 1)[0] for piece in family.mlp.slices}
-    assert all(any(name == m or name.startswith(f"{m}.") for m in modules) for name in sized)
+    for axis, part in zip((family.attention, family.mlp), parts, strict=True):
+        maps = {piece.name.rsplit(".", 1)[0]: piece.is_output for piece in axis.required}
+        assert maps == {**dict.fromkeys(part.inputs, False), part.output: True}
+        assert (part.modules, part.units, part.output) == (axis.modules, axis.width_keys[-1], axis.output)
     names = family.pruned_classes
     classes = {auto: getattr(modeling_pruned, name) for auto, name in names.items()}
     assert classes["AutoConfig"].model_type == family.pruned_type

@@ -19,7 +19,7 @@ SOURCE = Path(dicer.__file__).parent
 # evaluate borrows walk's switch to eval mode; scoring is the part of the pipeline that
 # decides; pipeline also measures, writes the card and carries the model file along.
 LOW = {"errors", "recipe", "axes", "families", "layer_statistics", "checkpoint", "sources", "calibration", "criteria"}
-LOW |= {"machine", "sink", "grouping", "merging", "plan", "walk", "surgery"}  # all of L0 to L2
+LOW |= {"machine", "sink", "grouping", "merging", "plan", "walk", "forms", "surgery"}  # all of L0 to L2
 CRITERION = {"criteria.registry", "axes", "layer_statistics"}
 TABLE = {
     0: {
@@ -39,26 +39,32 @@ TABLE = {
         "calibration": {"errors", "recipe"},
         "criteria.registry": {"errors", "axes", "layer_statistics"},
         "criteria.activation": CRITERION,
+        "criteria.output": CRITERION,
         "criteria.random": CRITERION,
         "criteria.taylor": CRITERION,
         "criteria.weight": CRITERION,
-        "criteria": {f"criteria.{name}" for name in ("activation", "random", "registry", "taylor", "weight")},
+        "criteria": {f"criteria.{name}" for name in ("activation", "output", "random", "registry", "taylor", "weight")},
         "machine": {"errors"},
         "grouping": {"errors"},
         "merging": {"errors"},
-        "plan": {"errors", "recipe"},
+        "plan": {"errors", "axes", "recipe"},
+        "allocation": {"errors", "axes"},
+        "ratios": {"errors", "allocation"},
+        "ranking": {"errors", "axes", "allocation"},
         "records": {"errors"},
         "measured": {"paper"},
         "grid": {"errors", "protocols", "recipe"},
     },
     2: {
         "walk": {"axes", "families", "checkpoint", "layer_statistics", "calibration", "distributed"},
-        "surgery": {"errors", "axes", "families", "checkpoint", "plan"},
+        "forms": {"axes", "families", "sources"},
+        "surgery": {"errors", "axes", "families", "forms", "checkpoint", "plan", "sources"},
     },
     3: {
-        "scoring": LOW | {"distributed"},
+        "budget": {"allocation", "ranking", "ratios", "entropy", "errors", "recipe", "sources", "surgery"},
+        "scoring": LOW | {"budget", "distributed", "entropy_cache"},
         "passes": LOW | {"scoring"},
-        "run_record": {"distributed", "passes", "plan", "records"},
+        "run_record": {"distributed", "passes", "plan", "records", "surgery"},
         "experiment": LOW
         | {"distributed", "grid", "passes", "pipeline", "protocols", "records", "run_record", "scoring"},
         "tables": {"measured", "paper"},
@@ -67,7 +73,7 @@ TABLE = {
         "plots": {"measured", "paper", "tables", "plot_style", "plots_layers"},
         "report": {"errors", "measured", "paper", "records", "tables", "plot_style", "plots"},
         "templates": set(),
-        "facts": {"recipe", "scoring", "sources"},
+        "facts": {"recipe", "scoring", "sources", "surgery"},
         "card": {"plan", "surgery"},
         "harness": {"errors"},
         "evaluate": {"errors", "protocols", "calibration", "harness", "sources", "walk"},
@@ -89,6 +95,11 @@ ALLOWED = {module: allowed for row in TABLE.values() for module, allowed in row.
 ROW = {module: row for row, modules in TABLE.items() for module in modules}
 SIDEWAYS = {  # packages whole
     ("families", "axes"),
+    ("surgery", "forms"),
+    ("ratios", "allocation"),
+    ("ranking", "allocation"),
+    ("scoring", "budget"),
+    ("scoring", "entropy_cache"),
     ("axes", "errors"),
     ("recipe", "errors"),
     ("protocols", "errors"),

@@ -117,8 +117,9 @@ for samples in (7, 1):  # of one sample, the second process sees nothing
     store = ResidentStore(source.load_model(), source.family)
     for visit in walk(store, [1, 2], batches, needs=needs, gradient=True):
         name = f"{samples}.{visit.index}"
-        found |= {f"{name}.{need.kind}": visit.sums.get(*need) for need in needs}
-        found |= {f"{name}.gradient": visit.gradient.down, f"{name}.count": torch.tensor(visit.sums.count)}
+        part = visit.axes["mlp"]
+        found |= {f"{name}.{need.kind}": part.sums.get(*need[:2]) for need in needs}
+        found |= {f"{name}.gradient": part.gradient.down, f"{name}.count": torch.tensor(part.sums.count)}
 torch.save(found, out / f"sums{rank()}.pt")
 """
 METHODS = (

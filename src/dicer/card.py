@@ -23,6 +23,34 @@ def _arguments(folder: str, needs_code: bool) -> str:
     return json.dumps(folder, ensure_ascii=False) + (", trust_remote_code=True" if needs_code else "")
 
 
+def size_rows(before: Sizes, after: Sizes) -> list[tuple[str, int, int]]:
+    """(what, before, after), counted from the tensors; parts that nothing was taken from are left out."""
+    rows = [
+        ("parameters", before.parameters, after.parameters),
+        ("in decoder layers", before.decoder, after.decoder),
+        ("in attention heads", before.attention, after.attention),
+        ("in MLP neurons", before.mlp, after.mlp),
+        ("bytes of weights", before.nbytes, after.nbytes),
+    ]
+    return [row for row in rows if row[1] != row[2] or row[0] in ("parameters", "bytes of weights")]
+
+
+UNITS = {"mlp": "neurons", "attention": "key-value heads"}
+
+
+def _what(plan: PrunePlan) -> str:
+    kinds = [UNITS[axis] for axis, layers in plan.axes.items() if any(len(p.keep) < p.units for p in layers.values())]
+    return " and ".join([*kinds, *(["whole layers"] if plan.blocks else [])]) or "nothing"
+
+
+def _widths(plan: PrunePlan) -> list[str]:
+    rows = {index: [f"| {index} | whole layer | | removed |"] for index in plan.blocks}
+    for axis, layers in plan.axes.items():
+        for index, layer in layers.items():
+            rows.setdefault(index, []).append(f"| {index} | {UNITS[axis]} | {layer.units} | {len(layer.keep)} |")
+    return [row for _, found in sorted(rows.items()) for row in found]
+
+
 def model_card(
     plan: PrunePlan,
     *,
@@ -36,13 +64,9 @@ def model_card(
     recipe, name = plan.recipe, plan.model["name"]
     base = f"base_model: {name}\n" if "/" in name else ""
     method = recipe["method"] or "a combination of its own"
-    rows = [
-        ("parameters", before.parameters, after.parameters),
-        ("parameters in MLP neurons", before.mlp, after.mlp),
-        ("bytes of weights", before.nbytes, after.nbytes),
-    ]
+    rows = size_rows(before, after)
     sizes = "\n".join(f"| {what} | {a:,} | {b:,} | {b / a:.1%} |" for what, a, b in rows)
-    widths = "\n".join(f"| {i} | {layer.units} | {len(layer.keep)} |" for i, layer in sorted(plan.mlp.items()))
+    widths = "\n".join(_widths(plan))
     settings = "\n".join(f"- {key}: `{value}`" for key, value in sorted(recipe.items()) if value is not None)
     if perplexities:
         quality = (
@@ -67,9 +91,8 @@ tags:
 
 # {name.rsplit("/", 1)[-1]}, pruned with dicer
 
-Structured pruning of MLP neurons of `{name}` by the method `{method}`; the neurons are gone from the weight matrices.
-`dicer_plan.json` and `dicer_plan.safetensors` say which neurons stayed, with every score, and make it again:
-`dicer apply`.
+Structured pruning of `{name}` by the method `{method}`: {_what(plan)}; they are gone from the weight matrices.
+`dicer_plan.json` and `dicer_plan.safetensors` say what stayed, with every score, and make it again: `dicer apply`.
 
 | | before | after | left |
 | --- | --- | --- | --- |
@@ -97,7 +120,7 @@ Calibration: {", ".join(f"{k} {v}" for k, v in sorted(plan.calibration.items()))
 
 ## Widths
 
-| layer | neurons before | after |
-| --- | --- | --- |
+| layer | of | before | after |
+| --- | --- | --- | --- |
 {widths}
 """

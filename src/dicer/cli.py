@@ -124,7 +124,9 @@ def prune(
         pick_device(asked.device)
         say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
         _show_sizes(*job.sizes())
-        _show_widths(job.layers)
+        _show_widths(job.outline())
+        if job.decision is None:
+            say(f"About {job.budget.target:,.0f} parameters would go; from where, only a run of the model can tell.")
         _show_notes(job.notes)
         return
     with Bar() as progress:
@@ -236,20 +238,29 @@ app.add_typer(cli_experiments.app)
 
 def _show_sizes(before: Any, after: Any) -> None:
     table = Table("", "before", "after", "left")
-    for name, a, b in (
-        ("parameters", before.parameters, after.parameters),
-        ("in MLP neurons", before.mlp, after.mlp),
-        ("bytes of weights", before.nbytes, after.nbytes),
-    ):
+    from dicer.card import size_rows
+
+    for name, a, b in size_rows(before, after):
         table.add_row(name, f"{a:,}", f"{b:,}", f"{b / a:.1%}")
     console().print(table)
 
 
-def _show_widths(layers: dict[int, tuple[int, int]]) -> None:
-    widths = sorted({(units, keep) for units, keep in layers.values()})
-    for units, keep in widths:
-        members = [i for i, value in layers.items() if value == (units, keep)]
-        say(f"{len(members)} layers ({members[0]} to {members[-1]}): {units} -> {keep} neurons")
+def _show_widths(plan: Any) -> None:
+    """One line for each change of width; where layers differ much, only from where to where they go."""
+    from dicer.card import UNITS
+
+    if plan.blocks:
+        say(f"{len(plan.blocks)} layers removed whole: {', '.join(map(str, plan.blocks))}")
+    for axis, layers in plan.axes.items():
+        widths = sorted({(layer.units, len(layer.keep)) for layer in layers.values()})
+        if len(widths) > 4:
+            kept = [keep for _, keep in widths]
+            units = max(units for units, _ in widths)
+            say(f"{len(layers)} layers: {units} -> {min(kept)} to {max(kept)} {UNITS[axis]}")
+            continue
+        for units, keep in widths:
+            members = [i for i, layer in layers.items() if (layer.units, len(layer.keep)) == (units, keep)]
+            say(f"{len(members)} layers ({members[0]} to {members[-1]}): {units} -> {keep} {UNITS[axis]}")
 
 
 def _show_notes(notes: list[str]) -> None:
@@ -263,7 +274,7 @@ def _show_result(result: Any) -> None:
 
     recipe = result.plan.recipe
     say(f"Pruned {result.plan.model['name']} with {recipe['method'] or 'its own combination'}.")
-    _show_widths({i: (layer.units, len(layer.keep)) for i, layer in result.plan.mlp.items()})
+    _show_widths(result.plan)
     _show_sizes(result.before, result.after)
     _show_notes(result.notes)
     if result.perplexities:

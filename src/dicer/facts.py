@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dicer.recipe import Recipe
 from dicer.scoring import prepare
 from dicer.sources import ModelSource
+from dicer.surgery import count_sizes
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,21 @@ def describe(source: ModelSource) -> Facts:
     infos, family = source.tensors.infos(), source.family
     widths = family.widths(source.config)
     inside = {name: info.numel for name, info in infos.items() if family.locate(name)}
-    pieces = {piece.name for piece in family.mlp.slices}
+    sizes, heads = count_sizes(family, infos), family.units(source.config, "attention")
     counts = {
-        "MLP neurons": sum(n for name, n in inside.items() if (p := family.locate(name)) and p[1] in pieces),
-        "attention": sum(n for name, n in inside.items() if "attn." in name),
+        "MLP neurons": sizes.mlp,
+        "attention heads": sizes.attention,
         "embeddings and head": sum(
             info.numel for name, info in infos.items() if name not in inside and len(info.shape) == 2
         ),
     }
-    total = sum(info.numel for info in infos.values())
+    total = sizes.parameters
     counts["norms and the rest"] = total - sum(counts.values())
-    width = str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
     rows = [
         ("family", family.model_type),
         ("layers", f"{len(widths)} (0 to {len(widths) - 1})"),
-        ("neurons a layer", width),
+        ("neurons a layer", _span(widths)),
+        ("key-value heads a layer", _span(heads)),
         ("legal widths", f"any from 1 to {max(widths)}; multiples of 64 or 256 suit tensor cores and K-quants"),
         ("dtypes", ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))),
         ("parameters", f"{total:,}"),
@@ -54,8 +55,13 @@ def describe(source: ModelSource) -> Facts:
     for percent in (10, 20, 25, 30, 40, 50):
         job = prepare(source, Recipe(method="random", ratio=percent / 100))
         _, after = job.sizes()
-        kept = sorted({keep for _, keep in job.layers.values()})
-        shown = str(kept[0]) if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
+        kept = sorted(set(job.decision.keep.values())) if job.decision else [0]
         share = after.parameters / total
-        left.append((f"{percent}%", shown, f"{after.parameters:,}", f"{share:.1%}", f"{after.nbytes / 1e9:.3f} GB"))
+        left.append(
+            (f"{percent}%", _span(kept), f"{after.parameters:,}", f"{share:.1%}", f"{after.nbytes / 1e9:.3f} GB")
+        )
     return Facts(source.name, rows, left)
+
+
+def _span(values: list[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"

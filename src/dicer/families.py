@@ -27,6 +27,7 @@ class Family:
         mlp: the MLP axis.
         attention: the attention axis; :meth:`axes` knows its block sizes.
         even_heads: the stock config demands that the number of heads divides the hidden size.
+        layers_key: what ``config.json`` calls the number of decoder layers.
         fixed_heads: the stock attention takes the head size to be hidden size / heads, so fewer heads need own code.
         learned_positions: positions are a table of ``max_position_embeddings`` rows, so longer samples cannot run.
     """
@@ -41,6 +42,7 @@ class Family:
     even_heads: bool = False
     fixed_heads: bool = False
     learned_positions: bool = False
+    layers_key: str = "num_hidden_layers"
 
     @property
     def pruned_type(self) -> str:
@@ -65,9 +67,17 @@ class Family:
 
         Older checkpoints lack the outermost prefix (GPT-2's ``h.0.`` for ``transformer.h.0.``): both are understood.
         """
-        short = self.layers.split(".", 1)[1]
-        match = re.fullmatch(rf"(?:{re.escape(self.layers)}|{re.escape(short)})\.(\d+)\.(.+)", tensor_name)
+        match = self._match(tensor_name)
         return (int(match[1]), match[2]) if match else None
+
+    def renumbered(self, tensor_name: str, layer: int) -> str:
+        """The name of a layer's tensor with another layer's number in it."""
+        match = self._match(tensor_name)
+        return tensor_name if match is None else f"{tensor_name[: match.start(1)]}{layer}.{match[2]}"
+
+    def _match(self, tensor_name: str) -> re.Match[str] | None:
+        short = self.layers.split(".", 1)[1]
+        return re.fullmatch(rf"(?:{re.escape(self.layers)}|{re.escape(short)})\.(\d+)\.(.+)", tensor_name)
 
     def axes(self, config: Any) -> dict[str, Axis]:
         """Both axes at the block sizes of a model, by name, attention first.
@@ -218,6 +228,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 _GPT2_HEADS,
                 fixed_heads=True,
                 learned_positions=True,
+                layers_key="n_layer",
             ),
             Family(
                 "opt",

@@ -14,14 +14,15 @@ from dicer.axes import UnitWeights
 from dicer.distributed import all_reduce, sum_of, world_size
 from dicer.errors import RecipeError
 
-Kind = Literal["square_sum", "sum", "gram"]
+Kind = Literal["square_sum", "sum", "gram", "channel_sum"]
 
 
 class Need(NamedTuple):
-    """One sum that a run asks for, over one activation (pre, post or mod)."""
+    """One sum that a run asks for, over one activation (pre, post or mod; attention has mod alone) of one axis."""
 
     kind: Kind
     activation: str
+    axis: str = "mlp"
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -30,28 +31,37 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 class Sums:
-    """The sums of one layer, filled batch by batch.
+    """The sums of one axis of one layer, filled batch by batch.
 
-    ``square_sum`` and ``sum`` are float64 [U] (float32 within a batch), ``gram`` is float32 [U, U], as at 18,944
-    neurons it already takes 1.4 GB.
+    ``square_sum`` and ``sum`` are float64 [U] (float32 within a batch), over all channels of a unit; ``channel_sum`` is
+    float64 [U * C], for each channel by itself; ``gram`` is float32 [U, U], as at 18,944 neurons it already takes
+    1.4 GB.
+
+    Args:
+        needs: what is asked for.
+        channels: C, the values that one unit has for a token: 1 for neurons.
     """
 
-    def __init__(self, needs: Iterable[Need]) -> None:
+    def __init__(self, needs: Iterable[Need], channels: int = 1) -> None:
         self.needs = frozenset(needs)
+        self.channels = channels
         self.count = 0
         self._totals: dict[Need, Tensor] = {}
 
     def add(self, activation: str, values: Tensor) -> None:
-        """Take in one batch of one activation, [..., U]."""
-        flat = values.detach().reshape(-1, values.shape[-1]).float()  # [T, U]
+        """Take in one batch of one activation, [..., U * C]."""
+        flat = values.detach().reshape(-1, values.shape[-1]).float()  # [T, U*C]
         for need in self.needs:
             if need.activation != activation:
                 continue
             if need.kind == "gram":
-                total = self._totals.setdefault(need, flat.new_zeros(flat.shape[1], flat.shape[1]))
-                total.addmm_(flat.T, flat)
+                by_unit = flat.reshape(len(flat), -1, self.channels).movedim(1, 0).flatten(1)  # [U, T*C]
+                total = self._totals.setdefault(need, flat.new_zeros(len(by_unit), len(by_unit)))
+                total.addmm_(by_unit, by_unit.T)
                 continue
-            batch = (flat.square() if need.kind == "square_sum" else flat).sum(0)  # [U]
+            batch = (flat.square() if need.kind == "square_sum" else flat).sum(0)  # [U*C]
+            if need.kind != "channel_sum":
+                batch = batch.reshape(-1, self.channels).sum(1)  # [U]
             self._totals[need] = self._totals.get(need, 0.0) + batch.to(widest(batch.device))
 
     def all_reduce(self, units: int, device: torch.device) -> None:
@@ -65,8 +75,16 @@ class Sums:
             return
         self.count = sum_of(self.count)
         for need in sorted(self.needs):
-            shape, dtype = ((units, units), torch.float32) if need.kind == "gram" else ((units,), widest(device))
+            shapes = {"gram": (units, units), "channel_sum": (units * self.channels,)}
+            shape, dtype = shapes.get(need.kind, (units,)), torch.float32 if need.kind == "gram" else widest(device)
             all_reduce(self._totals.setdefault(need, torch.zeros(shape, dtype=dtype, device=device)))
+
+    def without(self, kind: Kind) -> Sums:
+        """The same sums but for one kind."""
+        rest = Sums((need for need in self.needs if need.kind != kind), self.channels)
+        rest.count = self.count
+        rest._totals = {need: total for need, total in self._totals.items() if need.kind != kind}
+        return rest
 
     def get(self, kind: Kind, activation: str) -> Tensor:
         """One sum.
@@ -74,10 +92,10 @@ class Sums:
         Raises:
             RecipeError: it was not asked for before the pass.
         """
-        total = self._totals.get(Need(kind, activation))
-        if total is None:
-            raise _not_collected(kind)
-        return total
+        for need, total in self._totals.items():
+            if need[:2] == (kind, activation):
+                return total
+        raise _not_collected(kind)
 
 
 def _not_collected(kind: str) -> RecipeError:

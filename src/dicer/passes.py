@@ -21,7 +21,7 @@ from dicer.walk import Progress, silent
 T = TypeVar("T")
 
 _TEXT_FIELDS = ("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len", "calib_seed")
-_PLAIN: dict[str, Any] = dict.fromkeys(("criterion", "activation", "grouping", "merge", "groups"))
+_NORM_FIELDS = (*_TEXT_FIELDS, "layers", "batch_size", "device", "dtype")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ def _run_pass(members: list[_Member], model: Any, progress: Progress) -> dict[ob
 
 def _kind(job: Job) -> str:
     """Passes of different cost stay apart, so that the time of each says something about its methods."""
+    if job.method.allocate == "transfer-entropy":
+        return "entropy"
     if "gradient" in job.criterion.needs:
         return "gradient"
     if any(need.kind == "gram" for need in job.needs):
@@ -138,7 +140,7 @@ def _norms_key(job: Job) -> object:
 
 
 def _norms_job(job: Job, tokenizer: Any, texts: _Texts) -> Job:
-    recipe = job.recipe.model_copy(update={**_PLAIN, "method": "act-l2"})
+    recipe = Recipe(method="act-l2", **{name: getattr(job.recipe, name) for name in _NORM_FIELDS})
     return prepare(job.source, recipe, tokenizer, texts.get(recipe))
 
 

@@ -18,13 +18,14 @@ from dicer.calibration import load_windows
 from dicer.card import model_card
 from dicer.errors import ModelError, RecipeError
 from dicer.evaluate import perplexity
+from dicer.forms import MODELING_FILE
 from dicer.machine import pick_device
 from dicer.plan import PrunePlan, load_plan
 from dicer.recipe import Recipe
 from dicer.scoring import Job, prepare, score
 from dicer.sink import CheckpointSink, check_output, check_space
 from dicer.sources import ModelSource, copy_side_files, from_memory, open_model, tokenize_with
-from dicer.surgery import MODELING_FILE, Sizes, plan_cut, pruned_config, pruned_widths
+from dicer.surgery import Sizes, plan_cut
 from dicer.walk import Progress, silent
 
 PERPLEXITY_WINDOWS = 8
@@ -106,7 +107,7 @@ def apply_plan(
     loaded = plan if isinstance(plan, PrunePlan) else load_plan(Path(plan))
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
-    result = Result(loaded, *plan_cut(source.tensors, source.family, loaded).sizes())
+    result = Result(loaded, *plan_cut(source, loaded).sizes())
     check_space(out, result.after.nbytes)
     with _timed(result, "write"):
         _write(result, source, out, overwrite, progress)
@@ -160,7 +161,7 @@ def prune(
     start = time.perf_counter()
     plan = score([job], dense, progress)[0]
     seconds["score"] = time.perf_counter() - start
-    cut = plan_cut(source.tensors, source.family, plan)
+    cut = plan_cut(source, plan)
     result = Result(plan, *cut.sizes(), seconds=seconds, notes=job.notes)
     if windows is not None:
         with _timed(result, "perplexity"):
@@ -227,8 +228,8 @@ def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", devic
     from dicer.export import modeling_pruned
 
     family = source.family
-    cut = plan_cut(source.tensors, family, plan)
-    raw = pruned_config(source.raw_config, family, pruned_widths(source.config, family, plan))
+    cut = plan_cut(source, plan)
+    raw = dict(cut.config)
     kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
     config = transformers.AutoConfig.for_model(kind, **raw)
     if auto_map is None:
@@ -238,7 +239,7 @@ def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", devic
         config.auto_map = auto_map
     state = {name: cut.read(name) for name in cut.infos}
     if source.live is not None:  # what was not cut is still the dense model's own memory
-        state = {name: tensor if name in cut.sliced else tensor.clone() for name, tensor in state.items()}
+        state = {name: tensor if name in cut.made else tensor.clone() for name, tensor in state.items()}
     pruned: Any = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     if (generation := source.generation_config()) is not None:
         pruned.generation_config = generation
@@ -255,8 +256,8 @@ def _write(
     perplexity_text: str | None = None,
 ) -> None:
     """The checkpoint folder of DESIGN section 4, whole or not at all."""
-    cut = plan_cut(source.tensors, source.family, result.plan)
-    config = pruned_config(source.raw_config, source.family, pruned_widths(source.config, source.family, result.plan))
+    cut = plan_cut(source, result.plan)
+    config = dict(cut.config)
     if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
         config["tokenizer_class"] = tokenizer_class
     live = source.generation_config() if source.folder is None else None

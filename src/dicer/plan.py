@@ -13,13 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dicer.axes import AXES
 from dicer.errors import OutputError, PlanError
 
 PLAN_JSON = "dicer_plan.json"
 PLAN_TENSORS = "dicer_plan.safetensors"
-FORMAT = 1
+FORMAT = 2  # 1 knew neurons alone; it is still read
 
 _MERGE_FIELDS = ("row", "weight_in", "weight_out")
+_FIELDS = (*_MERGE_FIELDS, "means")
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class LayerPlan:
 
     Attributes:
         units: N, before.
-        keep: int64 [K], sorted.
+        keep: int64 [K], sorted; empty where the whole sub-layer goes.
         scores: float32 [N], what the criterion said; kept for whoever wants to know which units mattered.
         row: int64 [N], the survivor that a unit is merged into, -1 for none; None where nothing is merged.
         weight_in: float32 [N], entries of M_in.
         weight_out: float32 [N], entries of M_out.
+        means: float32 [N * C], the dense model's mean inputs of the output projection, C for each unit; a bias makes up
+            for what the cut takes of them. None where nothing is compensated.
     """
 
     units: int
@@ -41,6 +45,18 @@ class LayerPlan:
     row: Tensor | None = None
     weight_in: Tensor | None = None
     weight_out: Tensor | None = None
+    means: Tensor | None = None
+
+    def explain(self) -> str:
+        """What stays, and how scores of kept and dropped units compare."""
+        kept = torch.zeros(self.units, dtype=torch.bool)
+        kept[self.keep] = True
+        medians = [
+            f"{name} median {scores.median():.4g}"
+            for name, scores in (("kept", self.scores[kept]), ("dropped", self.scores[~kept]))
+            if len(scores)
+        ]
+        return f"{self.units} -> {len(self.keep)}; score: {', '.join(medians)}"
 
     def merge_matrices(self) -> tuple[Tensor, Tensor] | None:
         """(M_in, M_out), each a sparse float32 [K, N]; None where nothing is merged."""
@@ -66,6 +82,8 @@ class PrunePlan:
         calibration: provenance of the tokens; empty when none were needed.
         versions: of dicer, torch and transformers.
         axes: axis name -> layer -> what stays.
+        blocks: layers that go whole, sorted; no axis names them.
+        allocation: how the ratio was shared out: ``target``, ``whole`` and what importances led to it.
     """
 
     model: dict[str, str]
@@ -73,6 +91,8 @@ class PrunePlan:
     calibration: dict[str, Any]
     versions: dict[str, str]
     axes: dict[str, dict[int, LayerPlan]] = field(default_factory=dict)
+    blocks: tuple[int, ...] = ()
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mlp(self) -> dict[int, LayerPlan]:
@@ -104,7 +124,7 @@ class PrunePlan:
         for axis, layers in self.axes.items():
             for index, layer in sorted(layers.items()):
                 axes.setdefault(axis, {})[str(index)] = {"units": layer.units, "keep": len(layer.keep)}
-                for name in ("keep", "scores", *_MERGE_FIELDS):
+                for name in ("keep", "scores", *_FIELDS):
                     value = getattr(layer, name)
                     if value is not None:
                         tensors[f"{axis}.{index}.{name}"] = value.contiguous()
@@ -115,6 +135,8 @@ class PrunePlan:
             "calibration": self.calibration,
             "versions": self.versions,
             "axes": axes,
+            "blocks": list(self.blocks),
+            "allocation": self.allocation,
         }
         text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         return {PLAN_JSON: text.encode(), PLAN_TENSORS: save(tensors)}
@@ -135,23 +157,24 @@ class PrunePlan:
             raise OutputError(f"cannot write the plan to {folder}: {error.strerror or error}.") from error
 
     def explain(self) -> list[str]:
-        """One line for each layer: what stays, and how scores of kept and dropped units compare."""
-        lines = []
+        """One line for each layer and axis: what stays, why so much, and how scores of kept and dropped compare."""
+        lines: dict[int, list[str]] = {index: [f"layer {index:>3}: removed whole"] for index in self.blocks}
         for axis, layers in self.axes.items():
-            for index, layer in sorted(layers.items()):
-                kept = torch.zeros(layer.units, dtype=torch.bool)
-                kept[layer.keep] = True
-                inside, outside = layer.scores[kept], layer.scores[~kept]
-                gone = f", dropped median {outside.median():.4g}" if len(outside) else ""
-                lines.append(
-                    f"layer {index:>3} {axis}: {layer.units} -> {len(layer.keep)}; score: kept median "
-                    f"{inside.median():.4g}{gone}"
-                )
-        return lines
+            for index, layer in layers.items():
+                lines.setdefault(index, []).append(f"layer {index:>3} {axis}: {layer.explain()}")
+        entropy = self.allocation.get("transfer_entropy", {})
+        for index, found in lines.items():
+            told = [f"{name} {values[index]:.4g}" for name, values in sorted(entropy.items()) if index < len(values)]
+            if told:
+                found[-1] += f"; transfer entropy: {', '.join(told)}"
+        return [line for _, found in sorted(lines.items()) for line in found]
 
     def diff(self, other: PrunePlan) -> list[str]:
         """One line for each layer in which two plans keep different units, or merge others into them differently."""
-        lines = []
+        lines = [
+            f"layer {index}: removed whole in the {'first' if index in self.blocks else 'second'} plan only"
+            for index in sorted({*self.blocks} ^ {*other.blocks})
+        ]
         for axis in sorted({*self.axes, *other.axes}):
             mine, theirs = self.axes.get(axis, {}), other.axes.get(axis, {})
             for index in sorted({*mine, *theirs}):
@@ -164,13 +187,15 @@ class PrunePlan:
                     lines.append(
                         f"layer {index} {axis}: {both} kept by both, {len(a) - both} and {len(b) - both} by one"
                     )
-                elif not _same_merge(mine[index], theirs[index]):
+                elif not _same_tensors(mine[index], theirs[index], _MERGE_FIELDS):
                     lines.append(f"layer {index} {axis}: the same kept, others merged into them differently")
+                elif not _same_tensors(mine[index], theirs[index], ("means",)):
+                    lines.append(f"layer {index} {axis}: the same kept, compensated differently")
         return lines
 
 
-def _same_merge(first: LayerPlan, second: LayerPlan) -> bool:
-    for name in _MERGE_FIELDS:
+def _same_tensors(first: LayerPlan, second: LayerPlan, names: tuple[str, ...]) -> bool:
+    for name in names:
         a, b = getattr(first, name), getattr(second, name)
         if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
             return False
@@ -186,17 +211,18 @@ def load_plan(path: Path) -> PrunePlan:
     folder = path if path.is_dir() else path.parent
     try:
         record = json.loads((folder / PLAN_JSON).read_text(encoding="utf-8"))
-        if record.get("format") != FORMAT:
+        if record.get("format") not in (1, FORMAT):
             raise PlanError(
-                f"{folder / PLAN_JSON} has format {record.get('format')}, and this version of dicer reads {FORMAT}."
+                f"{folder / PLAN_JSON} has format {record.get('format')}; this version of dicer reads 1 to {FORMAT}."
             )
         for part in ("recipe", "calibration", "versions"):
             if not isinstance(record[part], dict):
                 raise ValueError(f"'{part}' is no table")
         if "method" not in record["recipe"]:
             raise ValueError("its recipe does not say 'method'")
-        if record["axes"].keys() != {"mlp"} or not record["axes"]["mlp"]:
-            raise ValueError(f"its axes are {sorted(record['axes'])}, expected layers of 'mlp' and nothing else")
+        blocks = _blocks(record)
+        if not record["axes"].keys() <= set(AXES) or not (blocks or any(record["axes"].values())):
+            raise ValueError(f"its axes are {sorted(record['axes'])}, expected layers of {' or '.join(AXES)}")
         tensors = load_file(folder / PLAN_TENSORS)
         axes = {
             str(axis): {
@@ -206,7 +232,10 @@ def load_plan(path: Path) -> PrunePlan:
             for axis, layers in record["axes"].items()
         }
         model = {key: str(record["model"][key]) for key in ("name", "model_type", "fingerprint")}
-        return PrunePlan(model, record["recipe"], record["calibration"], record["versions"], axes)
+        if any(index in layers for index in blocks for layers in axes.values()):
+            raise ValueError("a layer that goes whole is also cut")
+        told = (record["recipe"], record["calibration"], record["versions"])
+        return PrunePlan(model, *told, axes, blocks, dict(record.get("allocation", {})))
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name if error.filename else PLAN_TENSORS
         raise PlanError(f"no plan at {path}: {name} is missing. 'dicer plan' writes one.") from None
@@ -214,12 +243,22 @@ def load_plan(path: Path) -> PrunePlan:
         raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
 
 
+def _blocks(record: Mapping[str, Any]) -> tuple[int, ...]:
+    blocks = record.get("blocks", [])
+    good = isinstance(blocks, list) and all(type(i) is int and i >= 0 for i in blocks)
+    if not good or blocks != sorted(set(blocks)):
+        raise ValueError("'blocks' is no sorted list of layers")
+    return tuple(blocks)
+
+
 def _layer(tensors: Mapping[str, Tensor], axis: str, index: int, entry: Mapping[str, Any]) -> LayerPlan:
     prefix, units = f"{axis}.{index}.", int(entry["units"])
     keep, scores = tensors[prefix + "keep"], tensors[prefix + "scores"]
     merges = [tensors.get(prefix + name) for name in _MERGE_FIELDS]
-    ordered = keep.ndim == 1 and keep.dtype == torch.int64 and len(keep) > 0 and bool((keep.diff() > 0).all())
-    if not ordered or int(keep[0]) < 0 or int(keep[-1]) >= units or scores.shape != (units,):
+    means = tensors.get(prefix + "means")
+    ordered = keep.ndim == 1 and keep.dtype == torch.int64 and bool((keep.diff() > 0).all())
+    outside = ordered and len(keep) and (int(keep[0]) < 0 or int(keep[-1]) >= units)
+    if not ordered or outside or scores.shape != (units,):
         raise ValueError(f"layer {index} does not keep a sorted selection of its {units} units")
     if len(keep) != entry["keep"]:
         raise ValueError(f"layer {index} keeps {len(keep)} units in one file and {entry['keep']} in the other")
@@ -233,4 +272,6 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: int, entry: Mapping[
         or int(row.max()) >= len(keep)
     ):
         raise ValueError(f"layer {index} has a merge that does not fit its {units} units")
-    return LayerPlan(units, keep, scores, *merges)
+    if means is not None and (means.ndim != 1 or not len(means) or len(means) % units or not means.isfinite().all()):
+        raise ValueError(f"layer {index} has means that do not fit its {units} units")
+    return LayerPlan(units, keep, scores, *merges, means=means)

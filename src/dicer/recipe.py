@@ -14,11 +14,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dicer.errors import RecipeError, unknown
 
 Activation = Literal["pre", "post", "mod"]
+AxisName = Literal["mlp", "attention", "block", "all"]
+RatioOf = Literal["chosen", "mlp", "decoder", "model"]
 DEFAULT_METHOD = "rc-a"
+ALLOCATIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "uniform": "the same ratio in every layer (Xu et al. 2025, 3)",
+        "transfer-entropy": "less where the output's entropy depends more on a module (Yang et al. 2025, algorithm 1)",
+        "global": "all units ranked together by z-score within their module (AL-AM of FLAP, An et al. 2024)",
+        "FILE.json": "ratios of your own: {'mlp': [one for each layer], 'attention': {'3': 0.5}}",
+    }
+)
 
 
 class Preset(NamedTuple):
-    """A method of the paper: criterion x grouping x merge (METHODS section 2)."""
+    """A method of a paper: criterion x grouping x merge (METHODS section 2), and what it prunes how much."""
 
     criterion: str
     activation: Activation | None
@@ -26,6 +36,9 @@ class Preset(NamedTuple):
     merge: str
     seed_code_name: str
     paper: str
+    axis: AxisName = "mlp"
+    allocate: str = "uniform"
+    ratio_of: RatioOf = "chosen"
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -44,6 +57,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "sim-dominant": Preset(
             "act-l2", "mod", "similarity", "dominant", "activation-merge, --apply-mode dominant", "Table 2"
         ),
+        "let-llm": Preset(
+            "output-l2", "mod", "none", "prune", "", "Yang et al. 2025", "all", "transfer-entropy", "decoder"
+        ),
     }
 )
 
@@ -59,6 +75,9 @@ class Method(NamedTuple):
         grouped_by: the activation whose vectors similarity clusters; None for other groupings.
         merge: what a group leaves.
         groups: number of groups C; None means one group for each kept neuron (C = K).
+        axis: what is pruned.
+        allocate: how the ratio is shared out over layers and modules.
+        ratio_of: what the ratio is a fraction of.
     """
 
     preset: str | None
@@ -68,6 +87,14 @@ class Method(NamedTuple):
     grouped_by: Activation | None
     merge: str
     groups: int | None
+    axis: AxisName
+    allocate: str
+    ratio_of: RatioOf
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes whose units are scored; none where whole blocks go."""
+        return {"all": ("attention", "mlp"), "block": ()}.get(self.axis, (self.axis,))
 
 
 class Recipe(BaseModel):
@@ -85,7 +112,39 @@ class Recipe(BaseModel):
     groups: int | None = Field(
         default=None, ge=1, description="random groups C that keep K/C neurons each (default: C = K)"
     )
-    ratio: float = Field(default=0.25, description="fraction of the neurons of each chosen layer that goes, in (0, 1)")
+    axis: AxisName | None = Field(
+        default=None,
+        description="what is pruned: mlp (neurons), attention (heads; key-value heads with all their query heads), "
+        "all (both), block (whole layers) (default: mlp)",
+    )
+    ratio: float = Field(default=0.25, description="fraction of the parameters that goes, in (0, 1)")
+    ratio_of: RatioOf | None = Field(
+        default=None,
+        description="fraction of what: chosen (the units of the chosen axis and layers), or all of the mlp, decoder "
+        "or model (default: chosen)",
+    )
+    allocate: str | None = Field(
+        default=None,
+        description="how the ratio is shared out: uniform, transfer-entropy, global, or FILE.json (default: uniform)",
+    )
+    max_ratio: float = Field(default=1.0, description="no module loses more than this fraction", gt=0, le=1)
+    min_width: int = Field(default=1, ge=1, description="neurons that every layer keeps at least")
+    drop_threshold: float | None = Field(
+        default=None, gt=0, le=1, description="a module whose ratio reaches this is removed whole (default: none is)"
+    )
+    compensate: Literal["none", "bias"] = Field(
+        default="none", description="bias: the removed units' mean output stays, as a bias of the output projection"
+    )
+    schedule: str = Field(
+        default="linear", description="how ratios fall with transfer entropy: linear, softmax or rank"
+    )
+    split: str = Field(
+        default="share", description="how a block's ratio is split between attention and MLP: share, model or equal"
+    )
+    entropy_search: str = Field(
+        default="independent", description="transfer entropy of each module by itself (independent) or greedy"
+    )
+    entropy_at: str = Field(default="norm", description="entropy after the final norm (norm) or before it (hidden)")
     layers: str = Field(default="all", description="'all', or indices and ranges as in 5,6,9-12; -1 is the last layer")
     width_multiple: int = Field(default=1, ge=1, description="round the kept width to a multiple of this")
     calib: str = Field(
@@ -159,12 +218,66 @@ class Recipe(BaseModel):
                 f"--groups {self.groups} keeps several neurons of a group, which merge '{merge}' cannot do; "
                 "use --merge prune, or leave --groups out."
             )
+        axis = self.axis or base.axis
+        ranked = "transfer-entropy" if axis == "block" else base.allocate
+        how = (axis, self.allocate or ranked, self.ratio_of or base.ratio_of)
         parts = _complete(self.criterion or base.criterion, self.activation or preset_activation, grouping, merge)
-        same = (
-            name for name, p in PRESETS.items() if _complete(p.criterion, p.activation, p.grouping, p.merge) == parts
+        method = Method(None, *parts, self.groups, *how)
+        _check_axis(self, method)
+        _check_allocation(self, method)
+        preset = None if self.groups is not None else next((n for n, p in PRESETS.items() if _is(p, method)), None)
+        return method._replace(preset=preset)
+
+
+def _is(preset: Preset, method: Method) -> bool:
+    """Whether a method is a preset; how much goes of what is a part only of those presets that say it."""
+    if _complete(preset.criterion, preset.activation, preset.grouping, preset.merge) != method[1:6]:
+        return False
+    return preset[6:] in ((method.axis, method.allocate, method.ratio_of), ("mlp", "uniform", "chosen"))
+
+
+def _check_axis(recipe: Recipe, method: Method) -> None:
+    """Refuse what an axis cannot do."""
+    if "attention" in method.axes and method.merge != "prune":
+        raise RecipeError(
+            f"merge '{method.merge}' is for neurons, and --axis {method.axis} has heads, which stay or go; "
+            "use --merge prune, or --axis mlp."
         )
-        preset = None if self.groups is not None else next(same, None)
-        return Method(preset, *parts, self.groups)
+    if method.axis != "block":
+        return
+    named = [name for name in ("criterion", "activation", "grouping", "merge") if getattr(recipe, name) is not None]
+    if named:
+        raise RecipeError(f"--axis block removes whole layers by transfer entropy, so --{named[0]} has no effect.")
+    if method.allocate != "transfer-entropy":
+        raise RecipeError(f"--axis block ranks layers by transfer entropy; --allocate {method.allocate} cannot.")
+    if recipe.compensate == "bias":
+        raise RecipeError("--axis block leaves no projection to put a bias on; leave --compensate out.")
+
+
+def _check_allocation(recipe: Recipe, method: Method) -> None:
+    """Refuse an allocation that is not known, and options that it does not read."""
+    if method.allocate not in ALLOCATIONS and not method.allocate.endswith(".json"):
+        raise RecipeError(unknown("allocation", method.allocate, ALLOCATIONS))
+    for name, known in (
+        ("schedule", ("linear", "softmax", "rank")),
+        ("split", ("share", "model", "equal")),
+        ("entropy_search", ("independent", "greedy")),
+        ("entropy_at", ("norm", "hidden")),
+    ):
+        value = getattr(recipe, name)
+        if value not in known:
+            raise RecipeError(unknown(name.replace("_", " "), value, known))
+        if value != known[0] and method.allocate != "transfer-entropy":
+            raise RecipeError(
+                f"--{name.replace('_', '-')} {value} needs --allocate transfer-entropy, "
+                f"and the allocation is '{method.allocate}'."
+            )
+    if recipe.drop_threshold is not None and method.allocate not in ("transfer-entropy", "global"):
+        raise RecipeError(
+            f"--drop-threshold needs --allocate transfer-entropy or global, and the allocation is '{method.allocate}'."
+        )
+    if method.allocate.endswith(".json") and "ratio" in recipe.model_fields_set:
+        raise RecipeError(f"{method.allocate} says the ratios; leave --ratio out.")
 
 
 def _complete(

@@ -15,15 +15,20 @@ from dicer.distributed import world_size
 from dicer.passes import Scored
 from dicer.plan import PrunePlan
 from dicer.records import pack
+from dicer.surgery import plan_cut
 
 
 def facts_of(scored: Scored) -> dict[str, Any]:
     """What a record says of a plan."""
-    before, after = scored.job.sizes()
+    before, after = plan_cut(scored.job.source, scored.plan).sizes()
     digest = hashlib.sha256(b"".join(content for _, content in sorted(scored.plan.files().items())))
     return {
         "parameters": {"before": before.parameters, "after": after.parameters},
         "mlp_parameters": {"before": before.mlp, "after": after.mlp},
+        "attention_parameters": {"before": before.attention, "after": after.attention},
+        "decoder_parameters": {"before": before.decoder, "after": after.decoder},
+        "allocation": scored.plan.allocation,
+        "kept": _kept(scored.plan),
         "bytes": {"before": before.nbytes, "after": after.nbytes},
         "calibration": scored.plan.calibration,
         "notes": scored.job.notes,
@@ -32,6 +37,12 @@ def facts_of(scored: Scored) -> dict[str, Any]:
         "pass_shared_by": scored.sharing,
         "memory": {"score": scored.memory},
     }
+
+
+def _kept(plan: PrunePlan) -> dict[str, Any]:
+    """What stays of each layer, as numbers: [units, kept] by axis, and the layers that went whole."""
+    axes = {axis: {str(i): [p.units, len(p.keep)] for i, p in layers.items()} for axis, layers in plan.axes.items()}
+    return {**axes, "blocks": list(plan.blocks)}
 
 
 def _layers(plan: PrunePlan, norms: dict[int, torch.Tensor]) -> dict[str, Any]:

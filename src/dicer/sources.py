@@ -60,6 +60,11 @@ class ModelSource:
         """A hash that tells two models apart (see :func:`dicer.checkpoint.fingerprint`)."""
         return fingerprint(self.tensors)
 
+    @property
+    def widest(self) -> int:
+        """Neurons of the widest layer."""
+        return max(self.family.widths(self.config))
+
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the folder has none.
 

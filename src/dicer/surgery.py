@@ -1,4 +1,4 @@
-"""The cut itself: tensors by their names on disk are copied or sliced, and a new config says what they became."""
+"""The cut itself: tensors by their names on disk are copied, sliced or dropped, and a config says what they became."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dicer.axes import Slice
-from dicer.checkpoint import TensorInfo, TensorSource
+from dicer.axes import AXES, Axis, Slice
+from dicer.checkpoint import TensorInfo
 from dicer.errors import PlanError
 from dicer.families import Family
+from dicer.forms import LayerShape, fits_stock, layer_shapes, pruned_config
 from dicer.plan import LayerPlan, PrunePlan
+from dicer.sources import ModelSource
 
-MODELING_FILE = "modeling_pruned.py"
+Read = Callable[[], Tensor]
 
 
 def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
@@ -41,121 +43,216 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
     return shaped.movedim(0, piece.dim).to(tensor.dtype)
 
 
+def compensation(weight: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
+    """What a sub-layer's output loses on average by the cut: ``W (a - M_out^T M_in a)`` (FLAP, An et al. 2024).
+
+    Without a merge this is ``W[:, removed] @ a[removed]``. Where units merge, the survivor's activation is taken to be
+    ``M_in a``: exact for ``dominant``, linearised for ``mean``.
+
+    Args:
+        weight: the output projection as on disk.
+        piece: where the units lie in it.
+        layer: which units stay, and the mean activations a [N * C] of the dense model.
+
+    Returns:
+        float32 [d], to be added to the output projection's bias.
+    """
+    if layer.means is None:
+        raise PlanError("the plan has no mean activations, so there is nothing to compensate with.")
+    lost = layer.means.clone()  # [N*C]
+    matrices = layer.merge_matrices()
+    if matrices is None:
+        lost[piece.rows(layer.keep, layer.units)] = 0.0
+    else:
+        survivors = torch.sparse.mm(matrices[0], lost[:, None])  # [K,1]
+        lost -= torch.sparse.mm(matrices[1].T, survivors)[:, 0]
+    by_channel = weight.movedim(piece.dim, 0).float().cpu()  # [N*C, d]
+    return lost.float() @ by_channel
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Parameters and bytes, counted from the tensors that are really there.
 
     Attributes:
         parameters: all of them.
-        mlp: those that belong to neurons (with their biases).
+        decoder: those inside the decoder layers.
+        attention: those that heads own (with their biases).
+        mlp: those that neurons own (with their biases).
         nbytes: of all tensors.
     """
 
     parameters: int
+    decoder: int
+    attention: int
     mlp: int
     nbytes: int
 
 
+def count_sizes(family: Family, infos: Mapping[str, TensorInfo]) -> Sizes:
+    """What tensors add up to."""
+    pieces = {axis: {piece.name for piece in getattr(family, axis).slices} for axis in AXES}
+    inside = {name: place[1] for name in infos if (place := family.locate(name))}
+    by_axis = {axis: sum(infos[n].numel for n, inner in inside.items() if inner in pieces[axis]) for axis in AXES}
+    return Sizes(
+        parameters=sum(info.numel for info in infos.values()),
+        decoder=sum(infos[name].numel for name in inside),
+        nbytes=sum(info.nbytes for info in infos.values()),
+        **by_axis,
+    )
+
+
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of every tensor of a source: each is copied or sliced, none is forgotten.
+    """What becomes of every tensor of a source: each is copied, sliced or dropped, none is forgotten.
 
     Attributes:
+        config: ``config.json`` of the result.
         infos: name -> shape and dtype after the cut, for all tensors, in the source's order.
-        read: makes one tensor of the result.
-        sliced: names of the tensors that are cut.
+        made: name -> how it is made, for tensors that are not what the source has under ``origin``.
+        origin: name -> the source's name, for tensors that are copied.
         before: name -> shape and dtype before.
-        neurons: names of the tensors that MLP neurons own, in all layers.
+        source: the model.
     """
 
+    config: dict[str, Any]
     infos: dict[str, TensorInfo]
-    read: Callable[[str], Tensor]
-    sliced: frozenset[str]
+    made: dict[str, Read]
+    origin: dict[str, str]
     before: Mapping[str, TensorInfo]
-    neurons: frozenset[str]
+    source: ModelSource
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the result."""
+        return self.made[name]() if name in self.made else self.source.tensors.read(self.origin[name])
 
     def sizes(self) -> tuple[Sizes, Sizes]:
         """What the model has and what it will have."""
-        before, after = (
-            Sizes(
-                sum(info.numel for info in infos.values()),
-                sum(infos[name].numel for name in self.neurons),
-                sum(info.nbytes for info in infos.values()),
-            )
-            for infos in (self.before, self.infos)
-        )
-        return before, after
+        return count_sizes(self.source.family, self.before), count_sizes(self.source.family, self.infos)
 
 
-def plan_cut(source: TensorSource, family: Family, plan: PrunePlan) -> Cut:
+def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
     """Lay out the surgery without reading a weight.
 
     Raises:
-        PlanError: the plan's layers or widths are not those of the tensors, or a tensor that must be cut is missing.
+        PlanError: the plan's layers or widths are not those of the model.
     """
-    pieces = {piece.name: piece for piece in family.mlp.slices}
-    before = source.infos()
-    infos: dict[str, TensorInfo] = {}
-    work: dict[str, tuple[Slice, LayerPlan]] = {}
+    family, before = source.family, source.tensors.infos()
+    shapes = layer_shapes(family, source.config)
+    _check(plan, shapes)
+    kept = [i for i in range(len(shapes)) if i not in plan.blocks]
+    axes = family.axes(source.config)
+    native = {axis for axis in AXES if _has_native_bias(family, axes[axis], shapes, before)}
+    after = [_shape_after(plan, i, shapes[i], native) for i in kept]
+    cut = Cut(pruned_config(source, after, kept), {}, {}, {}, before, source)
+    number = {old: new for new, old in enumerate(kept)}
     for name, info in before.items():
         place = family.locate(name)
-        layer = plan.mlp.get(place[0]) if place else None
-        piece = pieces.get(place[1]) if place else None
-        if layer is None or piece is None:
-            infos[name] = info
+        if place is None:
+            cut.infos[name], cut.origin[name] = info, name
+        elif place[0] in number:
+            _inside(cut, axes, plan, name, number[place[0]])
+    for old, new in number.items():
+        for axis in AXES:
+            if axis in after[new].output_bias:
+                _output_bias(cut, axes[axis], plan.axes.get(axis, {}).get(old), old, new)
+    if fits_stock(source, after):
+        _zero_biases(cut, [axes[axis] for axis in AXES if any(axis in shape.output_bias for shape in after)])
+    return cut
+
+
+def _check(plan: PrunePlan, shapes: list[LayerShape]) -> None:
+    for axis, layers in plan.axes.items():
+        for index, layer in layers.items():
+            found = shapes[index].units[axis] if index < len(shapes) else 0
+            if found != layer.units:
+                raise PlanError(f"the plan has {layer.units} units of {axis} in layer {index}, the model has {found}.")
+    if any(index >= len(shapes) for index in plan.blocks):
+        raise PlanError(f"the plan removes layer {max(plan.blocks)}, and the model has {len(shapes)} layers.")
+
+
+def _has_native_bias(family: Family, axis: Axis, shapes: list[LayerShape], infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether the stock class itself gives this output projection a bias."""
+    places = (place for name in infos if (place := family.locate(name)))
+    return any(
+        inner == f"{axis.output}.bias" and shapes[i].units[axis.name] and axis.name not in shapes[i].output_bias
+        for i, inner in places
+    )
+
+
+def _shape_after(plan: PrunePlan, index: int, shape: LayerShape, native: set[str]) -> LayerShape:
+    units, biased = dict(shape.units), set(shape.output_bias)
+    for axis, layers in plan.axes.items():
+        if (layer := layers.get(index)) is None:
             continue
-        if piece.units(info.shape) != layer.units:
-            raise PlanError(
-                f"the plan has {layer.units} neurons in layer {place[0] if place else '?'}, and tensor '{name}' has "
-                f"{piece.units(info.shape)}."
-            )
+        units[axis] = len(layer.keep)
+        if not units[axis]:
+            biased.discard(axis)
+        if layer.means is not None and not (axis in native and units[axis]):
+            biased.add(axis)
+    return LayerShape(units, frozenset(biased))
+
+
+def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new: int) -> None:
+    """Copy, slice or drop one tensor of a decoder layer that stays."""
+    family, info = cut.source.family, cut.before[name]
+    index, inner = family.locate(name) or (0, "")
+    target = family.renumbered(name, new)
+    axis = next((axis for axis in axes.values() if axis.owns(inner)), None)
+    layer = plan.axes.get(axis.name, {}).get(index) if axis else None
+    piece = next((piece for piece in axis.slices if piece.name == inner), None) if axis else None
+    if layer is not None and not len(layer.keep):
+        return
+    cut.infos[target], cut.origin[target] = info, name
+    if axis is None or layer is None:
+        return
+    if piece is not None:
         shape = list(info.shape)
         shape[piece.dim] = len(layer.keep) * sum(piece.blocks)
-        infos[name] = TensorInfo(tuple(shape), info.dtype)
-        work[name] = (piece, layer)
-    required = len(plan.mlp) * sum(not piece.optional for piece in family.mlp.slices)
-    found = sum(not piece.optional for piece, _ in work.values())
-    if found != required:
-        raise PlanError(f"the plan cuts {required} weight matrices, and the model has {found} of them.")
-
-    def read(name: str) -> Tensor:
-        tensor = source.read(name)
-        return slice_tensor(tensor, *work[name]) if name in work else tensor
-
-    neurons = frozenset(name for name in before if (place := family.locate(name)) and place[1] in pieces)
-    return Cut(infos, read, frozenset(work), before, neurons)
+        cut.infos[target] = TensorInfo(tuple(shape), info.dtype)
+        cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
+    elif inner == f"{axis.output}.bias" and layer.means is not None:
+        cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
 
 
-def pruned_config(raw_config: Mapping[str, Any], family: Family, widths: list[int]) -> dict[str, Any]:
-    """``config.json`` of a model with the given MLP widths (DESIGN section 4).
-
-    One width for all layers gives a stock config. Otherwise ``per_layer_config`` names the widths and ``auto_map`` the
-    code that reads it; the global width is the largest.
-
-    Args:
-        raw_config: the source's ``config.json``, stock or already pruned.
-        family: its row of the table.
-        widths: neurons of each layer.
-    """
-    own = ("auto_map", "per_layer_config", "allow_global_per_layer_attribute_access", "_name_or_path")
-    config = {key: value for key, value in raw_config.items() if key not in own}
-    key, largest = family.mlp.width_keys[0], max(widths)
-    config[key] = largest
-    config["architectures"] = [family.causal_lm]
-    config["model_type"] = family.model_type
-    if len(set(widths)) == 1:
-        return config
-    module = MODELING_FILE.removesuffix(".py")
-    config.update(
-        model_type=family.pruned_type,
-        architectures=[family.pruned_classes["AutoModelForCausalLM"]],
-        auto_map={auto: f"{module}.{name}" for auto, name in family.pruned_classes.items()},
-        per_layer_config={f"{i:03d}": {key: width} for i, width in enumerate(widths) if width != largest},
-        allow_global_per_layer_attribute_access=True,
-    )
-    return config
+def _biased(source: ModelSource, axis: Axis, layer: LayerPlan, bias_name: str) -> Tensor:
+    """An output projection's own bias with what the cut takes from the output's mean."""
+    own = source.tensors.read(bias_name)
+    weight = source.tensors.read(bias_name.removesuffix("bias") + "weight")
+    piece = next(piece for piece in axis.slices if piece.is_output)
+    return (own.float().cpu() + compensation(weight, piece, layer)).to(own.dtype)
 
 
-def pruned_widths(config: Any, family: Family, plan: PrunePlan) -> list[int]:
-    """Neurons of every layer after the plan."""
-    return [len(plan.mlp[i].keep) if i in plan.mlp else width for i, width in enumerate(family.widths(config))]
+def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan | None, old: int, new: int) -> None:
+    """A bias that the stock class does not have, unless it was copied or added to already."""
+    source, piece = cut.source, next(piece for piece in axis.slices if piece.is_output)
+    gone = layer is not None and not len(layer.keep)
+    name = source.family.tensor_name(new, f"{axis.modules[-1] if gone else axis.output}.bias")
+    if layer is None or layer.means is None or name in cut.infos:
+        return
+    weight_name = source.family.tensor_name(old, piece.name)
+    if weight_name not in cut.before:  # older checkpoints lack the outermost prefix
+        weight_name = weight_name.split(".", 1)[1]
+    bias_name = weight_name.removesuffix("weight") + "bias"
+    info = cut.before[weight_name]
+    cut.infos[name] = TensorInfo((info.shape[1 - piece.dim],), info.dtype)
+
+    def make() -> Tensor:
+        if bias_name in cut.before:
+            return _biased(source, axis, layer, bias_name)
+        return compensation(source.tensors.read(weight_name), piece, layer).to(info.dtype)
+
+    cut.made[name] = make
+
+
+def _zero_biases(cut: Cut, axes: list[Axis]) -> None:
+    """What a stock bias switch turns on besides the biases that are wanted: zeros."""
+    family = cut.source.family
+    for index in range(int(cut.config[family.layers_key])):
+        for axis in axes:
+            for weight in axis.required:
+                name = family.tensor_name(index, weight.name)
+                bias, info = name.removesuffix("weight") + "bias", cut.infos[name]
+                if bias not in cut.infos:
+                    cut.infos[bias] = TensorInfo((info.shape[0],), info.dtype)
+                    cut.made[bias] = lambda info=info: torch.zeros(info.shape[0], dtype=info.dtype)  # type: ignore[misc]

@@ -28,20 +28,31 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is ca
 
 
 @dataclass(frozen=True)
+class AxisVisit:
+    """One sub-layer of a visited layer.
+
+    Attributes:
+        weights: its weights; views, where a unit owns one row of each.
+        sums: what was asked for of its activations.
+        gradient: dL/dW, float32, or None when it was not asked for.
+    """
+
+    weights: UnitWeights
+    sums: Sums
+    gradient: UnitWeights | None
+
+
+@dataclass(frozen=True)
 class LayerVisit:
     """One layer, alive while it is visited.
 
     Attributes:
         index: which decoder layer.
-        weights: views of its MLP weights.
-        sums: what was asked for of its activations.
-        gradient: dL/dW, float32, or None when it was not asked for.
+        axes: axis name -> sub-layer; one that the layer lacks is not there.
     """
 
     index: int
-    weights: UnitWeights
-    sums: Sums
-    gradient: UnitWeights | None
+    axes: dict[str, AxisVisit]
 
 
 @dataclass
@@ -66,6 +77,10 @@ class LayerStore(Protocol):
         """The family of the model."""
         ...
 
+    def axes(self, index: int) -> dict[str, Axis]:
+        """The axes that a layer has units of, by name."""
+        ...
+
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
         """One decoder layer, ready to run inside the ``with`` block."""
         ...
@@ -75,9 +90,15 @@ class LayerStore(Protocol):
         ...
 
     def gradients(
-        self, batches: Sequence[Tensor], layers: Collection[int], *, checkpointing: bool, progress: Progress
-    ) -> dict[int, UnitWeights]:
-        """dL/dW of the chosen layers' MLP weights."""
+        self,
+        batches: Sequence[Tensor],
+        layers: Collection[int],
+        axes: Collection[str],
+        *,
+        checkpointing: bool,
+        progress: Progress,
+    ) -> dict[int, dict[str, UnitWeights]]:
+        """dL/dW of the chosen layers' weights along the chosen axes."""
         ...
 
 
@@ -93,6 +114,12 @@ class ResidentStore:
         self.family = family
         self._model: Any = model
         self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
+        self._axes = family.axes(model.config)
+        self._units = {name: family.units(model.config, name) for name in self._axes}
+
+    def axes(self, index: int) -> dict[str, Axis]:
+        """The axes that a layer has units of."""
+        return {name: axis for name, axis in self._axes.items() if self._units[name][index]}
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
         """One decoder layer."""
@@ -121,30 +148,37 @@ class ResidentStore:
         return recording
 
     def gradients(
-        self, batches: Sequence[Tensor], layers: Collection[int], *, checkpointing: bool, progress: Progress
-    ) -> dict[int, UnitWeights]:
-        """dL/dW of the chosen layers' MLP weights, L the mean next-token cross-entropy of all batches together.
+        self,
+        batches: Sequence[Tensor],
+        layers: Collection[int],
+        axes: Collection[str],
+        *,
+        checkpointing: bool,
+        progress: Progress,
+    ) -> dict[int, dict[str, UnitWeights]]:
+        """dL/dW of the chosen weights, L the mean next-token cross-entropy of all batches together.
 
         Args:
             batches: int64 [B, T] each.
             layers: which decoder layers.
+            axes: which of their sub-layers.
             checkpointing: keep only the layers' inputs and run each layer again on the way back.
             progress: called after each batch.
 
         Returns:
-            layer -> float32 gradients in the form of the weights, summed over the batches before anything else, so that
-            the batch size does not matter.
+            layer -> axis -> float32 gradients in the form of the weights, summed over the batches before anything else,
+            so that the batch size does not matter.
         """
-        axis = self.family.mlp
-        gradients: dict[int, dict[str, Tensor]] = {index: {} for index in layers}
+        chosen = {index: {n: axis for n, axis in self.axes(index).items() if n in axes} for index in sorted(layers)}
+        held: dict[tuple[int, str], dict[str, Tensor]] = {(i, name): {} for i in chosen for name in chosen[i]}
         predicted = sum_of(sum(batch[:, 1:].numel() for batch in batches))
         with ExitStack() as stack:
             stack.enter_context(evaluating(self._model))
             stack.enter_context(_frozen(self._model))
-            for index, held in gradients.items():
-                for name, weight in _mlp_weights(axis, self._layers[index]).items():
+            for (index, axis), sums in held.items():
+                for name, weight in _weights(chosen[index][axis], self._layers[index]).items():
                     weight.requires_grad_(True)
-                    handle = weight.register_post_accumulate_grad_hook(_accumulate(held, name, predicted))
+                    handle = weight.register_post_accumulate_grad_hook(_accumulate(sums, name, predicted))
                     stack.callback(handle.remove)
             if checkpointing:
                 stack.enter_context(_forwards(self._layers, _checkpointed))
@@ -158,9 +192,12 @@ class ResidentStore:
                 )
                 loss.backward()  # of the sum: divided by the tokens here, fp16 gradients would vanish
                 progress("gradients", done, len(batches))
-        for index in sorted(gradients):
-            _sum_over_processes(gradients[index], _mlp_weights(axis, self._layers[index]))
-        return {index: unit_weights(axis, held) for index, held in gradients.items()}
+        for (index, axis), sums in held.items():
+            _sum_over_processes(sums, _weights(chosen[index][axis], self._layers[index]))
+        return {
+            index: {name: unit_weights(axis, held[index, name]) for name, axis in found.items()}
+            for index, found in chosen.items()
+        }
 
 
 def walk(
@@ -168,6 +205,7 @@ def walk(
     layers: Collection[int],
     batches: Sequence[Tensor],
     *,
+    axes: Collection[str] = ("mlp",),
     needs: Collection[Need] = (),
     gradient: bool = False,
     checkpointing: bool = False,
@@ -182,38 +220,49 @@ def walk(
         store: where the layers come from.
         layers: which to visit.
         batches: calibration tokens, int64 [B, T] each; may be empty when nothing is asked for.
+        axes: which sub-layers of theirs.
         needs: sums over activations.
         gradient: also dL/dW, by one forward and backward pass of the whole model.
         checkpointing: with ``gradient``, trade a second forward pass for memory.
         progress: called with (stage, done, total).
     """
-    axis = store.family.mlp
     chosen, last = set(layers), max(layers)
-    gradients: dict[int, UnitWeights] = {}
+    gradients: dict[int, dict[str, UnitWeights]] = {}
     if gradient:
-        gradients = store.gradients(batches, sorted(chosen), checkpointing=checkpointing, progress=progress)
+        gradients = store.gradients(batches, sorted(chosen), axes, checkpointing=checkpointing, progress=progress)
     recording = store.record(batches) if needs else Recording()
     for index in range(last + 1):
         if index not in chosen and not needs:
             continue
         with store.layer(index) as layer:
-            sums = Sums(needs if index in chosen else ())
-            with torch.no_grad(), _listening(layer, axis, sums):
+            found = {n: axis for n, axis in store.axes(index).items() if n in axes and index in chosen}
+            sums = {n: Sums([need for need in needs if need.axis == n], axis.channels) for n, axis in found.items()}
+            with torch.no_grad(), ExitStack() as stack:
+                for name, axis in found.items():
+                    stack.enter_context(_listening(layer, axis, sums[name]))
                 for number, hidden in enumerate(recording.hidden):
                     args, kwargs = recording.arguments[hidden.shape[0]][index]
                     recording.hidden[number] = layer(hidden, *args, **kwargs)
             progress("calibration", index + 1, last + 1)
             if index in chosen:
-                weights = unit_weights(axis, {n: w.detach() for n, w in _mlp_weights(axis, layer).items()})
-                sums.all_reduce(weights.units, weights.up.device)
-                yield LayerVisit(index, weights, sums, gradients.pop(index, None))
-                del weights
+                yield _visit(index, layer, found, sums, gradients.pop(index, {}))
             del sums  # a Gram matrix of the next layer must not meet this one
+
+
+def _visit(
+    index: int, layer: nn.Module, axes: dict[str, Axis], sums: dict[str, Sums], gradients: dict[str, UnitWeights]
+) -> LayerVisit:
+    visits = {}
+    for name, axis in axes.items():
+        weights = unit_weights(axis, {n: w.detach() for n, w in _weights(axis, layer).items()})
+        sums[name].all_reduce(weights.units, weights.up.device)
+        visits[name] = AxisVisit(weights, sums[name], gradients.get(name))
+    return LayerVisit(index, visits)
 
 
 @contextmanager
 def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
-    """Feed the layer's activations to the sums while it runs; nothing is kept of them."""
+    """Feed the sub-layer's activations to the sums while it runs; nothing is kept of them."""
     wanted = {need.activation for need in sums.needs}
     with ExitStack() as stack:
 
@@ -228,9 +277,11 @@ def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
                 sums.add("mod", inputs[0])
 
         if wanted:
-            activation, output = layer.get_submodule(axis.activation or ""), layer.get_submodule(axis.output)
-            stack.callback(activation.register_forward_hook(at_activation).remove)
+            output = layer.get_submodule(axis.output)
             stack.callback(output.register_forward_pre_hook(at_output).remove)
+        if wanted and axis.activation is not None:
+            activation = layer.get_submodule(axis.activation)
+            stack.callback(activation.register_forward_hook(at_activation).remove)
         yield
 
 
@@ -281,8 +332,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _mlp_weights(axis: Axis, layer: nn.Module) -> dict[str, nn.Parameter]:
-    return {piece.name: layer.get_parameter(piece.name) for piece in axis.slices if not piece.optional}
+def _weights(axis: Axis, layer: nn.Module) -> dict[str, nn.Parameter]:
+    return {piece.name: layer.get_parameter(piece.name) for piece in axis.required}
 
 
 def _sum_over_processes(held: dict[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from dicer.criteria.activation import act_l2, act_mean
+from dicer.criteria.output import output_l2
 from dicer.criteria.random import random
 from dicer.criteria.registry import Criterion, criterion, find_criterion
 from dicer.criteria.taylor import taylor
 from dicer.criteria.weight import weight_l2
 
-CRITERIA: Mapping[str, Criterion] = MappingProxyType({c.name: c for c in (random, act_l2, act_mean, weight_l2, taylor)})
+CRITERIA: Mapping[str, Criterion] = MappingProxyType(
+    {c.name: c for c in (random, act_l2, act_mean, output_l2, weight_l2, taylor)}
+)
 
 __all__ = ["CRITERIA", "Criterion", "criterion", "find_criterion"]

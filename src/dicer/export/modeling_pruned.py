@@ -1,7 +1,8 @@
-"""Language models whose MLP width differs from layer to layer, written by dicer (Apache-2.0).
+"""Language models whose layers differ in size, written by dicer (Apache-2.0).
 
-Needs only transformers (5.14 or newer) and torch. The classes are those of transformers, with each layer's MLP built
-at the width that ``per_layer_config`` in config.json gives it; nothing else is changed. Load with
+Needs only transformers (5.14 or newer) and torch. The classes are those of transformers; then each layer gets the
+heads, the neurons and the biases that ``per_layer_config`` in config.json gives it, and a sub-layer that it skips is
+replaced by one that adds nothing, or a constant. Nothing else is changed. Load with
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -13,29 +14,92 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+
+class SubLayer(NamedTuple):
+    """Where a sub-layer lies in a decoder layer.
+
+    Attributes:
+        units: config attribute that holds the number of units.
+        modules: what it is made of; the last one's output joins the residual stream.
+        inputs: linear maps whose outputs the units own -> whose rows a unit has there: a neuron one or two, a key-value
+            head its queries (q), its keys or values (k), or all three (qkv).
+        output: the linear map whose inputs the units own.
+    """
+
+    units: str
+    modules: tuple[str, ...]
+    inputs: dict[str, str]
+    output: str
+
+
+def _separate(output: str, units: str = "num_key_value_heads") -> SubLayer:
+    inputs = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "k"}
+    return SubLayer(units, ("self_attn",), inputs, output)
+
+
+_HEADS = _separate("self_attn.o_proj")
+_MLP = SubLayer("intermediate_size", ("mlp",), {"mlp.gate_proj": "1", "mlp.up_proj": "1"}, "mlp.down_proj")
+_FUSED_HEADS = SubLayer("num_key_value_heads", ("self_attn",), {"self_attn.qkv_proj": "qkv"}, "self_attn.o_proj")
+_FUSED_MLP = SubLayer("intermediate_size", ("mlp",), {"mlp.gate_up_proj": "2"}, "mlp.down_proj")
+_GPT2_HEADS = SubLayer("n_head", ("attn",), {"attn.c_attn": "qkv"}, "attn.c_proj")
+_GPT2_MLP = SubLayer("n_inner", ("mlp",), {"mlp.c_fc": "1"}, "mlp.c_proj")
+_OPT_HEADS = _separate("self_attn.out_proj", "num_attention_heads")
+_OPT_MLP = SubLayer("ffn_dim", ("fc1", "fc2"), {"fc1": "1"}, "fc2")
 
 # model_type -> name of the stock config, base and language-model classes, path of the decoder layers inside the base
-# class, and the modules of a layer that the MLP width sizes.
-FAMILIES: dict[str, tuple[str, str, str, str, tuple[str, ...]]] = {
-    "llama": ("LlamaConfig", "LlamaModel", "LlamaForCausalLM", "layers", ("mlp",)),
-    "mistral": ("MistralConfig", "MistralModel", "MistralForCausalLM", "layers", ("mlp",)),
-    "qwen2": ("Qwen2Config", "Qwen2Model", "Qwen2ForCausalLM", "layers", ("mlp",)),
-    "qwen3": ("Qwen3Config", "Qwen3Model", "Qwen3ForCausalLM", "layers", ("mlp",)),
-    "gemma": ("GemmaConfig", "GemmaModel", "GemmaForCausalLM", "layers", ("mlp",)),
-    "gemma2": ("Gemma2Config", "Gemma2Model", "Gemma2ForCausalLM", "layers", ("mlp",)),
-    "gemma3_text": ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM", "layers", ("mlp",)),
-    "phi3": ("Phi3Config", "Phi3Model", "Phi3ForCausalLM", "layers", ("mlp",)),
-    "gpt2": ("GPT2Config", "GPT2Model", "GPT2LMHeadModel", "h", ("mlp",)),
-    "opt": ("OPTConfig", "OPTModel", "OPTForCausalLM", "decoder.layers", ("fc1", "fc2")),
+# class, and the two sub-layers.
+FAMILIES: dict[str, tuple[str, str, str, str, SubLayer, SubLayer]] = {
+    "llama": ("LlamaConfig", "LlamaModel", "LlamaForCausalLM", "layers", _HEADS, _MLP),
+    "mistral": ("MistralConfig", "MistralModel", "MistralForCausalLM", "layers", _HEADS, _MLP),
+    "qwen2": ("Qwen2Config", "Qwen2Model", "Qwen2ForCausalLM", "layers", _HEADS, _MLP),
+    "qwen3": ("Qwen3Config", "Qwen3Model", "Qwen3ForCausalLM", "layers", _HEADS, _MLP),
+    "gemma": ("GemmaConfig", "GemmaModel", "GemmaForCausalLM", "layers", _HEADS, _MLP),
+    "gemma2": ("Gemma2Config", "Gemma2Model", "Gemma2ForCausalLM", "layers", _HEADS, _MLP),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM", "layers", _HEADS, _MLP),
+    "phi3": ("Phi3Config", "Phi3Model", "Phi3ForCausalLM", "layers", _FUSED_HEADS, _FUSED_MLP),
+    "gpt2": ("GPT2Config", "GPT2Model", "GPT2LMHeadModel", "h", _GPT2_HEADS, _GPT2_MLP),
+    "opt": ("OPTConfig", "OPTModel", "OPTForCausalLM", "decoder.layers", _OPT_HEADS, _OPT_MLP),
 }
 
 
+class SkippedMLP(nn.Module):
+    """An MLP that is gone: it adds nothing to the residual stream, or its ``bias``."""
+
+    def __init__(self, size: int, bias: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., d] -> [..., d], whatever it is given."""
+        nothing = torch.zeros_like(hidden_states)
+        return nothing if self.bias is None else nothing + self.bias
+
+
+class SkippedAttention(SkippedMLP):
+    """Attention that is gone. Its cache still counts tokens: the first layer's length is taken for that of all."""
+
+    def __init__(self, size: int, bias: bool, layer_idx: int) -> None:
+        super().__init__(size, bias)
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
+        """[B, T, d] -> ([B, T, d], no attention weights)."""
+        if past_key_values is not None:
+            count = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(count, count, self.layer_idx)
+        return super().forward(hidden_states), None
+
+
 @contextmanager
-def _one_width(config: Any) -> Iterator[None]:
-    """Hide the per-layer widths, so that the stock constructor builds every layer at the global one."""
+def _all_alike(config: Any) -> Iterator[None]:
+    """Hide what differs between layers, so that the stock constructor builds them all by the global config."""
     overrides = config.to_dict().get("per_layer_config")
     config.per_layer_config = None
     try:
@@ -44,17 +108,74 @@ def _one_width(config: Any) -> Iterator[None]:
         config.per_layer_config = overrides
 
 
-def _set_widths(model: Any, layers: Any, modules: tuple[str, ...]) -> None:
-    """Give each layer the MLP of its own width, taken from a stock layer built for that width."""
-    for index, (layer, layer_config) in enumerate(zip(layers, model.config.per_layer_config, strict=True)):
-        stock = type(layer)(layer_config, layer_idx=index)
-        for name in modules:
-            setattr(layer, name, getattr(stock, name))
+def _shape_layers(model: Any, layers: Any, attention: SubLayer, mlp: SubLayer) -> None:
+    """Make each layer what ``per_layer_config`` says of it."""
+    for index, (layer, config) in enumerate(zip(layers, model.config.per_layer_config, strict=True)):
+        biased = getattr(config, "output_bias", ())
+        skipped = getattr(config, "skip", ())
+        size = config.hidden_size
+        if "attention" in skipped:
+            _replace(layer, attention, SkippedAttention(size, "attention" in biased, index))
+        else:
+            _set_heads(layer, attention, config, "attention" in biased)
+        if "mlp" in skipped:
+            _replace(layer, mlp, SkippedMLP(size, "mlp" in biased))
+        else:
+            _set_units(layer, mlp, getattr(config, mlp.units), {"1": 1, "2": 2}, 1, "mlp" in biased)
     model.post_init()  # again: the new modules are not initialised yet
 
 
+def _replace(layer: Any, part: SubLayer, skipped: nn.Module) -> None:
+    *before, last = part.modules
+    for name in before:
+        setattr(layer, name, nn.Identity())
+    setattr(layer, last, skipped)
+
+
+def _set_heads(layer: Any, part: SubLayer, config: Any, bias: bool) -> None:
+    module = layer.get_submodule(part.modules[0])
+    group, size = getattr(module, "num_key_value_groups", 1), module.head_dim
+    units = getattr(config, part.units)
+    rows = {"q": group * size, "k": size, "qkv": (group + 2) * size}
+    _set_units(layer, part, units, rows, group * size, bias)
+    # GPT-2 and OPT split by these; Phi-3 reads the number of heads from its config.
+    for name, value in (("num_heads", units), ("num_key_value_heads", units), ("split_size", units * size)):
+        if hasattr(module, name):
+            setattr(module, name, value)
+    if "qkv" in part.inputs.values() and hasattr(module, "config"):
+        module.config = config
+
+
+def _set_units(layer: Any, part: SubLayer, units: int | None, rows: dict[str, int], columns: int, bias: bool) -> None:
+    """Give a sub-layer's linear maps the sizes that its number of units calls for."""
+    if units is None:  # GPT-2's n_inner when it is 4 x hidden size: nothing to change but the bias
+        units = _size(layer.get_submodule(part.output))[0] // columns
+    for name, kind in part.inputs.items():
+        inputs, _ = _size(layer.get_submodule(name))
+        _resize(layer, name, inputs, units * rows[kind])
+    _, outputs = _size(layer.get_submodule(part.output))
+    _resize(layer, part.output, units * columns, outputs, bias=bias)
+
+
+def _size(linear: Any) -> tuple[int, int]:
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
+
+
+def _resize(layer: Any, name: str, inputs: int, outputs: int, *, bias: bool = False) -> None:
+    old = layer.get_submodule(name)
+    if _size(old) == (inputs, outputs) and (old.bias is not None or not bias):
+        return
+    if isinstance(old, Conv1D):
+        new: nn.Module = Conv1D(outputs, inputs)
+    else:
+        new = nn.Linear(inputs, outputs, bias=bias or old.bias is not None)
+    parent, _, last = name.rpartition(".")
+    setattr(layer.get_submodule(parent), last, new)
+
+
 def _classes(model_type: str) -> dict[str, type]:
-    config_name, base_name, causal_name, path, modules = FAMILIES[model_type]
+    config_name, base_name, causal_name, path, attention, mlp = FAMILIES[model_type]
     stock_config = CONFIG_MAPPING[model_type]
     stock_base, stock_causal = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     config_class = type(
@@ -62,14 +183,14 @@ def _classes(model_type: str) -> dict[str, type]:
     )
 
     def init_base(self: Any, config: Any) -> None:
-        with _one_width(config):
+        with _all_alike(config):
             stock_base.__init__(self, config)
-        _set_widths(self, attrgetter(path)(self), modules)
+        _shape_layers(self, attrgetter(path)(self), attention, mlp)
 
     def init_causal(self: Any, config: Any) -> None:
-        with _one_width(config):
+        with _all_alike(config):
             stock_causal.__init__(self, config)
-        _set_widths(self, attrgetter(path)(self.base_model), modules)
+        _shape_layers(self, attrgetter(path)(self.base_model), attention, mlp)
 
     body = {"config_class": config_class, "__module__": __name__, "__doc__": __doc__}
     base_class = type("Pruned" + base_name, (stock_base,), {**body, "__init__": init_base})

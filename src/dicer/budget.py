@@ -1,0 +1,156 @@
+"""The budget: what a ratio comes to in parameters of a model, and how many units of each module it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dicer.allocation import Bounds, Module, most, read_ratios, uniform_units, whole_units
+from dicer.entropy import Profile
+from dicer.errors import RecipeError
+from dicer.ranking import block_removal, global_units
+from dicer.ratios import entropy_ratios
+from dicer.recipe import Method, Recipe, select_layers
+from dicer.sources import ModelSource
+from dicer.surgery import count_sizes
+
+Key = tuple[str, int]  # axis, layer
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A recipe's ratio, held against a model.
+
+    Attributes:
+        modules: every module that units can be taken out of; empty where whole blocks go.
+        blocks: layer -> its parameters, where whole blocks go.
+        whole: parameters that the ratio is a fraction of.
+        target: parameters that are to go.
+        bounds: what no allocation may break.
+        layers: how many decoder layers the model has.
+    """
+
+    modules: tuple[Module, ...]
+    blocks: dict[int, int]
+    whole: int
+    target: float
+    bounds: Bounds
+    layers: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How much of everything stays.
+
+    Attributes:
+        keep: (axis, layer) -> units that stay.
+        blocks: layers that go whole.
+        told: what led to it, for the plan.
+    """
+
+    keep: dict[Key, int]
+    blocks: tuple[int, ...] = ()
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
+    """Hold a recipe's ratio against a model.
+
+    Raises:
+        RecipeError: layers that do not exist, or a ratio that the chosen modules cannot give.
+    """
+    units = {axis: source.family.units(source.config, axis) for axis in ("attention", "mlp")}
+    count = len(units["mlp"])
+    chosen = select_layers(recipe.layers, count)
+    modules = tuple(
+        Module(axis, layer, units[axis][layer], _parameters(source, axis, layer) // units[axis][layer])
+        for layer in chosen
+        for axis in method.axes
+        if units[axis][layer]
+    )
+    infos = source.tensors.infos()
+    inside = {name: place[0] for name in infos if (place := source.family.locate(name))}
+    blocks = {i: sum(infos[name].numel for name, layer in inside.items() if layer == i) for i in chosen}
+    if method.axes:
+        blocks = {}
+    sizes = count_sizes(source.family, infos)
+    eligible = sum(module.parameters for module in modules) + sum(blocks.values())
+    whole = {"mlp": sizes.mlp, "decoder": sizes.decoder, "model": sizes.parameters, "chosen": eligible}[method.ratio_of]
+    if not eligible:
+        raise RecipeError(f"the chosen layers have nothing left along --axis {method.axis}.")
+    bounds = Bounds(recipe.max_ratio, recipe.min_width, recipe.drop_threshold, recipe.width_multiple)
+    budget = Budget(modules, blocks, whole, recipe.ratio * whole, bounds, count)
+    can = most(modules, bounds) if modules else eligible - min(blocks.values())
+    if not method.allocate.endswith(".json") and budget.target > can:
+        raise RecipeError(
+            f"ratio {recipe.ratio} of {whole:,} parameters ({method.ratio_of}) is {budget.target:,.0f}, and at most "
+            f"{can:,} ({can / whole:.1%}) can go from what was chosen; ask for less, or choose more."
+        )
+    return budget
+
+
+def _parameters(source: ModelSource, axis: str, layer: int) -> int:
+    """What the units of one module own, biases included."""
+    places = {(layer, piece.name) for piece in getattr(source.family, axis).slices}
+    return sum(info.numel for name, info in source.tensors.infos().items() if source.family.locate(name) in places)
+
+
+def decide_beforehand(budget: Budget, method: Method, recipe: Recipe) -> Decision | None:
+    """What can be said before anything is computed: uniform ratios and those of a file; else None.
+
+    Raises:
+        RecipeError: a ratio that leaves nothing, or a file that does not fit the model.
+    """
+    modules, bounds = budget.modules, budget.bounds
+    if method.allocate.endswith(".json"):
+        ratios = read_ratios(Path(method.allocate), modules, budget.layers)
+        target = sum(ratio * module.parameters for ratio, module in zip(ratios, modules, strict=True))
+        return _decision(modules, whole_units(modules, ratios, bounds, target))
+    if method.allocate != "uniform":
+        return None
+    eligible = sum(module.parameters for module in modules)
+    ratio = recipe.ratio if method.ratio_of == "chosen" else budget.target / eligible
+    return _decision(modules, uniform_units(modules, ratio, bounds))
+
+
+def decide_by_entropy(budget: Budget, recipe: Recipe, profile: Profile) -> Decision:
+    """Ratios from transfer entropy; blocks of the lowest, where whole blocks go.
+
+    Raises:
+        RecipeError: a target that the bounds cannot reach.
+    """
+    blocks = {entry.layer: entry.te for entry in profile.blocks}
+    told = {"transfer_entropy": profile.te_lists()}
+    if budget.blocks:
+        layers = list(budget.blocks)
+        gone = block_removal([blocks[i] for i in layers], [budget.blocks[i] for i in layers], budget.target)
+        return Decision({}, tuple(sorted(layers[i] for i in gone)), told)
+    te = {(axis, entry.layer): entry.te for axis in ("attention", "mlp") for entry in getattr(profile, axis)}
+    ratios = entropy_ratios(
+        budget.modules, te, blocks or None, budget.target, budget.bounds, recipe.schedule, recipe.split
+    )
+    kept = whole_units(budget.modules, ratios, budget.bounds, budget.target)
+    return _decision(budget.modules, kept, told)
+
+
+def decide_by_scores(budget: Budget, scores: Mapping[Key, Tensor]) -> Decision:
+    """One ranking of all units of all modules.
+
+    Raises:
+        RecipeError: a target that the bounds cannot reach.
+    """
+    ranked = [scores[module.axis, module.layer] for module in budget.modules]
+    return _decision(budget.modules, global_units(budget.modules, ranked, budget.target, budget.bounds))
+
+
+def _decision(modules: Sequence[Module], kept: Sequence[int], told: dict[str, Any] | None = None) -> Decision:
+    return Decision({(m.axis, m.layer): k for m, k in zip(modules, kept, strict=True)}, told=told or {})
+
+
+def lists_needed(method: Method) -> tuple[str, ...]:
+    """The lists of a transfer-entropy profile that an allocation reads."""
+    return {"all": ("blocks", "attention", "mlp"), "block": ("blocks",)}.get(method.axis, (method.axis,))

@@ -1,0 +1,13 @@
+"""How much a unit adds to the residual stream: its activation times the norm of its output weights."""
+
+from torch import Tensor
+
+from dicer.axes import UnitWeights
+from dicer.criteria.registry import criterion
+from dicer.layer_statistics import LayerStatistics
+
+
+@criterion("output-l2", needs=("square_sum",), source="our reconstruction of Yang et al. 2025 (METHODS section 5.3)")
+def output_l2(weights: UnitWeights, statistics: LayerStatistics) -> Tensor:
+    """sqrt(sum_t a_i(t)^2) * ||D_:,i||, [U]; for heads over all their channels."""
+    return statistics.square_sum.sqrt() * weights.down.float().norm(dim=0)
