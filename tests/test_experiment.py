@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from dicer.passes import score_all
 from dicer.pipeline import make_plan
 from dicer.recipe import Recipe
 from dicer.records import pack, read_record, read_records, unpack, write_record
-from dicer.sources import open_model
+from dicer.sources import ModelSource, open_model
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 METHODS = ["random", "rc-a", "act-l2", "weight-l2", "taylor", {"method": "act-mean", "activation": "pre"}, "sim-a"]
@@ -150,6 +151,75 @@ def test_one_bad_member_of_a_pass_does_not_take_the_others_along(model, rows, tm
     assert "not finite" in failed["error"]
     assert failed["method"] == "own-nan"
     assert str(tmp_path) not in json.dumps(failed)
+
+
+def test_one_bad_recipe_does_not_keep_the_dense_model_alive(model, rows, tmp_path, monkeypatch):
+    loaded, alive = [], []
+    load = ModelSource.load_model
+
+    def noted(*args):
+        found = load(*args)
+        loaded.append(weakref.ref(found))
+        return found
+
+    def measure(model, tokenizer, evaluation, *, progress=None):
+        alive.append(sum(reference() is not None for reference in loaded))
+        return _half(model, tokenizer, evaluation)
+
+    monkeypatch.setattr(ModelSource, "load_model", noted)
+    methods = [{"method": "rc-a", "layers": "99"}, "weight-l2"]
+    asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25]))
+    assert run_experiment(asked, tmp_path, evaluate=measure)["failed"] == 1
+    assert alive == [1, 0]
+
+
+def test_what_breaks_after_a_record_leaves_it_as_it_is(model, rows, tmp_path):
+    def watch(event):
+        if event.kind == "done":
+            raise BrokenPipeError("the reader of the output has gone")
+
+    asked = make_experiment(_values(model, rows, methods=["weight-l2"], ratios=[0.25]))
+    with pytest.raises(BrokenPipeError):
+        run_experiment(asked, tmp_path, evaluate=Measure(), watch=watch)
+    assert [(record["method"], record["status"]) for record in read_records(tmp_path)] == [("original", "done")]
+
+
+def test_a_model_is_loaded_once_for_each_dtype_and_the_same_run_written_twice_is_one(
+    model, rows, tmp_path, monkeypatch
+):
+    loads = []
+    load = ModelSource.load_model
+    monkeypatch.setattr(ModelSource, "load_model", lambda *args: loads.append(args[1]) or load(*args))
+    methods = [
+        "rc-a",
+        {"method": "weight-l2", "dtype": "bfloat16"},
+        {"criterion": "act-l2", "grouping": "random"},
+        "random",
+    ]
+    asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25]))
+    assert run_experiment(asked, tmp_path, evaluate=Measure()) == {"done": 5, "skipped": 0, "failed": 0}
+    assert sorted(loads) == ["auto", "bfloat16"]
+
+
+def test_a_criterion_file_that_is_not_there_is_one_line(model, rows, tmp_path):
+    asked = make_experiment(_values(model, rows, methods=[{"criterion": "gone.py:mine"}]))
+    with pytest.raises(ExperimentError, match=r"^gone.py cannot be read: No such file or directory\.$"):
+        run_experiment(asked, tmp_path, evaluate=Measure())
+
+
+def test_of_several_processes_none_tries_a_pass_again(model, rows, monkeypatch):
+    def fails(*_):
+        calls.append(1)
+        raise MemoryError
+
+    calls = []
+    monkeypatch.setattr(passes, "world_size", lambda: 2)
+    monkeypatch.setattr(passes, "score", fails)
+    source = open_model(model)
+    recipes = [Recipe(method=name, calib=str(rows)) for name in ("act-l2", "rc-a")]
+    with pytest.raises(MemoryError):
+        score_all(source, None, recipes, source.tokenizer())
+    assert len(calls) == 1
 
 
 def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):

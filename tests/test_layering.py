@@ -56,7 +56,7 @@ TABLE = {
     },
     3: {
         "scoring": LOW | {"distributed"},
-        "passes": LOW | {"scoring"},
+        "passes": LOW | {"distributed", "scoring"},
         "run_record": {"distributed", "passes", "plan", "records"},
         "experiment": LOW
         | {"distributed", "grid", "passes", "pipeline", "protocols", "records", "run_record", "scoring"},
