@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -449,6 +450,42 @@ def test_on_a_terminal_there_is_a_live_table(model, rows, tmp_path, monkeypatch,
     out, _ = capfd.readouterr()
     assert "3 runs: 3 done" in out
     assert "llama weight-l2 0.25 seed 42" in out
+
+
+def test_the_live_table_moves_while_the_harness_is_silenced(tmp_path):
+    """The harness takes hours and its output is caught; the table must not be."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    with subprocess.Popen(
+        [sys.executable, "-c", LIVE], stdout=theirs, stderr=theirs, env=environment, close_fds=True
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # what Linux raises once the other end is closed
+            while part := os.read(ours, 4096):
+                shown += part
+        os.close(ours)
+    assert process.returncode == 0, shown
+    assert b"tasks 7/9" in shown
+
+
+LIVE = """
+import time
+from types import SimpleNamespace
+from dicer.cli_experiments import Board
+from dicer.experiment import Event
+from dicer.harness import _as_it_runs
+
+run = SimpleNamespace(recipe=None, method="original", text="")
+task = SimpleNamespace(name="a", run=run, source=SimpleNamespace(name="model"))
+with Board() as board:
+    board.watch(Event("evaluating", task))
+    with _as_it_runs():
+        board.watch(Event("stage", None, "tasks", 7, 9))
+        time.sleep(1)  # four times as long as the table takes to be drawn anew
+    board.watch(Event("done", task))
+"""
 
 
 def test_an_experiment_that_cannot_write_says_so(model, rows, tmp_path):

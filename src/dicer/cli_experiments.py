@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ class Board:
 
     def __init__(self) -> None:
         self._console = console()
+        self._console.file = sys.stdout  # today's: what silences libraries puts another one in its place
         self._rows: dict[str, tuple[str, str, str]] = {}  # run id -> what, state, detail
         self._stage, self._began, self._took = "", time.monotonic(), [0.0, 0]
         self._live: Live | None = None
