@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_tasks import write_choice
 
 from dicer import cli, experiment, passes
 from dicer.errors import DicerError, ExperimentError
@@ -202,6 +203,30 @@ def test_a_model_is_loaded_once_for_each_dtype_and_the_same_run_written_twice_is
     assert sorted(loads) == ["auto", "bfloat16"]
 
 
+def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("lm_eval", reason="pip install 'dicer[eval]' brings the harness")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    write_choice(tasks, "tiny_choice")
+    import lm_eval.tasks
+
+    stock = lm_eval.tasks.TaskManager  # whose 14,000 files take seconds
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: stock(**options | {"include_defaults": False}))
+    monkeypatch.setattr(ModelSource, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    toml = tmp_path / "grid.toml"
+    toml.write_text(
+        f'models = ["{model}"]\nmethods = ["weight-l2"]\ncalib = ["{rows}"]\n'
+        f'[evaluation]\ntasks = "tiny_choise"\ninclude_path = "{tasks}"\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "unknown task 'tiny_choise'. Did you mean 'tiny_choice'?" in err
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
 def test_a_criterion_file_that_is_not_there_is_one_line(model, rows, tmp_path):
     asked = make_experiment(_values(model, rows, methods=[{"criterion": "gone.py:mine"}]))
     with pytest.raises(ExperimentError, match=r"^gone.py cannot be read: No such file or directory\.$"):
@@ -253,6 +278,8 @@ def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):
         ),
         ('models = ["a"]\nmethods = ["rc-a"]\n[evaluation]\nlimt = 3\n', "Did you mean 'limit'?"),
         ('models = ["a"]\nmethods = ["rc-a"]\ncalib = ["${NO_SUCH}/x.txt"]\n', "environment variable NO_SUCH"),
+        ('models = ["a"]\nmethods = ["rc-a"]\n[recipe]\nratio = 0.5\n', "write ratios = [0.5] above it."),
+        ('models = ["a"]\nmethods = ["rc-a"]\n', "nothing to measure: name --tasks"),
         ("models = [", "cannot be read:"),
     ],
 )

@@ -113,12 +113,12 @@ def run(
     from dicer.grid import read_experiment
 
     asked = read_experiment(experiment)
-    from dicer.evaluate import evaluate
+    from dicer.evaluate import evaluate, load_all_tasks
     from dicer.experiment import run_experiment
 
     quiet_transformers()
     with Board() as board:
-        counts = run_experiment(asked, output, evaluate=evaluate, watch=board.watch)
+        counts = run_experiment(asked, output, evaluate=evaluate, check=load_all_tasks, watch=board.watch)
     say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
     say(f"Next: dicer report {output} -o FOLDER")
     if counts["failed"]:

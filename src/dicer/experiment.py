@@ -95,7 +95,12 @@ class Bench:
 
 
 def run_experiment(
-    experiment: Experiment, results: Path, *, evaluate: Evaluate, watch: Callable[[Event], None] = lambda _: None
+    experiment: Experiment,
+    results: Path,
+    *,
+    evaluate: Evaluate,
+    check: Callable[[Evaluation], object] = lambda _: None,
+    watch: Callable[[Event], None] = lambda _: None,
 ) -> dict[str, int]:
     """Do every run of an experiment that the results folder has no record of.
 
@@ -103,13 +108,15 @@ def run_experiment(
         experiment: from :func:`dicer.grid.read_experiment`.
         results: where records lie; one experiment at a time may write there.
         evaluate: what measures a model.
+        check: called before any model is loaded, where there is something to do; raises what no run could get over.
         watch: told of everything that happens.
 
     Returns:
         How many runs were ``done``, ``skipped`` and ``failed``.
 
     Raises:
-        DicerError: a model cannot be opened, another run holds the folder, or it holds records of another format.
+        DicerError: a model cannot be opened, another run holds the folder, it holds records of another format, or what
+            ``check`` raises.
     """
     bench = Bench(experiment.evaluation, evaluate, watch)
     sources = {model: open_model(model) for model in dict.fromkeys(run.model for run in experiment.runs)}
@@ -123,6 +130,8 @@ def run_experiment(
         for task in tasks:
             if task.name not in finished:
                 groups.setdefault((task.run.model, task.run.loading), []).append(task)
+        if groups:
+            check(experiment.evaluation)
         for group in groups.values():
             _run_model(group, bench)
     return bench.counts
