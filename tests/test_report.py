@@ -23,7 +23,7 @@ from dicer.paper import FULL, QWEN, SHORT, TABLES, TASKS
 from dicer.plots import one_each, ordered
 from dicer.records import pack, record_path, write_record
 from dicer.report import write_report
-from dicer.tables import cell, full_table, paper_tables, settings
+from dicer.tables import Cell, Row, cell, full_table, mark_best, paper_tables, settings
 
 CHROMIUM = Path("/usr/bin/chromium")
 METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a", "sim-mean", "sim-dominant")
@@ -171,6 +171,43 @@ def test_what_was_measured_without_a_protocol_is_found_too():
     record["metrics"] |= {"tasks": {}, "perplexity": {"text": "a.txt", "window": 64, "value": "inf"}}
     assert measures(record) == {"perplexity": float("inf")}
     assert cell([record], "perplexity").text("perplexity") == "inf"
+
+
+def _measured(tasks, groups, summary=None, named=()):
+    record = _record("rc-a", 0.25)
+    record["evaluation"] = {"tasks": list(named)}
+    metrics = {"tasks": tasks, "groups": groups}
+    for entries in metrics.values():
+        for name, values in entries.items():
+            entries[name] = {"metrics": {metric: {"value": value, "stderr": None} for metric, value in values.items()}}
+    record["metrics"] |= {**metrics, "summary": summary or {}}
+    return measures(record)
+
+
+def test_the_paper_s_six_tasks_by_name_have_their_average_and_no_columns_for_the_subjects():
+    names = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "winogrande")
+    scores = {name: {"acc": (i + 1) / 10, "acc_norm": 0.9} for i, name in enumerate(names)}
+    subjects = {f"mmlu_{name}": {"acc": 0.1} for name in ("anatomy", "law")}
+    asked = ["wikitext", "mmlu", *names]  # as the paper's own command names them
+    found = _measured(
+        {**scores, **subjects, "wikitext": {"word_perplexity": 12.0}}, {"mmlu": {"acc": 0.6}}, named=asked
+    )
+    assert found == {
+        "perplexity": 12.0,
+        **{name: (i + 1) / 10 for i, name in enumerate(names)},
+        "mmlu": 0.6,
+        "average": pytest.approx((0.1 + 0.2 + 0.3 + 0.4 + 0.5 + 0.6) / 6),
+    }
+
+
+def test_tasks_beside_a_protocol_tags_and_other_metrics_are_shown():
+    found = _measured({"arc_easy": {"acc": 0.5}, "piqa": {"acc": 0.7}}, {}, {"arc_easy": 0.5}, named=["piqa"])
+    assert found == {"arc_easy": 0.5, "piqa": 0.7}
+    assert _measured({"a": {"acc": 0.5}, "b": {"acc": 0.7}}, {}, named=["tag"]) == {"a": 0.5, "b": 0.7}
+    found = _measured({"gsm8k": {"exact_match,strict-match": 0.25}, "text": {"byte_perplexity": 3.0}}, {})
+    assert found == {"gsm8k exact_match,strict-match": 0.25, "text byte_perplexity": 3.0}
+    rows = [Row(str(value), (Cell(value, None, 1),)) for value in (3.0, 4.0)]
+    assert [row.cells[0].best for row in mark_best(rows, ["text byte_perplexity"])] == [True, False]
 
 
 def test_all_runs_are_listed_with_every_column():

@@ -17,6 +17,7 @@ TITLES = {
 }
 SHORT = (PERPLEXITY, "mmlu", "average")
 TASKS = tuple(name for name in TITLES if name != "average")
+ACCURACIES = TASKS[1:]
 FULL = tuple(TITLES)
 QWEN, LLAMA = "Qwen2.5-7B-Instruct", "Llama-3.1-8B-Instruct"
 

@@ -61,9 +61,9 @@ def quality(records: Sequence[Record], name: str) -> Picture | None:
 
 
 def tasks(records: Sequence[Record], name: str) -> Picture | None:
-    """Each task's accuracy against ratio."""
+    """Each task's score against ratio."""
     columns = [column for column in measured_columns(records) if column not in (PERPLEXITY, "average")]
-    return _against_ratio(records, name, columns, "Accuracy of each task against the fraction of neurons removed.")
+    return _against_ratio(records, name, columns, "Score of each task against the fraction of neurons removed.")
 
 
 def _against_ratio(records: Sequence[Record], name: str, columns: Sequence[str], caption: str) -> Picture | None:

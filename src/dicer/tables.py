@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dicer.measured import measures
+from dicer.measured import lower_is_better, measures
 from dicer.paper import PERPLEXITY, TABLES, TITLES, PaperRow, PaperTable
 
 ORIGINAL = "original"
@@ -207,7 +207,7 @@ def mark_best(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     for place, column in enumerate(columns):
         means = [m for row in rows if (m := row.cells[place].mean) is not None]
         if len(means) > 1:
-            best[place] = min(means) if column == PERPLEXITY else max(means)
+            best[place] = min(means) if lower_is_better(column) else max(means)
     return [
         Row(
             row.title,
