@@ -159,6 +159,41 @@ def test_only_runs_of_one_setting_are_put_together():
     assert [setting.title.endswith(", only 10 documents a task") for setting in groups] == [False, False, True]
 
 
+def test_sizes_and_sources_of_texts_are_not_taken_for_seeds():
+    runs = [_record("act-mean", 0.25, text="c4", perplexity=6.0)]
+    for place, samples in enumerate((10, 100)):
+        run = _record("act-mean", 0.25, perplexity=4.0 + place)
+        run["recipe"]["samples"] = samples
+        runs.append({**run, "id": str(samples)})
+    other = _record("act-mean", 0.25, text="bookcorpus", perplexity=9.0, id="other")
+    other["recipe"]["calib"] = "a-novel.txt"  # it stands in for bookcorpus
+    views = [view for view in paper_tables([*runs, other]) if view.title.startswith("Table 3")]
+    assert sorted([cell.mean for row in view.rows for cell in row.cells[:1]] for view in views) == [
+        [4.0, 6.0],
+        [5.0, 6.0],
+        [9.0, 6.0],
+    ]
+    assert not any(row.cells[0].spread for view in views for row in view.rows)
+    titles = [view.title for view in views]
+    assert any("bookcorpus 100 x 128" in title for title in titles)
+    assert any("bookcorpus (a-novel.txt) 10 x 128" in title for title in titles)
+
+
+def test_settings_have_titles_of_their_own():
+    first, second, third = (_record("rc-a", 0.25) for _ in range(3))
+    second["evaluation"]["protocol"] = "let-llm"
+    third["recipe"]["dtype"] = "bfloat16"
+    assert len({setting.title for setting in settings([first, second, third])}) == 3
+
+
+def test_originals_of_several_models_are_not_averaged():
+    records = [_record("original", model=name, perplexity=value) for name, value in (("a", 5.0), ("b", 9.0))]
+    groups = settings([*records, _record("rc-a", 0.25, model="b")])
+    views = [full_table(setting, members) for setting, members in groups.items()]
+    found = {view.title.split(",")[0]: view.rows[0].cells[0].mean for view in views}
+    assert found == {"All runs (a": 5.0, "All runs (b": 9.0}
+
+
 def test_what_was_measured_without_a_protocol_is_found_too():
     record = _record("rc-a", 0.25)
     record["evaluation"]["task_prefix"] = "local_"

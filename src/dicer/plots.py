@@ -27,8 +27,10 @@ def pictures(records: Sequence[Record], name: str) -> list[Picture]:
     Raises:
         ExperimentError: matplotlib is not installed.
     """
-    made = [quality(records, f"{name}-quality"), tasks(records, f"{name}-tasks")]
     ratios = sorted({record["recipe"]["ratio"] for record in records if record["method"] != ORIGINAL})
+    if not ratios:
+        return []
+    made = [quality(records, f"{name}-quality"), tasks(records, f"{name}-tasks")]
     for ratio in ratios:
         chosen = one_each(records, ratio)
         percent = f"{ratio * 100:g}"
