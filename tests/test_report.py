@@ -350,6 +350,15 @@ def test_originals_alone_make_a_report(tmp_path):
     assert "| original | 20.000 |" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_models_that_are_broken_throughout_make_a_report(tmp_path):
+    records = [_record(method, 0.25, perplexity=float("inf")) for method in ("rc-a", "random")]
+    for record in records:
+        for layer in record["layers"].values():
+            layer["norm"] = {"kept": 0.0, "dropped": 0.0}
+    write_report(_save(records, tmp_path / "results"), tmp_path / "out")
+    assert "| inf |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_the_command_says_where_the_report_is(tmp_path, monkeypatch, capfd):
     _save([_record("original")], tmp_path / "results")
     words = ["dicer", "report", str(tmp_path / "results"), "-o", str(tmp_path / "out")]

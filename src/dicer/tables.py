@@ -231,8 +231,9 @@ def mark_best(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     best: dict[int, float] = {}
     for place, column in enumerate(columns):
         means = [m for row in rows if (m := row.cells[place].mean) is not None]
-        if len(means) > 1:
-            best[place] = min(means) if lower_is_better(column) else max(means)
+        top = min(means, default=math.inf) if lower_is_better(column) else max(means, default=math.inf)
+        if len(means) > 1 and math.isfinite(top):
+            best[place] = top
     return [
         Row(
             row.title,
