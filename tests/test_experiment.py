@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 import torch
 from tiny_tasks import write_choice
 
-from dicer import cli, experiment, passes
+from dicer import cli, passes
 from dicer.errors import DicerError, ExperimentError
 from dicer.experiment import run_experiment
 from dicer.grid import make_experiment, method_name, read_experiment
@@ -91,7 +92,7 @@ def test_a_record_says_what_stayed_and_how_active_it_was(model, rows, tmp_path):
         assert record["parameters"]["before"] - record["parameters"]["after"] == 2 * 10 * 3 * 32
         assert {"load", "score", "build", "evaluate"} == set(record["seconds"])
         assert record["memory"]["score"]["host"] > 0
-        assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+        assert record["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_a_bit_mask_comes_back():
@@ -280,6 +281,7 @@ def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):
         ('models = ["a"]\nmethods = ["rc-a"]\ncalib = ["${NO_SUCH}/x.txt"]\n', "environment variable NO_SUCH"),
         ('models = ["a"]\nmethods = ["rc-a"]\n[recipe]\nratio = 0.5\n', "write ratios = [0.5] above it."),
         ('models = ["a"]\nmethods = ["rc-a"]\n', "nothing to measure: name --tasks"),
+        ('models = ["a"]\nmethods = []\n', "methods: expected at least one value, got none."),
         ("models = [", "cannot be read:"),
     ],
 )
@@ -533,4 +535,3 @@ def test_the_commit_is_recorded_where_there_is_one(tmp_path, monkeypatch):
     revision = surroundings()["git"]
     assert len(revision) == 40
     assert os.environ.get("HOSTNAME", "no-host") not in json.dumps(surroundings())
-    assert experiment.surroundings is surroundings

@@ -77,7 +77,7 @@ TABLE = {
         "pipeline": LOW | {"scoring", "card", "evaluate", "export", "export.modeling_pruned"},
     },
     4: {
-        "terminal": {"errors"},
+        "terminal": {"errors", "records"},
         "cli_measure": {"errors", "evaluate", "machine", "protocols", "sources", "speed", "terminal"},
         "cli_experiments": {"evaluate", "experiment", "grid", "report", "terminal"},
         "cli": LOW | {"card", "facts", "scoring", "pipeline", "cli_experiments", "cli_measure", "terminal"},

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dicer import cli, report
+from dicer import cli
 from dicer.errors import ExperimentError, OutputError
 from dicer.measured import measures
 from dicer.paper import FULL, QWEN, SHORT, TABLES, TASKS
@@ -87,7 +87,7 @@ def _save(records, folder):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A report of a whole grid, and a run that failed."""
-    failed = _record("rc-a", 0.75, status="failed", error="no <memory> & no luck")
+    failed = _record("rc-a", 0.75, status="failed", error="no <memory> &\nno luck")
     results = _save([*_grid(), failed], tmp_path_factory.mktemp("results"))
     out = tmp_path_factory.mktemp("report") / "deep" / "report"
     write_report(results, out)
@@ -323,7 +323,7 @@ def test_the_page_needs_nothing_outside_itself(made):
     assert all(image["alt"] for image in page.images)
     assert set(page.links) <= page.ids
     assert page.tables >= 4
-    assert "no &lt;memory&gt; &amp; no luck" in text
+    assert "no &lt;memory&gt; &amp;\nno luck" in text
     assert '<b>42.100 ± 2.970</b> (2)<span class="paper">paper 15.244</span>' in text
 
 
@@ -336,10 +336,11 @@ def test_the_markdown_has_the_tables_and_the_figures(made):
     for name in re.findall(r"\]\((.*?\.png)\)", text):
         assert (made / name).is_file()
     assert "&lt;" not in text
+    assert any(line.endswith(": no <memory> & no luck") for line in lines)
 
 
 def test_the_same_records_make_the_same_report(made, tmp_path):
-    failed = _record("rc-a", 0.75, status="failed", error="no <memory> & no luck")
+    failed = _record("rc-a", 0.75, status="failed", error="no <memory> &\nno luck")
     write_report(_save([*_grid(), failed], tmp_path / "results"), tmp_path / "out")
     for path in made.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
@@ -399,7 +400,6 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(OutputError, match="cannot be written to"):
         write_report(_save([_record("original")], tmp_path / "results"), tmp_path / "out")
-    assert report.TITLE
 
 
 PROBE = """<script>

@@ -177,6 +177,8 @@ def _first_line(error: ValidationError) -> str:
         return (
             f"the key '{where}' is missing; there must be {', '.join(k for k, f in known.items() if f.is_required())}."
         )
+    if first["type"] == "too_short":
+        return f"{where}: expected at least one value, got none."
     kind = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{where}: expected {kind}, got {first['input']!r}."
 
@@ -211,9 +213,7 @@ def identity(run: Run, recipe: dict[str, Any], evaluation: Evaluation, fingerpri
 
 def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation as JSON values; folders and texts by name, local texts also by content."""
-    values: dict[str, Any] = evaluation.model_dump(mode="json")
-    if evaluation.include_path:
-        values["include_path"] = Path(evaluation.include_path).name
+    values = evaluation.record()
     if evaluation.perplexity:
         values["perplexity"] = _content(evaluation.perplexity)
     return values
