@@ -251,6 +251,8 @@ def test_all_runs_are_listed_with_every_column():
     assert view.columns == FULL
     assert len(view.rows) == 1 + 2 * len(METHODS)
     assert view.rows[0].title == "original"
+    ((setting, members),) = settings([_record("rc-a", 0.125), _record("rc-a", 0.12)]).items()
+    assert [row.title for row in full_table(setting, members).rows] == ["rc-a, 12%", "rc-a, 12.5%"]
 
 
 def test_like_is_held_against_like():

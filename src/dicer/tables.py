@@ -254,7 +254,7 @@ def full_table(setting: Setting, records: list[dict[str, Any]]) -> TableView:
     rows = [Row("original", tuple(cell(originals, column) for column in columns))] if originals else []
     for ratio in sorted({ratio for ratio, _ in groups}):
         block = [
-            Row(f"{method}, {ratio:.0%}", tuple(cell(members, column) for column in columns))
+            Row(f"{method}, {ratio * 100:g}%", tuple(cell(members, column) for column in columns))
             for (own, method), members in sorted(groups.items())
             if own == ratio
         ]
