@@ -105,7 +105,7 @@ def main() -> int:
     flags = parse(sys.argv[1:])
     try:
         values = values_of(flags)
-        from dicer.evaluate import evaluate
+        from dicer.evaluate import evaluate, load_all_tasks
         from dicer.experiment import Event, run_experiment
         from dicer.grid import make_experiment
 
@@ -121,7 +121,9 @@ def main() -> int:
             if event.task is not None and event.kind in ("done", "failed", "skipped") and rank() == 0:
                 print(f"{event.kind}: {event.task.path}{': ' * bool(event.text)}{event.text}", flush=True)
 
-        counts = run_experiment(experiment, Path(flags.output_dir), evaluate=evaluate, watch=watch)
+        counts = run_experiment(
+            experiment, Path(flags.output_dir), evaluate=evaluate, check=load_all_tasks, watch=watch
+        )
     except DicerError as error:
         if rank() == 0:
             print(f"run_experiment: {' '.join(str(error).splitlines())}", file=sys.stderr)

@@ -167,3 +167,9 @@ def test_a_result_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeyp
         terminal.write_result(file, {"a": 2})
     assert json.loads(file.read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_result_file_is_json_whatever_the_numbers(tmp_path):
+    terminal.write_result(tmp_path / "result.json", {"value": float("inf")})
+    found = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert float(found["value"]) == float("inf")

@@ -63,7 +63,7 @@ TABLE = {
     3: {
         "budget": {"allocation", "ranking", "ratios", "entropy", "errors", "recipe", "sources", "surgery"},
         "scoring": LOW | {"budget", "distributed", "entropy_cache"},
-        "passes": LOW | {"scoring"},
+        "passes": LOW | {"distributed", "scoring"},
         "run_record": {"distributed", "passes", "plan", "records", "surgery"},
         "experiment": LOW
         | {"distributed", "grid", "passes", "pipeline", "protocols", "records", "run_record", "scoring"},
@@ -84,7 +84,7 @@ TABLE = {
         "pipeline": LOW | {"scoring", "card", "evaluate", "export", "export.modeling_pruned"},
     },
     4: {
-        "terminal": {"errors"},
+        "terminal": {"errors", "records"},
         "cli_measure": {"errors", "evaluate", "machine", "protocols", "sources", "speed", "terminal"},
         "cli_experiments": {"evaluate", "experiment", "grid", "report", "terminal"},
         "cli": LOW | {"card", "facts", "scoring", "pipeline", "cli_experiments", "cli_measure", "terminal"},

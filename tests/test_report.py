@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dicer import cli, report
+from dicer import cli
 from dicer.errors import ExperimentError, OutputError
 from dicer.measured import measures
 from dicer.paper import FULL, QWEN, SHORT, TABLES, TASKS
 from dicer.plots import one_each, ordered
 from dicer.records import pack, record_path, write_record
 from dicer.report import write_report
-from dicer.tables import cell, full_table, paper_tables, settings
+from dicer.tables import Cell, Row, cell, full_table, mark_best, paper_tables, settings
 
 CHROMIUM = Path("/usr/bin/chromium")
 METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a", "sim-mean", "sim-dominant")
@@ -87,7 +87,7 @@ def _save(records, folder):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A report of a whole grid, and a run that failed."""
-    failed = _record("rc-a", 0.75, status="failed", error="no <memory> & no luck")
+    failed = _record("rc-a", 0.75, status="failed", error="no <memory> &\nno luck")
     results = _save([*_grid(), failed], tmp_path_factory.mktemp("results"))
     out = tmp_path_factory.mktemp("report") / "deep" / "report"
     write_report(results, out)
@@ -159,6 +159,41 @@ def test_only_runs_of_one_setting_are_put_together():
     assert [setting.title.endswith(", only 10 documents a task") for setting in groups] == [False, False, True]
 
 
+def test_sizes_and_sources_of_texts_are_not_taken_for_seeds():
+    runs = [_record("act-mean", 0.25, text="c4", perplexity=6.0)]
+    for place, samples in enumerate((10, 100)):
+        run = _record("act-mean", 0.25, perplexity=4.0 + place)
+        run["recipe"]["samples"] = samples
+        runs.append({**run, "id": str(samples)})
+    other = _record("act-mean", 0.25, text="bookcorpus", perplexity=9.0, id="other")
+    other["recipe"]["calib"] = "a-novel.txt"  # it stands in for bookcorpus
+    views = [view for view in paper_tables([*runs, other]) if view.title.startswith("Table 3")]
+    assert sorted([cell.mean for row in view.rows for cell in row.cells[:1]] for view in views) == [
+        [4.0, 6.0],
+        [5.0, 6.0],
+        [9.0, 6.0],
+    ]
+    assert not any(row.cells[0].spread for view in views for row in view.rows)
+    titles = [view.title for view in views]
+    assert any("bookcorpus 100 x 128" in title for title in titles)
+    assert any("bookcorpus (a-novel.txt) 10 x 128" in title for title in titles)
+
+
+def test_settings_have_titles_of_their_own():
+    first, second, third = (_record("rc-a", 0.25) for _ in range(3))
+    second["evaluation"]["protocol"] = "let-llm"
+    third["recipe"]["dtype"] = "bfloat16"
+    assert len({setting.title for setting in settings([first, second, third])}) == 3
+
+
+def test_originals_of_several_models_are_not_averaged():
+    records = [_record("original", model=name, perplexity=value) for name, value in (("a", 5.0), ("b", 9.0))]
+    groups = settings([*records, _record("rc-a", 0.25, model="b")])
+    views = [full_table(setting, members) for setting, members in groups.items()]
+    found = {view.title.split(",")[0]: view.rows[0].cells[0].mean for view in views}
+    assert found == {"All runs (a": 5.0, "All runs (b": 9.0}
+
+
 def test_what_was_measured_without_a_protocol_is_found_too():
     record = _record("rc-a", 0.25)
     record["evaluation"]["task_prefix"] = "local_"
@@ -173,12 +208,51 @@ def test_what_was_measured_without_a_protocol_is_found_too():
     assert cell([record], "perplexity").text("perplexity") == "inf"
 
 
+def _measured(tasks, groups, summary=None, named=()):
+    record = _record("rc-a", 0.25)
+    record["evaluation"] = {"tasks": list(named)}
+    metrics = {"tasks": tasks, "groups": groups}
+    for entries in metrics.values():
+        for name, values in entries.items():
+            entries[name] = {"metrics": {metric: {"value": value, "stderr": None} for metric, value in values.items()}}
+    record["metrics"] |= {**metrics, "summary": summary or {}}
+    return measures(record)
+
+
+def test_the_paper_s_six_tasks_by_name_have_their_average_and_no_columns_for_the_subjects():
+    names = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "winogrande")
+    scores = {name: {"acc": (i + 1) / 10, "acc_norm": 0.9} for i, name in enumerate(names)}
+    subjects = {f"mmlu_{name}": {"acc": 0.1} for name in ("anatomy", "law")}
+    asked = ["wikitext", "mmlu", *names]  # as the paper's own command names them
+    found = _measured(
+        {**scores, **subjects, "wikitext": {"word_perplexity": 12.0}}, {"mmlu": {"acc": 0.6}}, named=asked
+    )
+    assert found == {
+        "perplexity": 12.0,
+        **{name: (i + 1) / 10 for i, name in enumerate(names)},
+        "mmlu": 0.6,
+        "average": pytest.approx((0.1 + 0.2 + 0.3 + 0.4 + 0.5 + 0.6) / 6),
+    }
+
+
+def test_tasks_beside_a_protocol_tags_and_other_metrics_are_shown():
+    found = _measured({"arc_easy": {"acc": 0.5}, "piqa": {"acc": 0.7}}, {}, {"arc_easy": 0.5}, named=["piqa"])
+    assert found == {"arc_easy": 0.5, "piqa": 0.7}
+    assert _measured({"a": {"acc": 0.5}, "b": {"acc": 0.7}}, {}, named=["tag"]) == {"a": 0.5, "b": 0.7}
+    found = _measured({"gsm8k": {"exact_match,strict-match": 0.25}, "text": {"byte_perplexity": 3.0}}, {})
+    assert found == {"gsm8k exact_match,strict-match": 0.25, "text byte_perplexity": 3.0}
+    rows = [Row(str(value), (Cell(value, None, 1),)) for value in (3.0, 4.0)]
+    assert [row.cells[0].best for row in mark_best(rows, ["text byte_perplexity"])] == [True, False]
+
+
 def test_all_runs_are_listed_with_every_column():
     ((setting, members),) = settings(_grid()).items()
     view = full_table(setting, members)
     assert view.columns == FULL
     assert len(view.rows) == 1 + 2 * len(METHODS)
     assert view.rows[0].title == "original"
+    ((setting, members),) = settings([_record("rc-a", 0.125), _record("rc-a", 0.12)]).items()
+    assert [row.title for row in full_table(setting, members).rows] == ["rc-a, 12%", "rc-a, 12.5%"]
 
 
 def test_like_is_held_against_like():
@@ -251,7 +325,7 @@ def test_the_page_needs_nothing_outside_itself(made):
     assert all(image["alt"] for image in page.images)
     assert set(page.links) <= page.ids
     assert page.tables >= 4
-    assert "no &lt;memory&gt; &amp; no luck" in text
+    assert "no &lt;memory&gt; &amp;\nno luck" in text
     assert '<b>42.100 ± 2.970</b> (2)<span class="paper">paper 15.244</span>' in text
 
 
@@ -264,10 +338,11 @@ def test_the_markdown_has_the_tables_and_the_figures(made):
     for name in re.findall(r"\]\((.*?\.png)\)", text):
         assert (made / name).is_file()
     assert "&lt;" not in text
+    assert any(line.endswith(": no <memory> & no luck") for line in lines)
 
 
 def test_the_same_records_make_the_same_report(made, tmp_path):
-    failed = _record("rc-a", 0.75, status="failed", error="no <memory> & no luck")
+    failed = _record("rc-a", 0.75, status="failed", error="no <memory> &\nno luck")
     write_report(_save([*_grid(), failed], tmp_path / "results"), tmp_path / "out")
     for path in made.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
@@ -276,6 +351,15 @@ def test_the_same_records_make_the_same_report(made, tmp_path):
 def test_originals_alone_make_a_report(tmp_path):
     write_report(_save([_record("original")], tmp_path / "results"), tmp_path / "out")
     assert "| original | 20.000 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_models_that_are_broken_throughout_make_a_report(tmp_path):
+    records = [_record(method, 0.25, perplexity=float("inf")) for method in ("rc-a", "random")]
+    for record in records:
+        for layer in record["layers"].values():
+            layer["norm"] = {"kept": 0.0, "dropped": 0.0}
+    write_report(_save(records, tmp_path / "results"), tmp_path / "out")
+    assert "| inf |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_command_says_where_the_report_is(tmp_path, monkeypatch, capfd):
@@ -318,7 +402,6 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(OutputError, match="cannot be written to"):
         write_report(_save([_record("original")], tmp_path / "results"), tmp_path / "out")
-    assert report.TITLE
 
 
 PROBE = """<script>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ class Board:
 
     def __init__(self) -> None:
         self._console = console()
+        self._console.file = sys.stdout  # today's: what silences libraries puts another one in its place
         self._rows: dict[str, tuple[str, str, str]] = {}  # run id -> what, state, detail
         self._stage, self._began, self._took = "", time.monotonic(), [0.0, 0]
         self._live: Live | None = None
@@ -111,12 +113,12 @@ def run(
     from dicer.grid import read_experiment
 
     asked = read_experiment(experiment)
-    from dicer.evaluate import evaluate
+    from dicer.evaluate import evaluate, load_all_tasks
     from dicer.experiment import run_experiment
 
     quiet_transformers()
     with Board() as board:
-        counts = run_experiment(asked, output, evaluate=evaluate, watch=board.watch)
+        counts = run_experiment(asked, output, evaluate=evaluate, check=load_all_tasks, watch=board.watch)
     say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
     say(f"Next: dicer report {output} -o FOLDER")
     if counts["failed"]:

@@ -47,7 +47,7 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
     if tokenizer is None:
         raise ModelError("the model has no tokenizer, so it cannot be measured on text.")
     windows = None if text is None else _windows(model, tokenizer, evaluation, text)
-    tasks = {limit: load_tasks(names, evaluation.include_path) for limit, names in evaluation.by_limit().items()}
+    tasks = load_all_tasks(evaluation)
     result: dict[str, Any] = {"perplexity": None, "tasks": {}, "groups": {}, "summary": {}, "versions": {}}
     with evaluating(model):
         for limit, members in tasks.items():
@@ -70,6 +70,15 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
     if evaluation.protocol:
         result["summary"] = _summary(PROTOCOLS[evaluation.protocol], evaluation.task_prefix, result)
     return result
+
+
+def load_all_tasks(evaluation: Evaluation) -> dict[int | None, dict[str, Any]]:
+    """Documents a task -> the tasks that it holds for, with their documents (see :func:`dicer.harness.load_tasks`).
+
+    Raises:
+        EvaluationError: there is no such task, or its data cannot be had.
+    """
+    return {limit: load_tasks(names, evaluation.include_path) for limit, names in evaluation.by_limit().items()}
 
 
 def _windows(model: Any, tokenizer: Any, evaluation: Evaluation, text: str) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -75,14 +74,6 @@ class Task:
     path: Path
 
 
-class Loaded(NamedTuple):
-    """How a model was loaded, and how long it took."""
-
-    dtype: Any
-    device: Any
-    seconds: float
-
-
 @dataclass
 class Bench:
     """What all runs of an experiment share."""
@@ -104,7 +95,12 @@ class Bench:
 
 
 def run_experiment(
-    experiment: Experiment, results: Path, *, evaluate: Evaluate, watch: Callable[[Event], None] = lambda _: None
+    experiment: Experiment,
+    results: Path,
+    *,
+    evaluate: Evaluate,
+    check: Callable[[Evaluation], object] = lambda _: None,
+    watch: Callable[[Event], None] = lambda _: None,
 ) -> dict[str, int]:
     """Do every run of an experiment that the results folder has no record of.
 
@@ -112,24 +108,32 @@ def run_experiment(
         experiment: from :func:`dicer.grid.read_experiment`.
         results: where records lie; one experiment at a time may write there.
         evaluate: what measures a model.
+        check: called before any model is loaded, where there is something to do; raises what no run could get over.
         watch: told of everything that happens.
 
     Returns:
         How many runs were ``done``, ``skipped`` and ``failed``.
 
     Raises:
-        DicerError: a model cannot be opened, another run holds the folder, or it holds records of another format.
+        DicerError: a model cannot be opened, another run holds the folder, it holds records of another format, or what
+            ``check`` raises.
     """
     bench = Bench(experiment.evaluation, evaluate, watch)
     sources = {model: open_model(model) for model in dict.fromkeys(run.model for run in experiment.runs)}
-    tasks = [_task(run, sources[run.model], experiment.evaluation, results) for run in experiment.runs]
+    made = [_task(run, sources[run.model], experiment.evaluation, results) for run in experiment.runs]
+    tasks = {task.name: task for task in made}.values()  # two ways to write the same are one run
     with ExitStack() as stack:
         finished = _on_first(lambda: _finished(stack, results))
         for task in tasks:
             bench.tell("skipped" if task.name in finished else "waiting", task)
-        waiting = [task for task in tasks if task.name not in finished]
-        for _, group in itertools.groupby(waiting, key=lambda task: (task.run.model, task.run.loading)):
-            _run_model(list(group), bench)
+        groups: dict[object, list[Task]] = {}
+        for task in tasks:
+            if task.name not in finished:
+                groups.setdefault((task.run.model, task.run.loading), []).append(task)
+        if groups:
+            check(experiment.evaluation)
+        for group in groups.values():
+            _run_model(group, bench)
     return bench.counts
 
 
@@ -155,46 +159,54 @@ def _on_first(work: Callable[[], set[str]]) -> set[str]:
 
 
 def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path) -> Task:
-    recipe = portable(run.recipe, run.recipe.resolve()) if run.recipe else {"dtype": run.loading.dtype}
-    name = run_id(identity(run, recipe, evaluation, source.fingerprint))
+    try:
+        recipe = portable(run.recipe, run.recipe.resolve()) if run.recipe else {"dtype": run.loading.dtype}
+        name = run_id(identity(run, recipe, evaluation, source.fingerprint))
+    except OSError as error:  # a criterion of one's own, or a text, is part of a run's name
+        raise ExperimentError(f"{error.filename} cannot be read: {error.strerror}.") from None
     return Task(run, name, source, recipe, record_path(results, source.name, run.method, name))
 
 
 def _run_model(tasks: list[Task], bench: Bench) -> None:
     """All runs of one model: it is loaded once, measured if asked, scored for all, and gone before the first cut."""
+    source, loading = tasks[0].source, tasks[0].run.loading
+    start = time.perf_counter()
     try:
-        tokenizer = tasks[0].source.tokenizer()
-        pruned, loaded = _with_dense(tasks, tokenizer, bench)
+        tokenizer = source.tokenizer()
+        model = source.load_model(loading.dtype, pick_device(loading.device))
     except Exception as error:
         for task in tasks:
             _fail(task, bench, error)
         return
-    for task, found in pruned:
-        gc.collect()  # a model that is gone but not collected would double the peak
-        if isinstance(found, Exception):
-            _fail(task, bench, found)
-            continue
-        build = partial(build_model, task.source, found.plan, loaded.dtype, loaded.device)
-        _measure(task, bench, build, tokenizer, {"load": loaded.seconds, "score": found.seconds}, facts_of(found))
-
-
-def _with_dense(
-    tasks: list[Task], tokenizer: Any, bench: Bench
-) -> tuple[list[tuple[Task, Scored | Exception]], Loaded]:
-    """Whatever needs the whole model; it dies with this function."""
-    source, loading = tasks[0].source, tasks[0].run.loading
-    start = time.perf_counter()
-    model = source.load_model(loading.dtype, pick_device(loading.device))
-    loaded = Loaded(model.dtype, model.device, time.perf_counter() - start)
+    load, dtype, device = {"load": time.perf_counter() - start}, model.dtype, model.device
     for task in tasks:
         if task.run.recipe is None:
-            _measure(task, bench, partial(_given, model), tokenizer, {"load": loaded.seconds}, {})
-    pruned = [task for task in tasks if task.run.recipe is not None]
-    for task in pruned:
+            _measure(task, bench, partial(_given, model), tokenizer, load, {})
+    scored = _score(tasks, model, tokenizer, bench)
+    del model
+    for task, found in scored:
+        gc.collect()  # a model that is gone but not collected would double the peak
+        build = partial(build_model, source, found.plan, dtype, device)
+        _measure(task, bench, build, tokenizer, {**load, "score": found.seconds}, facts_of(found))
+
+
+def _score(tasks: list[Task], model: Any, tokenizer: Any, bench: Bench) -> list[tuple[Task, Scored]]:
+    """A plan for each run that prunes; errors end here, as their tracebacks would keep the model alive."""
+    asked = [(task, task.run.recipe) for task in tasks if task.run.recipe is not None]
+    for task, _ in asked:
         bench.tell("scoring", task)
-    recipes = [task.run.recipe for task in pruned if task.run.recipe is not None]
-    scored = score_all(source, model, recipes, tokenizer, bench.progress)
-    return list(zip(pruned, scored, strict=True)), loaded
+    found: Sequence[Scored | Exception]
+    try:
+        found = score_all(tasks[0].source, model, [recipe for _, recipe in asked], tokenizer, bench.progress)
+    except Exception as error:
+        found = [error] * len(asked)
+    scored: list[tuple[Task, Scored]] = []
+    for (task, _), one in zip(asked, found, strict=True):
+        if isinstance(one, Exception):
+            _fail(task, bench, one)
+        else:
+            scored.append((task, one))
+    return scored
 
 
 def _given(model: Any) -> Any:
@@ -217,7 +229,7 @@ def _measure(
         model = build()
         built = time.perf_counter()
         metrics = bench.evaluate(model, tokenizer, bench.evaluation, progress=bench.progress)
-        seconds |= {"build": built - start, "evaluate": time.perf_counter() - built}
+        seconds = {**seconds, "build": built - start, "evaluate": time.perf_counter() - built}
     except Exception as error:
         _fail(task, bench, error)
         return

@@ -20,6 +20,7 @@ from dicer.recipe import Method, Recipe, make_recipe
 
 ORIGINAL = "original"
 _PATHS = ("calib", "include_path", "perplexity", "models")
+_AXES = {"ratio": "ratios", "seed": "seeds", "samples": "samples", "calib": "calib"}  # recipe value -> key of the grid
 # These change how long a run takes and what it needs, not what it gives.
 _WITHOUT_EFFECT = ("device", "batch_size", "gradient_checkpointing")
 
@@ -105,6 +106,11 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
         evaluation = Evaluation(**grid.evaluation)
     except ValidationError as error:
         raise ExperimentError(_first_line(error)) from None
+    for key, plural in _AXES.items():
+        if key in grid.recipe:
+            raise ExperimentError(
+                f"recipe.{key} is the grid's to say: write {plural} = [{grid.recipe[key]!r}] above it."
+            )
     runs: dict[Run, None] = {}
     for model in grid.models:
         for values_, text in _points(grid):
@@ -114,6 +120,7 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
             if grid.original:
                 runs[Run(model, None, "", loading)] = None
             runs[Run(model, recipe, text, loading)] = None
+    evaluation.require_something()
     return Experiment(sorted(runs, key=lambda run: (grid.models.index(run.model), run.recipe is not None)), evaluation)
 
 
@@ -170,6 +177,8 @@ def _first_line(error: ValidationError) -> str:
         return (
             f"the key '{where}' is missing; there must be {', '.join(k for k, f in known.items() if f.is_required())}."
         )
+    if first["type"] == "too_short":
+        return f"{where}: expected at least one value, got none."
     kind = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{where}: expected {kind}, got {first['input']!r}."
 
@@ -204,9 +213,7 @@ def identity(run: Run, recipe: dict[str, Any], evaluation: Evaluation, fingerpri
 
 def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation as JSON values; folders and texts by name, local texts also by content."""
-    values: dict[str, Any] = evaluation.model_dump(mode="json")
-    if evaluation.include_path:
-        values["include_path"] = Path(evaluation.include_path).name
+    values = evaluation.record()
     if evaluation.perplexity:
         values["perplexity"] = _content(evaluation.perplexity)
     return values
@@ -216,4 +223,5 @@ def _content(text: str) -> str:
     path = Path(text)
     if _base(text) == text or not path.is_file():
         return _base(text)
-    return f"{path.name} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})"
+    with path.open("rb") as file:
+        return f"{path.name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
-from dicer.paper import PERPLEXITY
+from dicer.paper import ACCURACIES, PERPLEXITY
 
 
 def measures(record: dict[str, Any]) -> dict[str, float]:
-    """Column -> value: the protocol's summary, or what the tasks themselves say; one perplexity."""
-    metrics, prefix = record["metrics"], record["evaluation"].get("task_prefix") or ""
+    """Column -> value: the protocol's summary, and what the tasks that were named say themselves; one perplexity."""
+    metrics, evaluation = record["metrics"], record["evaluation"]
     found = {name: float(value) for name, value in metrics.get("summary", {}).items() if value is not None}
-    if not found:
-        for name, entry in {**metrics.get("tasks", {}), **metrics.get("groups", {})}.items():
-            for metric in ("word_perplexity", "acc"):
-                if metric in entry["metrics"]:
-                    column = "word_perplexity" if metric != "acc" else name.removeprefix(prefix)
-                    found[column] = float(entry["metrics"][metric]["value"])
+    entries = {**metrics.get("tasks", {}), **metrics.get("groups", {})}
+    named = set(evaluation.get("tasks") or ())
+    if not found and not (named and named <= set(entries)):  # a tag has no entry of its own
+        named = set(entries)
+    for name in entries:
+        if name in named:
+            own = _columns(name.removeprefix(evaluation.get("task_prefix") or ""), entries[name]["metrics"])
+            found = {**own, **found}
     token = metrics.get("perplexity") or {}
     if "word_perplexity" in found:
         found[PERPLEXITY] = found.pop("word_perplexity")
     elif "value" in token:
         found[PERPLEXITY] = float(token["value"])
+    if "average" not in found and set(ACCURACIES) <= set(found):
+        found["average"] = statistics.fmean(found[name] for name in ACCURACIES)
     return found
+
+
+def _columns(task: str, metrics: dict[str, Any]) -> dict[str, float]:
+    """A task's word perplexity or accuracy; all that it has where it has neither."""
+    values = {metric: float(entry["value"]) for metric, entry in metrics.items()}
+    columns = {"word_perplexity": "word_perplexity", "acc": task}
+    known = {column: values[metric] for metric, column in columns.items() if metric in values}
+    return known or {f"{task} {metric}": value for metric, value in values.items()}
+
+
+def lower_is_better(column: str) -> bool:
+    """Of perplexities; of everything else more is better."""
+    return "perplexity" in column
 
 
 def perplexity_kind(record: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ TITLES = {
 }
 SHORT = (PERPLEXITY, "mmlu", "average")
 TASKS = tuple(name for name in TITLES if name != "average")
+ACCURACIES = TASKS[1:]
 FULL = tuple(TITLES)
 QWEN, LLAMA = "Qwen2.5-7B-Instruct", "Llama-3.1-8B-Instruct"
 
@@ -62,9 +63,9 @@ class PaperTable(NamedTuple):
         return tuple(dict.fromkeys(ratio for row in self.rows for ratio in row.figures))
 
     @property
-    def compares_texts(self) -> bool:
-        """Whether its rows differ in their calibration text."""
-        return any(row.text for row in self.rows)
+    def texts(self) -> frozenset[str]:
+        """The calibration texts that its rows name, if they do."""
+        return frozenset(row.text for row in self.rows if row.text)
 
 
 def _pair(at_25: tuple[float, ...], at_50: tuple[float, ...]) -> dict[float, tuple[float, ...]]:

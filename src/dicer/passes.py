@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from dicer.calibration import Calibration, load_calibration
+from dicer.distributed import world_size
 from dicer.machine import peak_memory, reset_peak_memory
 from dicer.plan import PrunePlan
 from dicer.recipe import Recipe
@@ -112,6 +113,8 @@ def _run_pass(members: list[_Member], model: Any, progress: Progress) -> dict[ob
         seconds, memory = time.perf_counter() - start, peak_memory()
         runs = sum(isinstance(member.owner, int) for member in members)
         return {m.owner: _Pass(plan, seconds, runs, memory) for m, plan in zip(members, plans, strict=True)}
+    if world_size() > 1:  # the others may have got through: to try again would be out of step with them
+        raise plans
     if len(members) == 1:
         return {members[0].owner: plans}
     return {owner: value for member in members for owner, value in _run_pass([member], model, progress).items()}

@@ -64,7 +64,9 @@ def style(method: str, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def log_axis(axis: Any) -> None:
-    """A log scale with numbers at 1, 2, 5 or at the powers of ten, in full."""
+    """A log scale with numbers at 1, 2, 5 or at the powers of ten, in full; none where nothing positive is shown."""
+    if not math.isfinite(axis.dataLim.minposy):
+        return
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     steps = (1, 2, 5) if high / low < 200 else (1,)

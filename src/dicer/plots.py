@@ -27,8 +27,10 @@ def pictures(records: Sequence[Record], name: str) -> list[Picture]:
     Raises:
         ExperimentError: matplotlib is not installed.
     """
-    made = [quality(records, f"{name}-quality"), tasks(records, f"{name}-tasks")]
     ratios = sorted({record["recipe"]["ratio"] for record in records if record["method"] != ORIGINAL})
+    if not ratios:
+        return []
+    made = [quality(records, f"{name}-quality"), tasks(records, f"{name}-tasks")]
     for ratio in ratios:
         chosen = one_each(records, ratio)
         percent = f"{ratio * 100:g}"
@@ -61,9 +63,9 @@ def quality(records: Sequence[Record], name: str) -> Picture | None:
 
 
 def tasks(records: Sequence[Record], name: str) -> Picture | None:
-    """Each task's accuracy against ratio."""
+    """Each task's score against ratio."""
     columns = [column for column in measured_columns(records) if column not in (PERPLEXITY, "average")]
-    return _against_ratio(records, name, columns, "Accuracy of each task against the fraction of neurons removed.")
+    return _against_ratio(records, name, columns, "Score of each task against the fraction of neurons removed.")
 
 
 def _against_ratio(records: Sequence[Record], name: str, columns: Sequence[str], caption: str) -> Picture | None:

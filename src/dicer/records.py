@@ -41,7 +41,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
         OutputError: it cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
-    text = json.dumps(_finite({"format": FORMAT, **record}), indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(finite({"format": FORMAT, **record}), indent=2, sort_keys=True, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
@@ -53,12 +53,12 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
         raise OutputError(f"cannot write the record {path}: {error.strerror or error}.") from error
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become the text that ``float`` reads back."""
+def finite(value: Any) -> Any:
+    """A value as JSON can say it. JSON has no infinity and no NaN: they become the text that ``float`` reads back."""
     if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -16,7 +16,7 @@ from dicer.paper import TITLES
 from dicer.plot_style import Picture
 from dicer.plots import pictures
 from dicer.records import read_records
-from dicer.tables import Setting, TableView, done, full_table, paper_tables, settings, shown
+from dicer.tables import TableView, done, full_table, paper_tables, settings, shown
 
 TITLE = "Pruning experiments"
 
@@ -75,15 +75,11 @@ def _values(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "note": _note(records, paper),
         "contents": contents,
         "paper": paper,
-        "full": [full_table(setting, members) for setting, members in groups.items()] or [_originals_only(records)],
+        "full": [full_table(setting, members) for setting, members in groups.items()],
         "failed": failed,
         "figures": figures,
         "environment": _environment(records),
     }
-
-
-def _originals_only(records: Sequence[dict[str, Any]]) -> TableView:
-    return full_table(Setting(("original models", ""), '{"recipe": {}}', "none"), done(records))
 
 
 def _note(records: Sequence[dict[str, Any]], paper: Sequence[TableView]) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dicer.measured import measures
+from dicer.measured import lower_is_better, measures
 from dicer.paper import PERPLEXITY, TABLES, TITLES, PaperRow, PaperTable
 
 ORIGINAL = "original"
 _METHOD_PARTS = ("method", "criterion", "activation", "grouping", "grouped_by", "merge", "groups", "ratio", "seed")
-_TEXT_PARTS = ("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len")
+_SOURCE_PARTS = ("calib", "calib_config", "calib_split", "calib_field")
+_TEXT_PARTS = (*_SOURCE_PARTS, "samples", "seq_len")
 _NOT_SHOWN = ("device", "batch_size", "gradient_checkpointing")
 
 
@@ -92,7 +94,10 @@ class Setting(NamedTuple):
         asked = common.get("evaluation", {})
         single = "".join(f", {name} {count}" for name, count in (asked.get("limits") or {}).items())
         part = f", only {asked['limit']} documents a task{single}" if asked.get("limit") else single
-        return f"{self.model[0]}, layers {common['recipe'].get('layers', 'all')}, calibration {self.text}{part}"
+        dtype = common["recipe"].get("dtype", "auto")
+        more = "".join(f", {name}" for name in (asked.get("protocol"), dtype) if name not in (None, "auto"))
+        layers = common["recipe"].get("layers", "all")
+        return f"{self.model[0]}, layers {layers}, calibration {self.text}{more}{part}"
 
 
 def setting_of(record: dict[str, Any]) -> Setting:
@@ -100,8 +105,12 @@ def setting_of(record: dict[str, Any]) -> Setting:
     recipe = record["recipe"]
     dropped = {*_METHOD_PARTS, *_TEXT_PARTS, *_NOT_SHOWN}
     rest = {"recipe": {k: v for k, v in recipe.items() if k not in dropped}, "evaluation": _evaluation(record)}
-    text = f"{record['text']} {recipe['samples']} x {recipe['seq_len']}"
-    return Setting(_model(record), json.dumps(rest, sort_keys=True), text)
+    usual = (None, record["text"], "train", "text")  # names of hub configurations, splits, fields; of a stand-in's file
+    source = [value for name in _SOURCE_PARTS if (value := recipe.get(name)) not in usual]
+    named = f"{record['text']} ({', '.join(source)})" if source else record["text"]
+    return Setting(
+        _model(record), json.dumps(rest, sort_keys=True), f"{named} {recipe['samples']} x {recipe['seq_len']}"
+    )
 
 
 def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +127,7 @@ def done(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def settings(records: Iterable[dict[str, Any]]) -> dict[Setting, list[dict[str, Any]]]:
-    """Setting -> its pruned runs, and the original model measured in the same way."""
+    """Setting -> its pruned runs, and the original model measured in the same way; one without such runs is alone."""
     found = done(records)
     groups: dict[Setting, list[dict[str, Any]]] = {}
     for record in found:
@@ -126,6 +135,11 @@ def settings(records: Iterable[dict[str, Any]]) -> dict[Setting, list[dict[str, 
             groups.setdefault(setting_of(record), []).append(record)
     for setting, members in groups.items():
         members += _originals(found, setting)
+    held = {record["id"] for members in groups.values() for record in members}
+    for record in found:
+        if record["id"] not in held:
+            common = {"recipe": {"dtype": record["recipe"].get("dtype")}, "evaluation": _evaluation(record)}
+            groups[Setting(_model(record), json.dumps(common, sort_keys=True), "none")] = [record]
     return groups
 
 
@@ -145,15 +159,26 @@ def paper_tables(records: Sequence[dict[str, Any]]) -> list[TableView]:
     """Each of the paper's tables that these records have a pruned row of, once for each setting."""
     views: list[TableView] = []
     groups = settings(records)
-    joined: dict[Setting, list[dict[str, Any]]] = {}
-    for setting, members in groups.items():
-        joined.setdefault(setting._replace(text="several texts"), []).extend(members)
     for table in TABLES:
-        for setting, members in (joined if table.compares_texts else groups).items():
+        for setting, members in _joined(groups, table) if table.texts else groups.items():
             view = _paper_table(table, setting, members)
             if view is not None:
                 views.append(view)
     return views
+
+
+def _joined(
+    groups: dict[Setting, list[dict[str, Any]]], table: PaperTable
+) -> Iterator[tuple[Setting, list[dict[str, Any]]]]:
+    """Settings that differ only in their text, put together: one of each text, so that every size stands on its own."""
+    alike: dict[Setting, dict[str, list[Setting]]] = {}
+    for setting, members in groups.items():
+        if (text := members[0]["text"]) in table.texts:
+            alike.setdefault(setting._replace(text=""), {}).setdefault(text, []).append(setting)
+    for common, texts in alike.items():
+        for chosen in itertools.product(*texts.values()):
+            members = [record for setting in chosen for record in groups[setting]]
+            yield common._replace(text=" and ".join(setting.text for setting in chosen)), members
 
 
 def _paper_table(table: PaperTable, setting: Setting, records: list[dict[str, Any]]) -> TableView | None:
@@ -206,8 +231,9 @@ def mark_best(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     best: dict[int, float] = {}
     for place, column in enumerate(columns):
         means = [m for row in rows if (m := row.cells[place].mean) is not None]
-        if len(means) > 1:
-            best[place] = min(means) if column == PERPLEXITY else max(means)
+        top = min(means, default=math.inf) if lower_is_better(column) else max(means, default=math.inf)
+        if len(means) > 1 and math.isfinite(top):
+            best[place] = top
     return [
         Row(
             row.title,
@@ -228,7 +254,7 @@ def full_table(setting: Setting, records: list[dict[str, Any]]) -> TableView:
     rows = [Row("original", tuple(cell(originals, column) for column in columns))] if originals else []
     for ratio in sorted({ratio for ratio, _ in groups}):
         block = [
-            Row(f"{method}, {ratio:.0%}", tuple(cell(members, column) for column in columns))
+            Row(f"{method}, {ratio * 100:g}%", tuple(cell(members, column) for column in columns))
             for (own, method), members in sorted(groups.items())
             if own == ratio
         ]

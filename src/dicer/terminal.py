@@ -102,9 +102,11 @@ def write_result(path: Path, value: object) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    from dicer.records import finite  # brings numpy, which the start of the program does without
+
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
