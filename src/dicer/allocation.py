@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def uniform_units(modules: Sequence[Module], ratio: float, bounds: Bounds) -> li
         raise nothing_left(f"ratio {ratio}, the same for all,")
     if ratio > bounds.max_ratio + HAIR:
         raise RecipeError(f"ratio {ratio} is more than the {bounds.max_ratio} that any module may lose: ask for less.")
-    for axis in {module.axis for module in modules}:
+    for axis in AXES:
         _check_reach([module for module in modules if module.axis == axis], ratio, bounds)
     keep, line, gone = [0] * len(modules), 0.0, 0
     for place in sorted(range(len(modules)), key=lambda place: modules[place].layer):
@@ -126,10 +126,11 @@ def uniform_units(modules: Sequence[Module], ratio: float, bounds: Bounds) -> li
 
 
 def _check_reach(modules: Sequence[Module], ratio: float, bounds: Bounds) -> None:
-    """That the modules can lose the ratio together, within one step of rounding a module."""
-    never = Bounds(bounds.max_ratio, bounds.min_width, None, bounds.multiple)
-    if ratio * total(modules) > most(modules, never) + max(_step_cost(module, bounds) for module in modules):
-        raise too_much(ratio * total(modules), most(modules, never), total(modules))
+    """That modules of one axis can lose the ratio: each within a step of rounding, or attention all together."""
+    stays, steps = replace(bounds, drop_threshold=None), [_step_cost(module, bounds) for module in modules]
+    rounding = sum(steps) if modules and modules[0].axis == "mlp" else max(steps, default=0)
+    if ratio * total(modules) > most(modules, stays) + rounding:
+        raise too_much(ratio * total(modules), most(modules, stays), total(modules))
 
 
 def _step_cost(module: Module, bounds: Bounds) -> int:
