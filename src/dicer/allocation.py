@@ -49,7 +49,7 @@ class Bounds:
         max_ratio: no module loses more than this fraction, unless it is removed whole.
         min_width: units that a module keeps if it stays; all of them if it has fewer.
         drop_threshold: a module whose ratio reaches it is removed whole; None: no module ever is.
-        multiple: kept widths of ``mlp`` are multiples of it.
+        multiple: kept widths of ``mlp`` are multiples of it, also where N is none (as :func:`dicer.axes.legal` does).
     """
 
     max_ratio: float = 1.0
