@@ -221,7 +221,9 @@ def test_the_walk_sums_what_plain_hooks_sum_bit_for_bit(family, dtype):
     assert [(visit.index, visit.axes["mlp"].sums.count) for visit in visits] == [(i, 6 * 24) for i in range(LAYERS)]
     for index, visit in enumerate(visits):
         plain = sums_of(seen, index)
-        assert [need for need in NEEDS if not torch.equal(visit.axes["mlp"].sums.get(*need[:2]), plain.get(*need[:2]))] == []
+        assert [
+            need for need in NEEDS if not torch.equal(visit.axes["mlp"].sums.get(*need[:2]), plain.get(*need[:2]))
+        ] == []
         assert_sums_within_rounding(visit.axes["mlp"].sums, seen, index)
 
 

@@ -139,9 +139,9 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
     """
     family, before = source.family, source.tensors.infos()
     shapes = layer_shapes(family, source.config)
-    _check(plan, shapes)
-    kept = [i for i in range(len(shapes)) if i not in plan.blocks]
     axes = family.axes(source.config)
+    _check(plan, shapes, axes)
+    kept = [i for i in range(len(shapes)) if i not in plan.blocks]
     native = {axis for axis in AXES if _has_native_bias(family, axes[axis], shapes, before)}
     after = [_shape_after(plan, i, shapes[i], native) for i in kept]
     cut = Cut(pruned_config(source, after, kept), {}, {}, {}, before, source)
@@ -161,12 +161,18 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
     return cut
 
 
-def _check(plan: PrunePlan, shapes: list[LayerShape]) -> None:
+def _check(plan: PrunePlan, shapes: list[LayerShape], axes: Mapping[str, Axis]) -> None:
     for axis, layers in plan.axes.items():
         for index, layer in layers.items():
             found = shapes[index].units[axis] if index < len(shapes) else 0
             if found != layer.units:
                 raise PlanError(f"the plan has {layer.units} units of {axis} in layer {index}, the model has {found}.")
+            channels = found * axes[axis].channels
+            if layer.means is not None and len(layer.means) != channels:
+                raise PlanError(
+                    f"the plan has means of {len(layer.means)} channels for {axis} in layer {index}, the model has "
+                    f"{channels}."
+                )
     if any(index >= len(shapes) for index in plan.blocks):
         raise PlanError(f"the plan removes layer {max(plan.blocks)}, and the model has {len(shapes)} layers.")
 
