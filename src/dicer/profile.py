@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 def parts(lists: Sequence[str], layers: int) -> list[Part]:
     """All modules of the chosen lists, in the order in which a model runs them."""
-    return sorted(Part(layer, name.removesuffix("s")) for name in lists for layer in range(layers))
+    return sorted({Part(layer, name.removesuffix("s")) for name in lists for layer in range(layers)})
 
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
