@@ -84,10 +84,6 @@ def test_other_lists_take_what_is_there(cache, monkeypatch):
     assert len(ran) == sum(range(1, 2 * LAYERS + 1))  # other competitors, other rounds
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize("search", ["independent", "greedy"])
 def test_a_killed_run_goes_on(cache, monkeypatch, search):
     model, real, seen = tiny_model("llama"), entropy_cache._write, []
@@ -95,10 +91,10 @@ def test_a_killed_run_goes_on(cache, monkeypatch, search):
     def write(name, held):
         real(name, held)
         if len(held.measured) == 7:
-            raise Killed
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(entropy_cache, "_write", write)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         _profile(model, search=search)
     monkeypatch.setattr(entropy_cache, "_write", lambda name, held: seen.append(len(held.measured)))
     assert _profile(model, search=search) == _measured(model, search=search)

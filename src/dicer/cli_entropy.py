@@ -101,11 +101,12 @@ def _show(profile: Any, notes: list[str]) -> None:
     table = Table(
         "layer",
         *(names[name] + (" (pick)" if greedy else "") for name in profile.lists),
-        title=f"Transfer entropy, nats; H of the model: {profile.entropy:.4f}",
+        title="Transfer entropy (nats)",
     )
     for row in zip(*profile.lists.values(), strict=True):
         cells = (f"{entry.te:.4f}" + (f" ({entry.pick + 1})" if greedy else "") for entry in row)
         table.add_row(str(row[0].layer), *cells)
     console().print(table)
+    say(f"H of the model: {profile.entropy:.4f} nats over {profile.tokens:,} tokens and {profile.channels:,} channels.")
     for note in notes:
         say(f"Note: {note}.")

@@ -185,7 +185,7 @@ def _round(run: _Run, hidden: list[Tensor], picked: list[Part], candidates: list
         if value is None:
             _move(run, hidden, range(place, part.layer), picked)
             place = part.layer
-            value = _finite(_final(run, list(hidden), part.layer, [*picked, part]), f"{part.key} bypassed").entropy
+            value = _final(run, hidden, part.layer, [*picked, part]).entropy
             run.remember(key, value)
         else:
             run.step(_cost(range(part.layer, run.store.depth), [*picked, part]))
@@ -193,27 +193,35 @@ def _round(run: _Run, hidden: list[Tensor], picked: list[Part], candidates: list
     if run.model.count:
         run.step(_cost(range(place, candidates[-1].layer), picked))  # what known values saved
     else:
-        run.model = _finite(_final(run, hidden, place, picked), "nothing bypassed")
+        run.model = _final(run, hidden, place, picked)
 
 
-def _finite(moments: Moments, what: str) -> Moments:
-    broken = int((~moments.spread.isfinite()).sum())
-    if broken:
+def _final(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[Part]) -> Moments:
+    """The final state's moments over all processes, from what goes into layer ``start``."""
+    moving = list(hidden)
+    _move(run, moving, range(start, run.store.depth), bypassed)
+    norm = run.store.final_norm() if run.at == "norm" else nn.Identity()
+    moments = run.empty
+    for values in moving:
+        moments = moments.add(norm(values))
+    moments = moments.of_all_processes()
+    if not moments.spread.isfinite().all():
         raise RecipeError(
-            f"with {what}, {broken} of {len(moments.mean)} channels of the final hidden state hold NaN or infinite "
-            "values, so there is no entropy; compute in float32 (--dtype float32), or look for broken weights."
+            f"with {bypassed[-1].key if bypassed else 'nothing'} bypassed, {_breaking(run, hidden, start, bypassed)} "
+            "gives NaN or infinite values, so there is no entropy; compute in float32 (--dtype float32), or look for "
+            "broken weights."
         )
     return moments
 
 
-def _final(run: _Run, hidden: list[Tensor], start: int, bypassed: Sequence[Part]) -> Moments:
-    """The final state's moments over all processes, from what goes into layer ``start``."""
-    _move(run, hidden, range(start, run.store.depth), bypassed)
-    norm = run.store.final_norm() if run.at == "norm" else nn.Identity()
-    moments = run.empty
-    for values in hidden:
-        moments = moments.add(norm(values))
-    return moments.of_all_processes()
+def _breaking(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[Part]) -> str:
+    """Where values stop to be finite; run once more, since looking at each layer would slow down those that are."""
+    moving = list(hidden)
+    for index in range(start, run.store.depth):
+        _move(run, moving, range(index, index + 1), bypassed)
+        if not all(values.isfinite().all() for values in moving):
+            return f"layer {index}"
+    return "the final norm" if run.at == "norm" else "the model"
 
 
 def _cost(layers: range, bypassed: Collection[Part]) -> int:

@@ -12,7 +12,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from dicer.errors import RecipeError, unknown
-from dicer.recipe import first_line
 
 At = Literal["norm", "hidden"]
 Search = Literal["independent", "greedy"]
@@ -150,16 +149,25 @@ def _parse(text: str) -> Profile:
     try:
         return TypeAdapter(Profile).validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            raise RecipeError(f"no JSON: {first['msg'].removeprefix('Invalid JSON: ')}.") from None
-        if not first["loc"]:
-            raise RecipeError("no JSON object with an entropy profile.") from None
-        if first["type"] == "missing":
-            raise RecipeError(f"'{'.'.join(map(str, first['loc']))}' is missing.") from None
-        raise RecipeError(first_line(error, "key", Profile.__dataclass_fields__)) from None
+        raise RecipeError(_first_line(error)) from None
     except RecipeError as error:
         raise RecipeError(f"{error}.") from None
+
+
+def _first_line(error: ValidationError) -> str:
+    # A misspelt key is also a missing one, and the spelling is the better hint.
+    first = min(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+    *outer, name = map(str, first["loc"] or [""])
+    if first["type"] == "json_invalid":
+        return f"no JSON: {first['msg'].removeprefix('Invalid JSON: ')}."
+    if first["type"] == "unexpected_keyword_argument":
+        return unknown("key", name, (Entry if outer else Profile).__dataclass_fields__)
+    if not first["loc"]:
+        return "no JSON object with an entropy profile."
+    where = ".".join([*outer, name])
+    return (
+        f"'{where}' is missing." if first["type"] == "missing" else f"{where}: {first['msg']}, got {first['input']!r}."
+    )
 
 
 def check_choices(lists: Sequence[str], search: str, at: str) -> None:
