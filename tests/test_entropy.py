@@ -360,7 +360,7 @@ def test_json_there_and_back(search, tmp_path):
     value = json.loads(json.dumps(profile.to_json()))
     assert Profile.from_json(value) == profile
     assert [entry["layer"] for entry in value["mlp"]] == list(range(LAYERS))
-    assert value["blocks"][1]["te"] == profile.blocks[1].te
+    assert value["blocks"][1]["te"] == profile.blocks[1].te == profile.te_lists()["blocks"][1]
     assert ("pick" in value["mlp"][0]) == (search == "greedy")
     file = tmp_path / "profile.json"
     file.write_text(json.dumps(value))

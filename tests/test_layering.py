@@ -187,7 +187,9 @@ def top_level(tree):
 @every_module
 def test_a_module_imports_only_what_the_table_allows(module):
     assert module in ALLOWED, "a new module needs a row in the table"
-    imported = dicer_imports(MODULES[module]) - ({"dicer"} if module in ("cli", "cli_entropy", "cli_measure") else set())
+    imported = dicer_imports(MODULES[module]) - (
+        {"dicer"} if module in ("cli", "cli_entropy", "cli_measure") else set()
+    )
     assert imported <= ALLOWED[module], f"not in the table: {sorted(imported - ALLOWED[module])}"
 
 

@@ -43,7 +43,7 @@ def entropy_command(
     recipe = make_recipe(flags)
     from dicer.profile import LISTS, check_choices
 
-    chosen: Any = LISTS if lists.strip() == "all" else [name.strip() for name in lists.split(",")]
+    chosen = LISTS if lists.strip() == "all" else tuple(name.strip() for name in lists.split(","))
     check_choices(chosen, search, at)
     check_file(output, overwrite=overwrite)
     from dicer.calibration import load_calibration
@@ -58,10 +58,16 @@ def entropy_command(
     check_tokens(calibration.tokens, source)
     loaded = source.load_model(recipe.dtype, pick_device(recipe.device))
     _show_cost(len(source.family.widths(source.config)), chosen, search, calibration.tokens.shape)
-    choices: Any = {"lists": chosen, "search": search, "at": at}
     with Bar() as progress:
         profile = entropy_profile(
-            source, loaded, calibration.tokens, **choices, batch_size=recipe.batch_size, progress=progress
+            source,
+            loaded,
+            calibration.tokens,
+            lists=chosen,
+            search=search,
+            at=at,
+            batch_size=recipe.batch_size,
+            progress=progress,
         )
     profile = replace(profile, about=_about(source, calibration, loaded.dtype))
     write_result(output, profile.to_json())
@@ -84,7 +90,7 @@ def _about(source: Any, calibration: Any, dtype: Any) -> dict[str, Any]:
     }
 
 
-def _show_cost(layers: int, lists: list[str], search: Any, shape: Any) -> None:
+def _show_cost(layers: int, lists: tuple[str, ...], search: str, shape: Any) -> None:
     from dicer.entropy import layer_forwards
 
     count = layer_forwards(layers, lists, search)

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dicer.axes import AXES, Axis
+from dicer.axes import Axis
 from dicer.distributed import from_first, sum_of
 from dicer.errors import CalibrationError, RecipeError
 from dicer.layer_statistics import widest
 from dicer.moments import Moments
-from dicer.profile import LISTS, At, Entry, Part, Profile, Search, check_choices, parts, poor
+from dicer.profile import LISTS, Entry, Part, check_choices, parts, poor
+from dicer.profile import Profile as Profile
 from dicer.walk import LayerStore, Progress, Recording, replaced_forwards, silent
 
 _STAGE = "entropy"
@@ -30,7 +31,7 @@ Remember = Callable[[str, float], None]  # key of a module, H without it
 
 
 def layer_forwards(
-    layers: int, lists: Sequence[str] = LISTS, search: Search = "independent", picks: Sequence[int] | None = None
+    layers: int, lists: Sequence[str] = LISTS, search: str = "independent", picks: Sequence[int] | None = None
 ) -> int:
     """What a profile costs, in forwards of one layer over all batches; ``layers`` of them are a forward pass.
 
@@ -62,8 +63,8 @@ def measure(
     batches: Sequence[Tensor],
     *,
     lists: Sequence[str] = LISTS,
-    search: Search = "independent",
-    at: At = "norm",
+    search: str = "independent",
+    at: str = "norm",
     known: Mapping[str, float] | None = None,
     remember: Remember | None = None,
     progress: Progress = silent,
@@ -101,10 +102,9 @@ def measure(
     progress(_STAGE, run.done, run.done)
     model = run.model
     measured: dict[str, Any] = {name: tuple(found[part] for part in parts([name], store.depth)) for name in lists}
+    measured |= {"search": search, "at": at}
     return Profile(
         entropy=model.entropy,
-        search=search,
-        at=at,
         tokens=model.count,
         channels=len(model.mean),
         notes=poor(model.count, len(model.mean), model.constant),
@@ -124,7 +124,7 @@ class _Run:
 
     store: LayerStore
     recording: Recording
-    at: At
+    at: str
     known: Mapping[str, float]
     remember: Remember
     progress: Progress
@@ -234,7 +234,7 @@ def _move(run: _Run, hidden: list[Tensor], layers: range, bypassed: Collection[P
     for index in layers:
         if Part(index, "block") in bypassed:
             continue
-        axes = [getattr(run.store.family, name) for name in AXES if Part(index, name) in bypassed]
+        axes = [axis for name, axis in run.store.axes(index).items() if Part(index, name) in bypassed]
         with run.store.layer(index) as layer, ExitStack() as stack:
             for axis in axes:
                 stack.enter_context(bypass(layer, axis))

@@ -17,7 +17,7 @@ from torch import Tensor
 from dicer.distributed import from_first, own_batches, rank
 from dicer.entropy import measure
 from dicer.errors import RecipeError
-from dicer.profile import LISTS, At, Profile, Search, check_choices
+from dicer.profile import LISTS, Profile, check_choices
 from dicer.sources import ModelSource, cache_folder
 from dicer.walk import Progress, ResidentStore, silent
 
@@ -35,8 +35,8 @@ def entropy_profile(
     tokens: Tensor,
     *,
     lists: Sequence[str] = LISTS,
-    search: Search = "independent",
-    at: At = "norm",
+    search: str = "independent",
+    at: str = "norm",
     batch_size: int | None = None,
     progress: Progress = silent,
 ) -> Profile:

@@ -94,6 +94,10 @@ class Profile:
         """The lists that were measured, by name."""
         return {name: entries for name in LISTS if (entries := getattr(self, name))}
 
+    def te_lists(self) -> dict[str, list[float]]:
+        """The transfer entropies alone, by the name of their list, in layer order."""
+        return {name: [entry.te for entry in entries] for name, entries in self.lists.items()}
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.tokens < 1 or self.channels < 1:
