@@ -15,9 +15,10 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
+from dicer.distributed import BATCH_TOKENS
 from dicer.machine import pick_device
 from dicer.recipe import make_recipe
-from dicer.scoring import BATCH_TOKENS, prepare, score
+from dicer.scoring import prepare, score
 from dicer.sources import open_model
 
 

@@ -17,7 +17,7 @@ import dicer
 from dicer import cli, terminal
 from dicer.recipe import PRESETS, Recipe
 
-COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "eval", "bench")
+COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "entropy", "eval", "bench")
 COLOURS = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE")
 FAST = ("--method", "weight-l2")
 

@@ -103,6 +103,7 @@ import torch
 from accelerate import PartialState
 PartialState(cpu=True)
 from dicer.distributed import rank, share
+from dicer.entropy_cache import entropy_profile
 from dicer.layer_statistics import Need
 from dicer.sources import open_model
 from dicer.walk import ResidentStore, walk
@@ -120,6 +121,12 @@ for samples in (7, 1):  # of one sample, the second process sees nothing
         part = visit.axes["mlp"]
         found |= {f"{name}.{need.kind}": part.sums.get(*need[:2]) for need in needs}
         found |= {f"{name}.gradient": part.gradient.down, f"{name}.count": torch.tensor(part.sums.count)}
+    for turn in ("measured", "cached"):
+        profile = entropy_profile(source, source.load_model(), tokens[:samples], batch_size=2)
+        assert profile.tokens == samples * 24
+        entries = profile.blocks + profile.attention + profile.mlp
+        found[f"{samples}.{turn}.entropy"] = torch.tensor([profile.entropy, *(entry.entropy for entry in entries)])
+assert len(list((out / "cache" / "entropy").iterdir())) == 2
 torch.save(found, out / f"sums{rank()}.pt")
 """
 METHODS = (
@@ -133,7 +140,7 @@ def _launch(words, model, rows, out, processes):
     out.mkdir()
     calls = [_flags(model, rows, out / "results", *method) for method in METHODS]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", "DICER_CACHE": str(out / "cache")}
     driver = out / "driver.py"
     driver.write_text(DRIVER)
     command = [*map(str, words), str(driver), str(SCRIPT), str(out), json.dumps(calls)]

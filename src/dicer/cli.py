@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from dicer import cli_experiments, cli_measure
+from dicer import cli_entropy, cli_experiments, cli_measure
 from dicer.errors import DicerError
 from dicer.recipe import PRESETS, Recipe, make_recipe, read_recipe
+from dicer.recipe_flags import recipe_flags
 from dicer.terminal import Bar, ModelArgument, console, quiet_transformers, say
 
 app = typer.Typer(
@@ -40,35 +39,6 @@ RecipeOption = Annotated[
 _UsageError: Any = typer.BadParameter.__base__  # a wrong flag or argument; typer has no public name for it
 
 
-def _recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag for each field of Recipe; those that were typed arrive in ``flags``."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.name != "flags"]
-    added = []
-    for name, field in Recipe.model_fields.items():
-        flag = "--" + name.replace("_", "-")
-        kinds = (field.annotation, *get_args(field.annotation))
-        kind: Any = next((t for t in (bool, int, float) if t in kinds), str)
-        default = "" if field.default is None or kind is bool else f" [default: {field.default}]"
-        text = f"{field.description}{default}"
-        option = typer.Option(flag, help=text, show_default=False, rich_help_panel="Recipe")
-        added.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-            )
-        )
-
-    def run(**values: Any) -> None:
-        flags = {name: values.pop(name) for name in Recipe.model_fields}
-        command(**values, flags=flags)
-
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    run.__signature__ = signature.replace(parameters=[*keyword_only, *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*keyword_only, *added)}
-    return run
-
-
 def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
     given = {name: value for name, value in flags.items() if value is not None}
     return make_recipe({**(read_recipe(file) if file else {}), **given})
@@ -81,7 +51,7 @@ def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path]
 
 
 @app.command()
-@_recipe_flags
+@recipe_flags()
 def prune(
     model: ModelArgument,
     output: OutputOption,
@@ -137,7 +107,7 @@ def prune(
 
 
 @app.command()
-@_recipe_flags
+@recipe_flags()
 def plan(
     model: ModelArgument,
     output: OutputOption,
@@ -232,6 +202,7 @@ def methods() -> None:
         console().print(table)
 
 
+app.add_typer(cli_entropy.app)
 app.add_typer(cli_measure.app)
 app.add_typer(cli_experiments.app)
 

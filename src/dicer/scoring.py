@@ -25,7 +25,7 @@ from dicer.budget import (
 )
 from dicer.calibration import Calibration, load_calibration
 from dicer.criteria import CRITERIA, Criterion, find_criterion
-from dicer.distributed import share
+from dicer.distributed import BATCH_TOKENS, own_batches
 from dicer.entropy_cache import entropy_profile
 from dicer.errors import RecipeError, unknown
 from dicer.grouping import GROUPINGS, random_groups, similarity_groups
@@ -37,7 +37,6 @@ from dicer.sources import ModelSource, tokenize_with
 from dicer.surgery import Sizes, plan_cut
 from dicer.walk import AxisVisit, Progress, ResidentStore, silent, walk
 
-BATCH_TOKENS = 4096  # in a forward pass
 GRADIENT_TOKENS = 1024  # in a forward and backward pass, which also holds logits and their gradients
 
 
@@ -162,11 +161,20 @@ def prepare(
     if not job.runs_model:
         return job
     calibration = calibration or load_calibration(recipe, tokenize_with(tokenizer or source.tokenizer()))
-    _check_tokens(calibration.tokens, source)
+    check_tokens(calibration.tokens, source)
     return replace(job, calibration=calibration)
 
 
-def _check_tokens(tokens: Tensor, source: ModelSource) -> None:
+def check_tokens(tokens: Tensor, source: ModelSource) -> None:
+    """See to it that a model can run on these samples.
+
+    Args:
+        tokens: int64 [S, T].
+        source: the model.
+
+    Raises:
+        RecipeError: ids that the model does not know, or more tokens in a row than it has positions.
+    """
     vocabulary, limit = int(source.config.vocab_size), int(source.config.max_position_embeddings)
     if int(tokens.max()) >= vocabulary:
         raise RecipeError(
@@ -278,11 +286,9 @@ def _batches(jobs: Sequence[Job]) -> Sequence[Tensor]:
     tokens = next((job.calibration.tokens for job in jobs if job.calibration is not None), None)
     if tokens is None:
         return ()
-    mine = share(tokens)  # [S', T]
     gradient = any("gradient" in job.criterion.needs for job in jobs)
     size = min((job.recipe.batch_size for job in jobs if job.recipe.batch_size), default=None)
-    most = GRADIENT_TOKENS if gradient else BATCH_TOKENS
-    return mine.split(size or max(1, most // mine.shape[1])) if len(mine) else ()
+    return own_batches(tokens, size, GRADIENT_TOKENS if gradient else BATCH_TOKENS)
 
 
 def _plan(job: Job, layers: dict[Key, LayerPlan]) -> PrunePlan:

@@ -77,12 +77,21 @@ class LayerStore(Protocol):
         """The family of the model."""
         ...
 
+    @property
+    def depth(self) -> int:
+        """How many decoder layers there are."""
+        ...
+
     def axes(self, index: int) -> dict[str, Axis]:
         """The axes that a layer has units of, by name."""
         ...
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
         """One decoder layer, ready to run inside the ``with`` block."""
+        ...
+
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last layer; an identity where the model has none."""
         ...
 
     def record(self, batches: Sequence[Tensor]) -> Recording:
@@ -125,6 +134,17 @@ class ResidentStore:
         """One decoder layer."""
         return evaluating(self._layers[index])
 
+    @property
+    def depth(self) -> int:
+        """How many decoder layers there are."""
+        return len(self._layers)
+
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last layer; an identity where the model has none (OPT-350m)."""
+        owner, _, name = self.family.final_norm.rpartition(".")
+        norm: nn.Module | None = getattr(attrgetter(owner)(self._model), name, None)
+        return nn.Identity() if norm is None else norm
+
     @torch.no_grad()
     def record(self, batches: Sequence[Tensor]) -> Recording:
         """Embed every batch and note what each layer is called with; no layer runs, no logits are computed.
@@ -142,7 +162,7 @@ class ResidentStore:
                 _calls.append((args, kwargs))
                 return hidden
 
-            with evaluating(self._model), _forwards(self._layers, lambda _: recorder):
+            with evaluating(self._model), replaced_forwards(self._layers, lambda _: recorder):
                 self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
             recording.arguments.setdefault(batch.shape[0], calls)
         return recording
@@ -181,7 +201,7 @@ class ResidentStore:
                     handle = weight.register_post_accumulate_grad_hook(_accumulate(sums, name, predicted))
                     stack.callback(handle.remove)
             if checkpointing:
-                stack.enter_context(_forwards(self._layers, _checkpointed))
+                stack.enter_context(replaced_forwards(self._layers, _checkpointed))
             stack.enter_context(torch.enable_grad())
             progress("gradients", 0, len(batches))
             for done, tokens in enumerate(batches, start=1):
@@ -286,9 +306,9 @@ def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
 
 
 @contextmanager
-def _forwards(layers: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
-    """Replace each layer's forward for a while; one of the layer's own (accelerate's, say) is put back afterwards."""
-    replaced = [(layer.__dict__, layer.__dict__.get("forward"), make(layer)) for layer in layers]
+def replaced_forwards(modules: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Replace each module's forward for a while; one of the module's own (accelerate's, say) is put back afterwards."""
+    replaced = [(module.__dict__, module.__dict__.get("forward"), make(module)) for module in modules]
     try:
         for attributes, _, forward in replaced:
             attributes["forward"] = forward

@@ -1,0 +1,144 @@
+"""The entropy command: what it prints and writes, and bad input as one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+from tiny import tiny_model, tiny_tokens
+
+from dicer import cli, entropy_cache
+from dicer.entropy import layer_forwards, measure
+from dicer.families import family_of
+from dicer.profile import read_profile
+from dicer.walk import ResidentStore
+
+
+@pytest.fixture
+def typed(monkeypatch, capfd, tmp_path_factory):
+    """Type a command; its exit code, standard output and standard error."""
+    monkeypatch.setenv("DICER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["dicer", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code, *capfd.readouterr())
+
+    return run
+
+
+def _rows(out):
+    cells = ([cell.strip() for cell in line.strip("│┃").split("│")] for line in out.splitlines() if "│" in line)
+    return [row for row in cells if row[0].isdigit()]
+
+
+def test_it_prints_a_table_and_writes_the_profile(typed, model, rows, tmp_path):
+    file = tmp_path / "profile.json"
+    code, out, err = typed("entropy", model, "-o", file, "--calib", rows, "--device", "cpu")
+    assert (code, err) == (0, "")
+    profile = read_profile(file)
+    store = ResidentStore(tiny_model("llama"), family_of("llama"))
+    expected = measure(store, [tiny_tokens()])
+    assert profile.lists == expected.lists
+    assert f"To run: {layer_forwards(4)} layer forwards, as many as in 7.5 forward passes" in out
+    assert "over 6 x 24 tokens" in out
+    assert f"H of the model: {profile.entropy:.4f}" in out
+    shown = zip(profile.blocks, profile.attention, profile.mlp, strict=True)
+    assert _rows(out) == [[str(e[0].layer), *(f"{entry.te:.4f}" for entry in e)] for e in shown]
+    assert "Note: 6 ready samples of 24 tokens are used as they are." in out
+    assert f"Profile: {file}" in out
+    assert profile.about["model"]["name"] == "llama"
+    assert profile.about["calibration"]["seq_len"] == 24
+    assert profile.about["dtype"] == "float32"
+    assert str(tmp_path.parent) not in file.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_the_second_time_it_comes_from_the_cache(typed, model, rows, tmp_path, monkeypatch):
+    flags = ("--calib", rows, "--lists", "mlp, attention", "--at", "hidden")
+    assert typed("entropy", model, "-o", tmp_path / "a.json", *flags)[0] == 0
+    monkeypatch.setattr(entropy_cache, "measure", lambda *a, **k: pytest.fail("measured again"))
+    assert typed("entropy", model, "-o", tmp_path / "b.json", *flags, "--batch-size", 2)[0] == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert list(read_profile(tmp_path / "a.json").lists) == ["attention", "mlp"]
+
+
+def test_a_greedy_search_shows_its_picks(typed, model, rows, tmp_path):
+    file = tmp_path / "profile.json"
+    code, out, _ = typed("entropy", model, "-o", file, "--calib", rows, "--search", "greedy", "--dtype", "bfloat16")
+    assert code == 0
+    assert f"To run: at most {layer_forwards(4, search='greedy')} layer forwards" in out
+    profile = read_profile(file)
+    picks = [int(re.search(r"\((\d+)\)", row[1])[1]) for row in _rows(out)]
+    assert picks == [entry.pick + 1 for entry in profile.blocks]
+    assert profile.about["dtype"] == "bfloat16"
+    blocks = typed(
+        "entropy", model, "-o", tmp_path / "b.json", "--calib", rows, "--search", "greedy", "--lists", "blocks"
+    )
+    assert f"To run: {layer_forwards(4, ['blocks'], 'greedy')} layer" in blocks[1]
+
+
+def test_a_text_is_tokenized_and_few_tokens_are_told(typed, model, tmp_path):
+    words = ("--samples", 1, "--seq-len", 8, "--calib-seed", 3, "--lists", "blocks")
+    code, out, err = typed("entropy", model, "-o", tmp_path / "profile.json", *words)
+    assert (code, err) == (0, "")
+    assert "Note: 8 calibration tokens for 32 channels: the entropy estimate is poor" in out
+    assert read_profile(tmp_path / "profile.json").about["calibration"]["seed"] == 3
+
+
+def test_a_profile_is_overwritten_only_when_asked(typed, model, rows, tmp_path):
+    file = tmp_path / "profile.json"
+    file.write_text("mine")
+    words = ("entropy", model, "-o", file, "--calib", rows, "--lists", "blocks")
+    assert typed(*words) == (2, "", f"dicer: {file} exists; choose another name or pass --overwrite.\n")
+    assert file.read_text() == "mine"
+    assert typed(*words, "--overwrite")[0] == 0
+    assert read_profile(file).blocks
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--search", "gredy"), "unknown search 'gredy'. Did you mean 'greedy'?"),
+        (("--at", "hiden"), "Did you mean 'hidden'?"),
+        (("--lists", "blocks,atention"), "unknown list 'atention'. Did you mean 'attention'?"),
+        (("--lists", ""), "unknown list ''"),
+        (("--calib", "none.txt"), "none.txt cannot be read"),
+        (("--samples", "0"), "samples: "),
+        (("--dtype", "int8"), "dtype: "),
+        (("--ratio", "0.5"), "No such option: --ratio"),
+        (("--device", "cuda:99"), "device 'cuda:99' cannot be used"),
+        (("-o", "nowhere/p.json"), "there is no folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_on_disk(typed, monkeypatch, model, tmp_path, words, says):
+    monkeypatch.chdir(tmp_path)
+    output = () if "-o" in words else ("-o", "profile.json")
+    code, out, err = typed("entropy", model, *output, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("dicer: ")
+    assert err.count("\n") == 1
+    assert says in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokens_that_the_model_does_not_know_are_one_line(typed, model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"input_ids": [1, 9999]}) + "\n")
+    code, _, err = typed("entropy", model, "-o", tmp_path / "p.json", "--calib", rows)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "calibration has token id 9999" in err
+
+
+def test_a_model_that_overflows_is_one_line(typed, rows, tmp_path):
+    broken = tiny_model("llama")
+    broken.model.layers[1].mlp.down_proj.weight.data[0] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    code, _, err = typed("entropy", tmp_path / "broken", "-o", tmp_path / "p.json", "--calib", rows)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "layer 1 gives NaN or infinite values" in err
+    assert not (tmp_path / "p.json").exists()
