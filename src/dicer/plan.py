@@ -274,4 +274,4 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: int, entry: Mapping[
         raise ValueError(f"layer {index} has a merge that does not fit its {units} units")
     if means is not None and (means.ndim != 1 or not len(means) or len(means) % units or not means.isfinite().all()):
         raise ValueError(f"layer {index} has means that do not fit its {units} units")
-    return LayerPlan(units, keep, scores, *merges, means=means)
+    return LayerPlan(units, keep, scores, merges[0], merges[1], merges[2], means)

@@ -10,4 +10,5 @@ from dicer.layer_statistics import LayerStatistics
 @criterion("output-l2", needs=("square_sum",), source="our reconstruction of Yang et al. 2025 (METHODS section 5.3)")
 def output_l2(weights: UnitWeights, statistics: LayerStatistics) -> Tensor:
     """sqrt(sum_t a_i(t)^2) * ||D_:,i||, [U]; for heads over all their channels."""
-    return statistics.square_sum.sqrt() * weights.down.float().norm(dim=0)
+    norms: Tensor = weights.down.float().square().sum(0).sqrt()  # [U]
+    return statistics.square_sum.sqrt() * norms
