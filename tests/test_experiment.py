@@ -340,7 +340,7 @@ def test_there_is_a_file_for_each_of_the_nine_tables():
     ],
 )
 def test_the_folder_of_a_method(recipe, name):
-    assert method_name(Recipe(**recipe).resolve()) == name
+    assert method_name(Recipe(**recipe)) == name
 
 
 HOLDER = """

@@ -35,7 +35,8 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
         progress: called with (stage, done, total).
 
     Returns:
-        Plain values: ``perplexity`` (text, window, windows, tokens predicted, value) or None, ``tasks`` and ``groups``
+        Plain values: ``perplexity`` (text, window, windows, tokens predicted, value, and the same under ``also`` for
+        another window) or None, ``tasks`` and ``groups``
         (see :func:`dicer.harness.run_tasks`), ``summary`` (the protocol's numbers by short names, and their
         ``average``), ``versions``. Nothing at all ({}) in every process but the first.
 
@@ -46,7 +47,8 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
     text = evaluation.text()
     if tokenizer is None:
         raise ModelError("the model has no tokenizer, so it cannot be measured on text.")
-    windows = None if text is None else _windows(model, tokenizer, evaluation, text)
+    lengths = (None, evaluation.also_window) if evaluation.also_window else (None,)
+    windows = [] if text is None else [_windows(model, tokenizer, evaluation, text, length) for length in lengths]
     tasks = load_all_tasks(evaluation)
     result: dict[str, Any] = {"perplexity": None, "tasks": {}, "groups": {}, "summary": {}, "versions": {}}
     with evaluating(model):
@@ -65,8 +67,9 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
             result["versions"] = {"lm_eval": importlib.metadata.version("lm_eval")}
         if int(os.environ.get("RANK", "0")):
             return {}
-        if windows is not None:
-            result["perplexity"] = _measure(model, windows, Path(str(text)).name, evaluation, progress)
+        measured = [_measure(model, one, Path(str(text)).name, evaluation, progress) for one in windows]
+        if measured:
+            result["perplexity"] = {**measured[0], **({"also": measured[1]} if len(measured) > 1 else {})}
     if evaluation.protocol:
         result["summary"] = _summary(PROTOCOLS[evaluation.protocol], evaluation.task_prefix, result)
     return result
@@ -81,13 +84,18 @@ def load_all_tasks(evaluation: Evaluation) -> dict[int | None, dict[str, Any]]:
     return {limit: load_tasks(names, evaluation.include_path) for limit, names in evaluation.by_limit().items()}
 
 
-def _windows(model: Any, tokenizer: Any, evaluation: Evaluation, text: str) -> Tensor:
-    """Windows side by side, int64 [W, T]; as long as was asked for, else the protocol's, else what the model can."""
+def _windows(model: Any, tokenizer: Any, evaluation: Evaluation, text: str, other: int | None = None) -> Tensor:
+    """Windows side by side, int64 [W, T]; as long as was asked for, else the protocol's, else what the model can.
+
+    ``other`` is another length, of which as many windows are taken as cover the same text.
+    """
     protocol = PROTOCOLS.get(evaluation.protocol or "")
-    length = protocol.window if protocol and "window" not in evaluation.model_fields_set else evaluation.window
+    own = protocol.window if protocol and "window" not in evaluation.model_fields_set else evaluation.window
+    length = other or own
+    count = evaluation.windows and max(1, evaluation.windows * own // length)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if length > positions:
-        if protocol or "window" in evaluation.model_fields_set:
+        if protocol or other or "window" in evaluation.model_fields_set:
             raise RecipeError(
                 f"a window of {length} tokens is longer than the model's {positions} positions; "
                 f"use --window {positions}."
@@ -100,11 +108,11 @@ def _windows(model: Any, tokenizer: Any, evaluation: Evaluation, text: str) -> T
     elif protocol and protocol.text and text.endswith(".txt"):
         rows = _file_rows(Path(text))
     else:
-        return load_windows(text, tokenize, length, evaluation.windows)
+        return load_windows(text, tokenize, length, count)
     ids = torch.tensor(tokenize("\n\n".join(rows)))
     if len(ids) < length:
         raise CalibrationError(f"'{text}' is shorter than one window of {length} tokens; use a longer text.")
-    return ids[: len(ids) // length * length].view(-1, length)[: evaluation.windows]  # [W, T]
+    return ids[: len(ids) // length * length].view(-1, length)[:count]  # [W, T]
 
 
 def _file_rows(path: Path) -> list[str]:

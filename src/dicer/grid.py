@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dicer.errors import ExperimentError, RecipeError, unknown
 from dicer.protocols import Evaluation
-from dicer.recipe import Method, Recipe, make_recipe
+from dicer.recipe import PRESETS, Method, Recipe, make_recipe
 
 ORIGINAL = "original"
 _PATHS = ("calib", "include_path", "perplexity", "models")
@@ -61,7 +61,7 @@ class Run(NamedTuple):
     @property
     def method(self) -> str:
         """The name of its folder."""
-        return ORIGINAL if self.recipe is None else method_name(self.recipe.resolve())
+        return ORIGINAL if self.recipe is None else method_name(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -183,15 +183,36 @@ def _first_line(error: ValidationError) -> str:
     return f"{where}: expected {kind}, got {first['input']!r}."
 
 
-def method_name(method: Method) -> str:
-    """A preset's name, or the parts of a combination that is none; fit for a folder."""
+def method_name(recipe: Recipe) -> str:
+    """A preset's name, or the parts of a combination that is none, with what else was chosen; fit for a folder."""
+    method = recipe.resolve()
+    how = _how(recipe, method)
     if method.preset is not None:
-        return method.preset
+        return "-".join([method.preset, *how])
+    if method.axis == "block":
+        return "-".join(["block", *how])
     reads = method.criterion.startswith("act-") or method.grouping == "similarity"
     parts = [Path(method.criterion).name.replace(".py:", "-"), method.activation if reads else None]
     parts += [method.grouping if method.grouping != "none" else None, method.merge if method.merge != "prune" else None]
-    parts += [f"{method.groups}-groups" if method.groups else None]
+    parts += [f"{method.groups}-groups" if method.groups else None, *how]
     return re.sub(r"[^\w.-]", "_", "-".join(part for part in parts if part))
+
+
+_SAID_BY_VALUE = ("compensate", "schedule", "entropy_search", "entropy_at")
+_SAID_BY_NAME = {"max_ratio": "max", "min_width": "min", "drop_threshold": "drop", "split": "split"}
+
+
+def _how(recipe: Recipe, method: Method) -> list[str]:
+    """What is pruned how much, as far as it is not the preset's own way, in short words."""
+    preset = PRESETS.get(method.preset or "", PRESETS["rc-a"])
+    usual = "transfer-entropy" if method.axis == "block" else preset.allocate
+    words: list[str] = [method.axis] if method.axis not in (preset.axis, "block") else []
+    words += [Path(method.allocate).stem] if method.allocate != usual else []
+    words += [f"of-{method.ratio_of}"] if method.ratio_of != preset.ratio_of else []
+    fields = Recipe.model_fields
+    changed = {name: v for name in fields if (v := getattr(recipe, name)) != fields[name].default}
+    words += [str(changed[name]) for name in _SAID_BY_VALUE if name in changed]
+    return [*words, *(f"{word}{changed[name]}" for name, word in _SAID_BY_NAME.items() if name in changed)]
 
 
 def identity(run: Run, recipe: dict[str, Any], evaluation: Evaluation, fingerprint: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ def measures(record: dict[str, Any]) -> dict[str, float]:
         found[PERPLEXITY] = found.pop("word_perplexity")
     elif "value" in token:
         found[PERPLEXITY] = float(token["value"])
+    if also := token.get("also"):
+        found[f"perplexity, windows of {also['window']:,}"] = float(also["value"])
     if "average" not in found and set(ACCURACIES) <= set(found):
         found["average"] = statistics.fmean(found[name] for name in ACCURACIES)
     return found

@@ -26,6 +26,7 @@ _ORDER = (
     "sim-a-post",
     "sim-mean",
     "sim-dominant",
+    "let-llm",
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from dicer.measured import measures, perplexity_kind
 from dicer.paper import PERPLEXITY, TITLES
 from dicer.plot_style import Picture, figure, log_axis, ordered, png, style
-from dicer.plots_layers import norms, overlap, overlap_by_layer
+from dicer.plots_layers import allocation, norms, overlap, overlap_by_layer
 from dicer.tables import ORIGINAL, measured_columns
 
 Record = dict[str, Any]
@@ -37,8 +37,19 @@ def pictures(records: Sequence[Record], name: str) -> list[Picture]:
         made.append(overlap(chosen, f"{name}-overlap-{percent}"))
         made.append(overlap_by_layer(chosen, f"{name}-overlap-by-layer-{percent}"))
         made.append(norms(chosen, f"{name}-norms-{percent}"))
+        made.append(allocation(chosen, f"{name}-allocation-{percent}"))
     made.append(cost(records, f"{name}-cost"))
     return [picture for picture in made if picture is not None]
+
+
+def removed_part(records: Iterable[Record]) -> str:
+    """What the ratios of all records are fractions of."""
+    recipes = [r["recipe"] for r in records if r["recipe"].get("ratio")]
+    asked = {(recipe.get("ratio_of", "chosen"), recipe.get("axis") or "mlp") for recipe in recipes}
+    wholes = {whole for whole, _ in asked}
+    if asked <= {("chosen", "mlp")}:
+        return "neurons"
+    return f"{wholes.pop()} parameters" if len(wholes) == 1 and wholes != {"chosen"} else "what was asked for"
 
 
 def one_each(records: Iterable[Record], ratio: float) -> dict[str, Record]:
@@ -56,8 +67,9 @@ def quality(records: Sequence[Record], name: str) -> Picture | None:
     """Perplexity and average accuracy against ratio."""
     columns = [column for column in (PERPLEXITY, "average") if column in measured_columns(records)]
     caption = (
-        "Quality against the fraction of neurons removed: lines are means, points are seeds, bands go from the lowest "
-        f"to the highest seed, 0% is the model as it is. Perplexity is {perplexity_kind(records[0])}."
+        f"Quality against the fraction of {removed_part(records)} removed: lines are means, points are seeds, bands "
+        "go from the lowest to the highest seed, 0% is the model as it is. "
+        f"Perplexity is {perplexity_kind(records[0])}."
     )
     return _against_ratio(records, name, columns, caption)
 
@@ -65,7 +77,9 @@ def quality(records: Sequence[Record], name: str) -> Picture | None:
 def tasks(records: Sequence[Record], name: str) -> Picture | None:
     """Each task's score against ratio."""
     columns = [column for column in measured_columns(records) if column not in (PERPLEXITY, "average")]
-    return _against_ratio(records, name, columns, "Score of each task against the fraction of neurons removed.")
+    return _against_ratio(
+        records, name, columns, f"Score of each task against the fraction of {removed_part(records)} removed."
+    )
 
 
 def _against_ratio(records: Sequence[Record], name: str, columns: Sequence[str], caption: str) -> Picture | None:
@@ -90,7 +104,7 @@ def _against_ratio(records: Sequence[Record], name: str, columns: Sequence[str],
             _curve(axis, [row for row in rows if row[0] == column and row[1] in (method, ORIGINAL)], method, methods)
         if column == PERPLEXITY:
             log_axis(axis)
-        axis.set(title=TITLES.get(column, column), xlabel="neurons removed")
+        axis.set(title=TITLES.get(column, column), xlabel=f"{removed_part(records)} removed")
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         axis.set_xticks(sorted({row[2] for row in rows}))
         axis.grid(alpha=0.25)

@@ -119,3 +119,46 @@ def norms(chosen: dict[str, Record], name: str) -> Picture | None:
     drawn.legend(handles, labels, loc="outside right upper", frameon=False)
     caption = "Mean L2 norm of the post activations over the calibration tokens, of kept and of dropped neurons."
     return Picture(name, caption, png(drawn), ("method", "layer", "kept", "dropped"), rows)
+
+
+def allocation(chosen: dict[str, Record], name: str) -> Picture | None:
+    """Where ratios differ between layers: how much of each module goes, and the transfer entropy that led to it."""
+    rows = [row for method, record in chosen.items() for row in _allocated(method, record)]
+    methods = [m for m in chosen if len({row[3] for row in rows if row[0] == m}) > 1]
+    if not methods:
+        return None
+    across = min(3, len(methods))
+    down = math.ceil(len(methods) / across)
+    drawn = figure(4.6 * across + 1.4, 2.9 * down)
+    for axis, method in itertools.zip_longest(drawn.subplots(down, across, squeeze=False).flat, methods):
+        if method is None:
+            axis.set_axis_off()
+            continue
+        beside = axis.twinx()
+        for place, part in enumerate(("attention", "mlp", "blocks")):
+            own = [row for row in rows if row[:2] == (method, part)]
+            layers, look = [row[2] for row in own], {"color": COLOURS[place], "label": part}
+            axis.bar([i + 0.28 * (place - 1) for i in layers], [row[3] for row in own], width=0.28, alpha=0.75, **look)
+            told = [(row[2], row[4]) for row in own if row[4] is not None]
+            if told:
+                beside.plot(*zip(*told, strict=True), ".-", color=COLOURS[place], markersize=4, linewidth=0.8)
+        axis.set(title=method, xlabel="layer", ylabel="removed", ylim=(0, 1.05))
+        beside.set_ylabel("transfer entropy (line)")
+        axis.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    handles, labels = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside right upper", frameon=False)
+    caption = "Fraction of each layer's heads, neurons and of the layer itself that goes (bars), and transfer entropy."
+    return Picture(name, caption, png(drawn), ("method", "part", "layer", "removed", "transfer_entropy"), rows)
+
+
+def _allocated(method: str, record: Record) -> list[tuple[str, str, int, float, float | None]]:
+    """(method, part, layer, fraction removed, transfer entropy) of every module that could go."""
+    entropy = record.get("allocation", {}).get("transfer_entropy", {})
+    kept = record.get("kept", {})
+    removed = {(axis, int(i)): 1 - k / n for axis in ("attention", "mlp") for i, (n, k) in kept.get(axis, {}).items()}
+    removed |= {("blocks", i): 0.0 for i in range(len(entropy.get("blocks", ())))}
+    removed |= {("blocks", i): 1.0 for i in kept.get("blocks", ())}
+    return [
+        (method, part, i, share, entropy[part][i] if part in entropy else None)
+        for (part, i), share in sorted(removed.items())
+    ]

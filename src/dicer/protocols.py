@@ -77,6 +77,9 @@ class Evaluation(BaseModel):
         default=None, description="token perplexity on builtin, wikitext2 (hub) or a .txt/.jsonl(.gz)"
     )
     window: int = Field(default=_WINDOW, ge=2, description="tokens in a window of that text")
+    also_window: int | None = Field(
+        default=None, ge=2, description="another window length, measured over as much of the text"
+    )
     windows: int | None = Field(default=None, ge=1, description="how many windows, from the start (default: all)")
 
     @model_validator(mode="wrap")

@@ -87,9 +87,9 @@ class Method(NamedTuple):
     grouped_by: Activation | None
     merge: str
     groups: int | None
-    axis: AxisName
-    allocate: str
-    ratio_of: RatioOf
+    axis: AxisName = "mlp"
+    allocate: str = "uniform"
+    ratio_of: RatioOf = "chosen"
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from dicer.paper import TITLES
 from dicer.plot_style import Picture
 from dicer.plots import pictures
 from dicer.records import read_records
-from dicer.tables import TableView, done, full_table, paper_tables, settings, shown
+from dicer.tables import TableView, done, full_table, paper_tables, settings, shown, text_tables
 
 TITLE = "Pruning experiments"
 
@@ -75,7 +75,7 @@ def _values(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "note": _note(records, paper),
         "contents": contents,
         "paper": paper,
-        "full": [full_table(setting, members) for setting, members in groups.items()],
+        "full": [full_table(setting, members) for setting, members in groups.items()] + text_tables(groups),
         "failed": failed,
         "figures": figures,
         "environment": _environment(records),

@@ -94,10 +94,12 @@ class Job:
         notes = list(self.calibration.notes) if self.calibration else []
         if self.method.merge != "prune" and self.method.grouping == "none":
             notes.append(f"merge '{self.method.merge}' has nothing to merge without groups; name a --grouping")
-        if self.decision is not None:
-            whole = [m for m in self.budget.modules if self.decision.keep[m.axis, m.layer] == m.units]
+        for axis in self.method.axes if self.decision else ():
+            modules = [module for module in self.budget.modules if module.axis == axis]
+            whole = sum(self.decision.keep[axis, m.layer] == m.units for m in modules) if self.decision else 0
             if whole:
-                notes.append(f"{len(whole)} modules keep all their units: the ratio rounds to nothing there")
+                unit = "neurons" if axis == "mlp" else "heads"
+                notes.append(f"{whole} layers keep all their {unit}: the ratio rounds to nothing there")
         return notes
 
     @property

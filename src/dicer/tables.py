@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dicer.measured import lower_is_better, measures
-from dicer.paper import PERPLEXITY, TABLES, TITLES, PaperRow, PaperTable
+from dicer.paper import TABLES, TITLES, PaperRow, PaperTable
 
 ORIGINAL = "original"
-_METHOD_PARTS = ("method", "criterion", "activation", "grouping", "grouped_by", "merge", "groups", "ratio", "seed")
+_METHOD_PARTS = (
+    *("method", "criterion", "activation", "grouping", "grouped_by", "merge", "groups", "ratio", "seed"),
+    *("axis", "allocate", "ratio_of", "max_ratio", "min_width", "drop_threshold", "compensate"),
+    *("schedule", "split", "entropy_search", "entropy_at"),
+)
 _SOURCE_PARTS = ("calib", "calib_config", "calib_split", "calib_field")
 _TEXT_PARTS = (*_SOURCE_PARTS, "samples", "seq_len")
 _NOT_SHOWN = ("device", "batch_size", "gradient_checkpointing")
@@ -262,6 +266,37 @@ def full_table(setting: Setting, records: list[dict[str, Any]]) -> TableView:
     return TableView(f"All runs ({setting.title})", columns, (), tuple(rows))
 
 
+def text_tables(groups: dict[Setting, list[dict[str, Any]]]) -> list[TableView]:
+    """Runs that differ only in their calibration text or its size, side by side."""
+    alike: dict[Setting, list[Setting]] = {}
+    for setting in groups:
+        alike.setdefault(setting._replace(text=""), []).append(setting)
+    views = []
+    for common, members in alike.items():
+        shared = _shared_methods([groups[setting] for setting in members]) if len(members) > 1 else set()
+        columns = measured_columns(record for setting in members for record in groups[setting])
+        for method, ratio in sorted(shared):
+            rows = []
+            for setting in sorted(members, key=lambda s: _size_of(groups[s])):
+                chosen = [r for r in groups[setting] if (r["method"], r["recipe"].get("ratio")) == (method, ratio)]
+                if chosen:
+                    rows.append(Row(setting.text, tuple(cell(chosen, column) for column in columns)))
+            title = f"Calibration of {method}, {ratio:.0%} ({common._replace(text='of several texts').title})"
+            views.append(TableView(title, columns, (), tuple(mark_best(rows, columns))))
+    return views
+
+
+def _shared_methods(groups: Sequence[list[dict[str, Any]]]) -> set[tuple[str, float]]:
+    """Methods and ratios that at least two groups have."""
+    found = [{(r["method"], r["recipe"]["ratio"]) for r in group if r["method"] != ORIGINAL} for group in groups]
+    return {pair for a, b in itertools.combinations(found, 2) for pair in a & b}
+
+
+def _size_of(records: list[dict[str, Any]]) -> tuple[str, int]:
+    recipe = next(r["recipe"] for r in records if r["method"] != ORIGINAL)
+    return records[0]["text"], recipe["samples"] * recipe["seq_len"]
+
+
 def measured_columns(records: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     """What was measured, in the paper's order, then the rest by name, the average last."""
     found = {column for record in records for column in measures(record)}
@@ -271,4 +306,4 @@ def measured_columns(records: Iterable[dict[str, Any]]) -> tuple[str, ...]:
 
 def shown(value: float, column: str) -> str:
     """Three decimals; large perplexities without."""
-    return f"{value:,.0f}" if column == PERPLEXITY and abs(value) >= 1000 else f"{value:.3f}"
+    return f"{value:,.0f}" if "perplexity" in column.lower() and abs(value) >= 1000 else f"{value:.3f}"
