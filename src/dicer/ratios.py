@@ -103,6 +103,7 @@ SPLITS: Mapping[str, str] = MappingProxyType(
         "share": "weights 1 - TE / sum of TE in the block",
         "model": "weights 1 - TE normalised to 0..1 over all modules of the model",
         "equal": "attention and MLP of a block give the same fraction",
+        "module": "no blocks: every module by its own TE (our own)",
     }
 )
 
@@ -153,7 +154,7 @@ def entropy_ratios(
         raise RecipeError(unknown("split", split, SPLITS))
     own = [_checked(te, (module.axis, module.layer)) for module in modules]
     sizes = _sizes([module.parameters for module in modules])
-    if block_te is None or len({module.axis for module in modules}) == 1:
+    if block_te is None or split == "module" or len({module.axis for module in modules}) == 1:
         weights = np.array(weights_of(own, schedule))
         return drop(modules, lambda low, high: _fill(weights, sizes, target, low, high), target, bounds)
     layers = np.array([module.layer for module in modules])

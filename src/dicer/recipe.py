@@ -139,7 +139,9 @@ class Recipe(BaseModel):
         default="linear", description="how ratios fall with transfer entropy: linear, softmax or rank"
     )
     split: str = Field(
-        default="share", description="how a block's ratio is split between attention and MLP: share, model or equal"
+        default="share",
+        description="how a block's ratio is split between attention and MLP: share, model or equal; "
+        "module: no blocks, every module by its own transfer entropy",
     )
     entropy_search: str = Field(
         default="independent", description="transfer entropy of each module by itself (independent) or greedy"
@@ -260,7 +262,7 @@ def _check_allocation(recipe: Recipe, method: Method) -> None:
         raise RecipeError(unknown("allocation", method.allocate, ALLOCATIONS))
     for name, known in (
         ("schedule", ("linear", "softmax", "rank")),
-        ("split", ("share", "model", "equal")),
+        ("split", ("share", "model", "equal", "module")),
         ("entropy_search", ("independent", "greedy")),
         ("entropy_at", ("norm", "hidden")),
     ):
