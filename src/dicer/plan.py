@@ -48,15 +48,15 @@ class LayerPlan:
     means: Tensor | None = None
 
     def explain(self) -> str:
-        """What stays, and how scores of kept and dropped units compare."""
+        """How much stays and goes."""
+        return f"{self.units} -> {len(self.keep)} ({1 - len(self.keep) / self.units:.1%} removed)"
+
+    def explain_scores(self) -> str:
+        """How scores of kept and dropped units compare."""
         kept = torch.zeros(self.units, dtype=torch.bool)
         kept[self.keep] = True
-        medians = [
-            f"{name} median {scores.median():.4g}"
-            for name, scores in (("kept", self.scores[kept]), ("dropped", self.scores[~kept]))
-            if len(scores)
-        ]
-        return f"{self.units} -> {len(self.keep)}; score: {', '.join(medians)}"
+        sides = (("kept", self.scores[kept]), ("dropped", self.scores[~kept]))
+        return "score: " + ", ".join(f"{name} median {scores.median():.4g}" for name, scores in sides if len(scores))
 
     def merge_matrices(self) -> tuple[Tensor, Tensor] | None:
         """(M_in, M_out), each a sparse float32 [K, N]; None where nothing is merged."""
@@ -157,16 +157,17 @@ class PrunePlan:
             raise OutputError(f"cannot write the plan to {folder}: {error.strerror or error}.") from error
 
     def explain(self) -> list[str]:
-        """One line for each layer and axis: what stays, why so much, and how scores of kept and dropped compare."""
-        lines: dict[int, list[str]] = {index: [f"layer {index:>3}: removed whole"] for index in self.blocks}
+        """One line for each block and module: how much goes, its transfer entropy if that decided, and its scores."""
+        entropy = self.allocation.get("transfer_entropy", {})
+        lines: dict[int, list[str]] = {}
+        for index in sorted({*self.blocks, *range(len(entropy.get("blocks", ())))}):
+            whole = "removed whole" if index in self.blocks else ""
+            told = ", ".join(part for part in (whole, _te(entropy, "blocks", index)) if part)
+            lines[index] = [f"layer {index:>3} block: {told}"]
         for axis, layers in self.axes.items():
             for index, layer in layers.items():
-                lines.setdefault(index, []).append(f"layer {index:>3} {axis}: {layer.explain()}")
-        entropy = self.allocation.get("transfer_entropy", {})
-        for index, found in lines.items():
-            told = [f"{name} {values[index]:.4g}" for name, values in sorted(entropy.items()) if index < len(values)]
-            if told:
-                found[-1] += f"; transfer entropy: {', '.join(told)}"
+                told = ", ".join(part for part in (layer.explain(), _te(entropy, axis, index)) if part)
+                lines.setdefault(index, []).append(f"layer {index:>3} {axis}: {told}; {layer.explain_scores()}")
         return [line for _, found in sorted(lines.items()) for line in found]
 
     def diff(self, other: PrunePlan) -> list[str]:
@@ -192,6 +193,11 @@ class PrunePlan:
                 elif not _same_tensors(mine[index], theirs[index], ("means",)):
                     lines.append(f"layer {index} {axis}: the same kept, compensated differently")
         return lines
+
+
+def _te(entropy: Mapping[str, list[float]], name: str, index: int) -> str:
+    values = entropy.get(name, ())
+    return f"transfer entropy {values[index]:.4g}" if index < len(values) else ""
 
 
 def _same_tensors(first: LayerPlan, second: LayerPlan, names: tuple[str, ...]) -> bool:
