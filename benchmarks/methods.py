@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 import dicer
 from dicer.calibration import load_windows
-from dicer.recipe import PRESETS
+from dicer.presets import PRESETS
 from dicer.sources import open_model, tokenize_with
 
 DRAWN = ("random", "rc-a")  # the methods whose result depends on the seed beyond the choice of samples

@@ -18,7 +18,7 @@ from typing import Any
 
 from dicer.distributed import rank
 from dicer.errors import DicerError, RecipeError, unknown
-from dicer.recipe import PRESETS
+from dicer.presets import PRESETS
 from dicer.terminal import quiet_transformers
 
 # --method -> --apply-mode -> dicer's preset; "" where the mode is not asked for.

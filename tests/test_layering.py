@@ -18,15 +18,27 @@ SOURCE = Path(dicer.__file__).parent
 # read families (gradients have the form of the weights, and a model is checked against its row); surgery raises errors;
 # evaluate borrows walk's switch to eval mode; scoring is the part of the pipeline that
 # decides; pipeline also measures, writes the card and carries the model file along.
-LOW = {"errors", "recipe", "axes", "families", "layer_statistics", "checkpoint", "sources", "calibration", "criteria"}
+LOW = {
+    "errors",
+    "presets",
+    "recipe",
+    "axes",
+    "families",
+    "layer_statistics",
+    "checkpoint",
+    "sources",
+    "calibration",
+    "criteria",
+}
 LOW |= {"machine", "sink", "grouping", "merging", "plan", "profile", "moments", "walk", "forms", "surgery"}
 LOW |= {"entropy"}  # all of L0 to L2
 CRITERION = {"criteria.registry", "axes", "layer_statistics"}
 TABLE = {
     0: {
         "errors": set(),
-        "recipe": {"errors"},
+        "recipe": {"errors", "presets"},
         "axes": {"errors"},
+        "presets": set(),
         "families": {"errors", "axes"},
         "protocols": {"errors", "recipe"},
         "distributed": set(),
@@ -56,7 +68,7 @@ TABLE = {
         "ranking": {"errors", "axes", "allocation"},
         "records": {"errors"},
         "measured": {"paper"},
-        "grid": {"errors", "protocols", "recipe"},
+        "grid": {"errors", "presets", "protocols", "recipe"},
     },
     2: {
         "walk": {"axes", "families", "checkpoint", "layer_statistics", "calibration", "distributed"},
@@ -66,7 +78,7 @@ TABLE = {
     },
     3: {
         "entropy_cache": LOW | {"distributed"},
-        "budget": {"allocation", "ranking", "ratios", "entropy", "errors", "recipe", "sources", "surgery"},
+        "budget": {"presets", "allocation", "ranking", "ratios", "entropy", "errors", "recipe", "sources", "surgery"},
         "scoring": LOW | {"budget", "distributed", "entropy_cache"},
         "passes": LOW | {"distributed", "scoring"},
         "run_record": {"distributed", "passes", "plan", "records", "surgery"},
@@ -110,6 +122,7 @@ SIDEWAYS = {  # packages whole
     ("scoring", "budget"),
     ("scoring", "entropy_cache"),
     ("axes", "errors"),
+    ("recipe", "presets"),
     ("recipe", "errors"),
     ("protocols", "errors"),
     ("protocols", "recipe"),

@@ -10,7 +10,7 @@ from tiny import NEURONS, save_tiny
 
 import dicer
 from dicer.families import FAMILIES
-from dicer.recipe import PRESETS
+from dicer.presets import PRESETS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

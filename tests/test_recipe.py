@@ -18,7 +18,8 @@ from dicer.criteria import CRITERIA
 from dicer.errors import RecipeError
 from dicer.grouping import GROUPINGS
 from dicer.merging import MERGES
-from dicer.recipe import DEFAULT_METHOD, PRESETS, Method, Recipe, make_recipe, read_recipe, select_layers
+from dicer.presets import DEFAULT_METHOD, PRESETS, Method
+from dicer.recipe import Recipe, make_recipe, read_recipe, select_layers
 
 # A value of each field that is not its default.
 OTHER = {

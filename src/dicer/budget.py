@@ -12,9 +12,10 @@ from torch import Tensor
 from dicer.allocation import Bounds, Module, most, read_ratios, uniform_units, whole_units
 from dicer.entropy import Profile
 from dicer.errors import RecipeError
+from dicer.presets import Method
 from dicer.ranking import block_removal, global_units
 from dicer.ratios import entropy_ratios
-from dicer.recipe import Method, Recipe, select_layers
+from dicer.recipe import Recipe, select_layers
 from dicer.sources import ModelSource
 from dicer.surgery import count_sizes
 

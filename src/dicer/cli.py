@@ -11,7 +11,8 @@ from rich.table import Table
 
 from dicer import cli_entropy, cli_experiments, cli_measure
 from dicer.errors import DicerError
-from dicer.recipe import PRESETS, Recipe, make_recipe, read_recipe
+from dicer.presets import PRESETS
+from dicer.recipe import Recipe, make_recipe, read_recipe
 from dicer.recipe_flags import recipe_flags
 from dicer.terminal import Bar, ModelArgument, console, quiet_transformers, say
 

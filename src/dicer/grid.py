@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dicer.errors import ExperimentError, RecipeError, unknown
+from dicer.presets import PRESETS, Method
 from dicer.protocols import Evaluation
-from dicer.recipe import PRESETS, Method, Recipe, make_recipe
+from dicer.recipe import Recipe, make_recipe
 
 ORIGINAL = "original"
 _PATHS = ("calib", "include_path", "perplexity", "models")

@@ -32,7 +32,8 @@ from dicer.grouping import GROUPINGS, random_groups, similarity_groups
 from dicer.layer_statistics import LayerStatistics, Need, Sums, stream
 from dicer.merging import MERGES, Survivors, keep_strongest, keep_top, merge_dominant, merge_mean
 from dicer.plan import LayerPlan, PrunePlan
-from dicer.recipe import Method, Recipe
+from dicer.presets import Method
+from dicer.recipe import Recipe
 from dicer.sources import ModelSource, tokenize_with
 from dicer.surgery import Sizes, plan_cut
 from dicer.walk import AxisVisit, Progress, ResidentStore, silent, walk

@@ -1,0 +1,105 @@
+"""Methods by name: what a preset is made of, and the choices that a recipe comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+Activation = Literal["pre", "post", "mod"]
+AxisName = Literal["mlp", "attention", "block", "all"]
+RatioOf = Literal["chosen", "mlp", "decoder", "model"]
+DEFAULT_METHOD = "rc-a"
+ALLOCATIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "uniform": "the same ratio in every layer (Xu et al. 2025, 3)",
+        "transfer-entropy": "less where the output's entropy depends more on a module (Yang et al. 2025, algorithm 1)",
+        "global": "all units ranked together by z-score within their module (AL-AM of FLAP, An et al. 2024)",
+        "FILE.json": "ratios of your own: {'mlp': [one for each layer], 'attention': {'3': 0.5}}",
+    }
+)
+
+
+class Preset(NamedTuple):
+    """A method of a paper: criterion x grouping x merge (METHODS section 2), and what it prunes how much."""
+
+    criterion: str
+    activation: Activation | None
+    grouping: str
+    merge: str
+    seed_code_name: str
+    paper: str
+    axis: AxisName = "mlp"
+    allocate: str = "uniform"
+    ratio_of: RatioOf = "chosen"
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "random": Preset("random", None, "none", "prune", "random-prune", "Table 1"),
+        "act-l2": Preset("act-l2", "post", "none", "prune", "squared-magnitude", "Table 1"),
+        "act-mean": Preset("act-mean", "post", "none", "prune", "", "Tables 1, 3, 8"),
+        "weight-l2": Preset("weight-l2", None, "none", "prune", "weight-l2", "Table 1"),
+        "taylor": Preset("taylor", None, "none", "prune", "gradient-magnitude", "Table 1"),
+        "rc-a": Preset("act-l2", "post", "random", "prune", "random-merge, --apply-mode prune", "Tables 1, 4, 5"),
+        "sim-a": Preset("act-l2", "mod", "similarity", "prune", "activation-merge, --apply-mode prune", "Table 2"),
+        "sim-a-post": Preset(
+            "act-l2", "post", "similarity", "prune", "post-activation-merge, --apply-mode prune", "Table 9"
+        ),
+        "sim-mean": Preset("act-l2", "mod", "similarity", "mean", "activation-merge, --apply-mode mean", "Table 2"),
+        "sim-dominant": Preset(
+            "act-l2", "mod", "similarity", "dominant", "activation-merge, --apply-mode dominant", "Table 2"
+        ),
+        "let-llm": Preset(
+            "output-l2", "mod", "none", "prune", "", "Yang et al. 2025", "all", "transfer-entropy", "decoder"
+        ),
+    }
+)
+
+
+class Method(NamedTuple):
+    """What a recipe comes to: every choice made.
+
+    Attributes:
+        preset: the preset that these parts make up, or None.
+        criterion: a registry name, or ``file.py:name``.
+        activation: what activation criteria read.
+        grouping: how neurons are put together.
+        grouped_by: the activation whose vectors similarity clusters; None for other groupings.
+        merge: what a group leaves.
+        groups: number of groups C; None means one group for each kept neuron (C = K).
+        axis: what is pruned.
+        allocate: how the ratio is shared out over layers and modules.
+        ratio_of: what the ratio is a fraction of.
+    """
+
+    preset: str | None
+    criterion: str
+    activation: Activation
+    grouping: str
+    grouped_by: Activation | None
+    merge: str
+    groups: int | None
+    axis: AxisName = "mlp"
+    allocate: str = "uniform"
+    ratio_of: RatioOf = "chosen"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes whose units are scored; none where whole blocks go."""
+        return {"all": ("attention", "mlp"), "block": ()}.get(self.axis, (self.axis,))
+
+
+def is_preset(preset: Preset, method: Method) -> bool:
+    """Whether a method is a preset; how much goes of what is a part only of those presets that say it."""
+    if complete(preset.criterion, preset.activation, preset.grouping, preset.merge) != method[1:6]:
+        return False
+    return preset[6:] in ((method.axis, method.allocate, method.ratio_of), ("mlp", "uniform", "chosen"))
+
+
+def complete(
+    criterion: str, activation: Activation | None, grouping: str, merge: str
+) -> tuple[str, Activation, str, Activation | None, str]:
+    """The parts with their default activations: post for criteria, mod for similarity (METHODS section 2)."""
+    grouped_by = (activation or "mod") if grouping == "similarity" else None
+    return criterion, activation or "post", grouping, grouped_by, merge
