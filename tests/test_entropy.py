@@ -196,8 +196,8 @@ def test_the_count_of_layer_forwards_is_the_real_one(lists, search, layers):
     exact, most = layer_forwards(layers, lists, search, picks), layer_forwards(layers, lists, search)
     assert store.calls == exact * 2  # two batches
     assert exact <= most
-    assert told[0] == ("entropy", 0, most)
-    assert told[-1] == ("entropy", exact, exact)
+    assert told[0] == ("transfer entropy (layer forwards)", 0, most)
+    assert told[-1] == ("transfer entropy (layer forwards)", exact, exact)
     dones = [done for _, done, _ in told]
     assert dones == sorted(dones)
 

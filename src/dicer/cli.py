@@ -47,7 +47,7 @@ def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
 
 def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path]:
     """What is there on the disk of the things that a run reads."""
-    named = (model, recipe.calib, (recipe.criterion or "").rpartition(":")[0], *files)
+    named = (model, recipe.calib, (recipe.criterion or "").rpartition(":")[0], recipe.allocate, *files)
     return [path for path in (Path(name) for name in named if name) if path.exists()]
 
 
@@ -235,6 +235,17 @@ def _show_widths(plan: Any) -> None:
             say(f"{len(members)} layers ({members[0]} to {members[-1]}): {units} -> {keep} {UNITS[axis]}")
 
 
+def _show_ratio(result: Any) -> None:
+    """What was asked for against what the tensors say."""
+    recipe, whole = result.plan.recipe, result.plan.allocation.get("whole")
+    if whole:
+        gone = result.before.parameters - result.after.parameters
+        say(
+            f"Removed {gone:,} of {whole:,} parameters ({recipe['ratio_of']}): {gone / whole:.1%}, "
+            f"asked for {result.plan.allocation['target'] / whole:.1%}."
+        )
+
+
 def _show_notes(notes: list[str]) -> None:
     for note in notes:
         say(f"Note: {note}.")
@@ -248,6 +259,7 @@ def _show_result(result: Any) -> None:
     say(f"Pruned {result.plan.model['name']} with {recipe['method'] or 'its own combination'}.")
     _show_widths(result.plan)
     _show_sizes(result.before, result.after)
+    _show_ratio(result)
     _show_notes(result.notes)
     if result.perplexities:
         say(f"Perplexity: {result.perplexities['before']:.2f} before, {result.perplexities['after']:.2f} after.")

@@ -25,7 +25,7 @@ from dicer.profile import LISTS, Entry, Part, check_choices, parts, poor
 from dicer.profile import Profile as Profile
 from dicer.walk import LayerStore, Progress, Recording, replaced_forwards, silent
 
-_STAGE = "entropy"
+_STAGE = "transfer entropy (layer forwards)"
 
 Remember = Callable[[str, float], None]  # key of a module, H without it
 

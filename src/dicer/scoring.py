@@ -368,11 +368,20 @@ def _survivors(job: Job, key: Key, scored: Scores, keep: int) -> Survivors:
 
 def portable(recipe: Recipe, method: Method) -> dict[str, Any]:
     """The recipe with every choice made and without paths of this machine."""
-    criterion = method.criterion
+    criterion, allocate = method.criterion, method.allocate
     if ".py:" in criterion:
         file, _, name = criterion.rpartition(":")
-        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-        criterion = f"{Path(file).name}:{name} (sha256 {digest})"
+        criterion = f"{Path(file).name}:{name} ({_digest(file)})"
+    if allocate.endswith(".json"):
+        allocate = f"{Path(allocate).name} ({_digest(allocate)})"
     calib = Path(recipe.calib).name if recipe.calib.endswith((".txt", ".jsonl", ".gz")) else recipe.calib
     choices = method._asdict()
-    return {**recipe.model_dump(), "method": choices.pop("preset"), **choices, "criterion": criterion, "calib": calib}
+    named = {"criterion": criterion, "allocate": allocate, "calib": calib}
+    return {**recipe.model_dump(), "method": choices.pop("preset"), **choices, **named}
+
+
+def _digest(file: str) -> str:
+    try:
+        return f"sha256 {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be read: {error.strerror or error}.") from None
