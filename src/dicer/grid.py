@@ -188,10 +188,8 @@ def method_name(recipe: Recipe) -> str:
     """A preset's name, or the parts of a combination that is none, with what else was chosen; fit for a folder."""
     method = recipe.resolve()
     how = _how(recipe, method)
-    if method.preset is not None:
-        return "-".join([method.preset, *how])
-    if method.axis == "block":
-        return "-".join(["block", *how])
+    if method.preset is not None or method.axis == "block":
+        return "-".join([method.preset or "block", *how])
     reads = method.criterion.startswith("act-") or method.grouping == "similarity"
     parts = [Path(method.criterion).name.replace(".py:", "-"), method.activation if reads else None]
     parts += [method.grouping if method.grouping != "none" else None, method.merge if method.merge != "prune" else None]
@@ -209,7 +207,6 @@ def _how(recipe: Recipe, method: Method) -> list[str]:
     usual = "transfer-entropy" if method.axis == "block" else preset.allocate
     words: list[str] = [method.axis] if method.axis not in (preset.axis, "block") else []
     words += [Path(method.allocate).stem] if method.allocate != usual else []
-    words += [f"of-{method.ratio_of}"] if method.ratio_of != preset.ratio_of else []
     fields = Recipe.model_fields
     changed = {name: v for name in fields if (v := getattr(recipe, name)) != fields[name].default}
     words += [str(changed[name]) for name in _SAID_BY_VALUE if name in changed]

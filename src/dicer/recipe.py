@@ -155,7 +155,8 @@ class Recipe(BaseModel):
         _check_axis(self, method)
         _check_allocation(self, method)
         same = (name for name, preset in PRESETS.items() if is_preset(preset, method))
-        return method._replace(preset=None if self.groups is not None else next(same, None))
+        none = self.groups is not None or axis == "block"  # nothing is scored where whole layers go
+        return method._replace(preset=None if none else next(same, None))
 
 
 def _check_axis(recipe: Recipe, method: Method) -> None:

@@ -16,7 +16,7 @@ from dicer.paper import TABLES, TITLES, PaperRow, PaperTable
 ORIGINAL = "original"
 _METHOD_PARTS = (
     *("method", "criterion", "activation", "grouping", "grouped_by", "merge", "groups", "ratio", "seed"),
-    *("axis", "allocate", "ratio_of", "max_ratio", "min_width", "drop_threshold", "compensate"),
+    *("axis", "allocate", "max_ratio", "min_width", "drop_threshold", "compensate"),
     *("schedule", "split", "entropy_search", "entropy_at"),
 )
 _SOURCE_PARTS = ("calib", "calib_config", "calib_split", "calib_field")
@@ -100,6 +100,8 @@ class Setting(NamedTuple):
         part = f", only {asked['limit']} documents a task{single}" if asked.get("limit") else single
         dtype = common["recipe"].get("dtype", "auto")
         more = "".join(f", {name}" for name in (asked.get("protocol"), dtype) if name not in (None, "auto"))
+        whole = common["recipe"].get("ratio_of", "chosen")
+        more += f", ratio of the {whole}" if whole != "chosen" else ""
         layers = common["recipe"].get("layers", "all")
         return f"{self.model[0]}, layers {layers}, calibration {self.text}{more}{part}"
 
