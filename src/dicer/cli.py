@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dicer import cli_entropy, cli_experiments, cli_measure
 from dicer.errors import DicerError
-from dicer.presets import PRESETS
+from dicer.presets import ALLOCATIONS, PRESETS
 from dicer.recipe import Recipe, make_recipe, read_recipe
 from dicer.recipe_flags import recipe_flags
 from dicer.terminal import Bar, ModelArgument, console, quiet_transformers, say
@@ -189,14 +189,16 @@ def methods() -> None:
     from dicer.grouping import GROUPINGS
     from dicer.merging import MERGES
 
-    presets = Table("--method", "criterion", "activation", "grouping", "merge", "paper", "in llm-random-prune")
+    presets = Table("--method", "criterion", "activation", "grouping", "merge", "axis", "paper", "in llm-random-prune")
     for name, p in PRESETS.items():
-        presets.add_row(name, p.criterion, p.activation or "-", p.grouping, p.merge, p.paper, p.seed_code_name or "-")
+        presets.add_row(
+            name, p.criterion, p.activation or "-", p.grouping, p.merge, p.axis, p.paper, p.seed_code_name or "-"
+        )
     criteria = Table("--criterion", "needs", "source")
     for criterion in CRITERIA.values():
         criteria.add_row(criterion.name, ", ".join(criterion.needs) or "weights only", criterion.source)
     parts = Table("part", "name", "what it does")
-    for flag, known in (("--grouping", GROUPINGS), ("--merge", MERGES)):
+    for flag, known in (("--grouping", GROUPINGS), ("--merge", MERGES), ("--allocate", ALLOCATIONS)):
         for name, text in known.items():
             parts.add_row(flag, name, text)
     for table in (presets, criteria, parts):
