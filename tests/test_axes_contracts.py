@@ -245,3 +245,20 @@ def test_a_plan_for_other_sizes_is_refused():
     ):
         with pytest.raises(PlanError, match=found):
             plan_cut(source, PrunePlan({}, {}, {}, {}, axes, blocks))
+
+
+@pytest.mark.parametrize(("family", "stock"), [("llama", False), ("gemma2", False), ("mistral", True), ("qwen2", True)])
+def test_heads_that_a_stock_config_refuses_get_the_form_with_a_say_for_every_layer(family, stock, tmp_path):
+    dense = save_tiny(tmp_path / "dense", family, kv_heads=4)  # three of four heads: 32 is no multiple of 3
+    source = open_model(dense)
+    layers = {i: LayerPlan(4, torch.tensor([0, 2, 3]), torch.zeros(4)) for i in range(LAYERS)}
+    model = {"name": "x", "model_type": family, "fingerprint": source.fingerprint}
+    plan = PrunePlan(model, {"method": None}, {}, {}, {"attention": layers})
+    dicer.apply_plan(plan, dense, tmp_path / "out")
+    assert (tmp_path / "out" / "modeling_pruned.py").exists() is not stock
+    loaded = dicer.load(tmp_path / "out")
+    torch.testing.assert_close(
+        logits_of(loaded), logits_of(mask(dicer.load(dense), f"{family}-tied-mha", plan)), rtol=0, atol=2e-5
+    )
+    if stock:
+        assert (loaded.config.num_attention_heads, loaded.config.head_dim) == (3, 8)

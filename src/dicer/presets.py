@@ -15,7 +15,7 @@ ALLOCATIONS: Mapping[str, str] = MappingProxyType(
         "uniform": "the same ratio in every layer (Xu et al. 2025, 3)",
         "transfer-entropy": "less where the output's entropy depends more on a module (Yang et al. 2025, algorithm 1)",
         "global": "all units ranked together by z-score within their module (AL-AM of FLAP, An et al. 2024)",
-        "FILE.json": "ratios of your own: {'mlp': [one for each layer], 'attention': {'3': 0.5}}",
+        "FILE.json": "ratios of your own for each axis and layer (docs/what-to-prune.md)",
     }
 )
 
