@@ -90,6 +90,14 @@ def test_taylor_is_the_sum_of_absolute_weight_times_gradient(gated):
     torch.testing.assert_close(CRITERIA["taylor"](weights, statistics(gradient=gradient)), torch.tensor(naive))
 
 
+@every_activation
+def test_output_l2_is_the_activation_times_the_norm_of_the_output_weights(activation):
+    acts, weights = random_activations(), random_weights()
+    strength = [math.sqrt(sum(float(acts[activation][t, i]) ** 2 for t in range(TOKENS))) for i in range(UNITS)]
+    naive = [a * math.sqrt(sum(float(w) ** 2 for w in weights.down[:, i])) for i, a in enumerate(strength)]
+    torch.testing.assert_close(CRITERIA["output-l2"](weights, statistics(activation, acts)), torch.tensor(naive))
+
+
 # What holds for all of them
 
 
@@ -120,7 +128,7 @@ def test_permuting_the_units_permutes_the_scores(name, gated):
 def test_every_criterion_says_where_it_comes_from_and_declares_all_that_it_reads(name):
     criterion = CRITERIA[name]
     assert criterion.name == name
-    assert "Xu et al. 2025, B." in criterion.source
+    assert ("Yang et al. 2025" if name == "output-l2" else "Xu et al. 2025, B.") in criterion.source
     sums = Sums({Need(kind, "post") for kind in criterion.needs})
     sums.add("post", torch.randn(TOKENS, UNITS))
     sums.count = TOKENS
