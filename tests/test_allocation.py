@@ -76,7 +76,7 @@ def test_widths_keep_to_the_bounds_and_something_of_every_module_stays(modules, 
     for module in modules:
         widths = allowed_widths(module, bounds)
         assert 1 <= widths[0] <= widths[-1] <= module.units
-        assert widths[0] >= min(bounds.min_width, module.units)
+        assert widths[0] >= (min(bounds.min_width, module.units) if module.axis == "mlp" else 1)
         assert 1 - widths[0] / module.units <= bounds.max_ratio + ROUNDING
         if module.axis == "mlp" and list(widths) != [module.units]:
             assert all(width % bounds.multiple == 0 for width in widths)
@@ -86,7 +86,7 @@ def test_most_is_all_but_the_smallest_widths_or_all_but_one_where_modules_may_go
     modules = [Module("attention", 0, 3, 100), Module("mlp", 0, 40, 5)]
     assert most(modules, Bounds()) == 500 - 100 - 5
     assert most(modules, Bounds(max_ratio=0.5, multiple=8)) == 100 + 16 * 5
-    assert most(modules, Bounds(min_width=30)) == 10 * 5
+    assert most(modules, Bounds(min_width=30)) == 200 + 10 * 5, "min_width is for neurons"
     assert most(modules, Bounds(drop_threshold=0.9, min_width=2)) == 500 - 2 * 5
 
 
@@ -415,11 +415,12 @@ def test_uniform_mlp_is_one_width_in_multiples():
         uniform_units([Module("mlp", 0, 100, 1)], 0.2, Bounds(multiple=256))
 
 
-@given(models(), st.floats(0, 0.9), st.integers(1, 3))
-def test_uniform_attention_never_misses_by_more_than_half_a_unit(modules, ratio, min_width):
+@given(models(), st.floats(0, 0.9), st.floats(0.3, 1))
+def test_uniform_attention_never_misses_by_more_than_half_a_unit(modules, ratio, max_ratio):
     modules = [m for m in modules if m.axis == "attention"]
     assume(modules)
-    bounds = Bounds(min_width=min_width)
+    assume(ratio <= max_ratio)
+    bounds = Bounds(max_ratio=max_ratio)
     try:
         kept = uniform_units(modules, ratio, bounds)
     except RecipeError as error:
@@ -440,7 +441,7 @@ def test_uniform_attention_never_misses_by_more_than_half_a_unit(modules, ratio,
     [
         (0.5, Bounds(max_ratio=0.4), "more than the 0.4 that any module may lose"),
         (0.9, Bounds(), r"\(90.0%\) are to go, but at most 6,000 \(66.7%\)"),
-        (0.5, Bounds(min_width=3), r"at most 0 \(0.0%\)"),
+        (0.5, Bounds(max_ratio=0.5), r"at most 3,000 \(33.3%\)"),
         (0.5, Bounds(drop_threshold=0.5), "removes every module whole"),
     ],
 )

@@ -47,7 +47,7 @@ class Bounds:
 
     Attributes:
         max_ratio: no module loses more than this fraction, unless it is removed whole.
-        min_width: units that a module keeps if it stays; all of them if it has fewer.
+        min_width: neurons that an MLP keeps if it stays; all of them if it has fewer. Heads have no such bound.
         drop_threshold: a module whose ratio reaches it is removed whole; None: no module ever is.
         multiple: kept widths of ``mlp`` are multiples of it, also where N is none (as :func:`dicer.axes.legal` does).
     """
@@ -60,8 +60,8 @@ class Bounds:
 
 def allowed_widths(module: Module, bounds: Bounds) -> range:
     """Widths that a module may have if it stays, ascending; only N where no multiple lies within the bounds."""
-    step = bounds.multiple if module.axis == "mlp" else 1
-    least = max(1, min(bounds.min_width, module.units), math.ceil(module.units * (1 - bounds.max_ratio) - HAIR))
+    step, floor = (bounds.multiple, bounds.min_width) if module.axis == "mlp" else (1, 1)
+    least = max(1, min(floor, module.units), math.ceil(module.units * (1 - bounds.max_ratio) - HAIR))
     low, top = -(-least // step) * step, module.units // step * step
     return range(low, top + 1, step) if low <= top else range(module.units, module.units + 1, step)
 
@@ -126,9 +126,9 @@ def uniform_units(modules: Sequence[Module], ratio: float, bounds: Bounds) -> li
 
 
 def _check_reach(modules: Sequence[Module], ratio: float, bounds: Bounds) -> None:
-    """That modules of one axis can lose the ratio: each within a step of rounding, or attention all together."""
+    """That modules of one axis can lose the ratio: each within a step of rounding, or attention in half a unit."""
     stays, steps = replace(bounds, drop_threshold=None), [_step_cost(module, bounds) for module in modules]
-    rounding = sum(steps) if modules and modules[0].axis == "mlp" else max(steps, default=0)
+    rounding = sum(steps) if modules and modules[0].axis == "mlp" else max(steps, default=0) / 2
     if ratio * total(modules) > most(modules, stays) + rounding:
         raise too_much(ratio * total(modules), most(modules, stays), total(modules))
 
