@@ -29,7 +29,18 @@ OTHER = {
     "grouping": "random",
     "merge": "mean",
     "groups": 7,
+    "axis": "all",
     "ratio": 0.4,
+    "ratio_of": "decoder",
+    "allocate": "global",
+    "max_ratio": 0.8,
+    "min_width": 2,
+    "drop_threshold": 0.7,
+    "compensate": "bias",
+    "schedule": "rank",
+    "split": "equal",
+    "entropy_search": "greedy",
+    "entropy_at": "hidden",
     "layers": "1,2-3",
     "width_multiple": 8,
     "calib": "owner/name",
@@ -200,7 +211,11 @@ RESOLVED = {
     "sim-a-post": Method("sim-a-post", "act-l2", "post", "similarity", "post", "prune", None),
     "sim-mean": Method("sim-mean", "act-l2", "mod", "similarity", "mod", "mean", None),
     "sim-dominant": Method("sim-dominant", "act-l2", "mod", "similarity", "mod", "dominant", None),
+    "let-llm": Method(  # METHODS section 5
+        *("let-llm", "output-l2", "mod", "none", None, "prune", None), *("all", "transfer-entropy", "decoder")
+    ),
 }
+XU = RESOLVED.keys() - {"let-llm"}  # they say nothing of what is pruned how much
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -260,6 +275,26 @@ def test_nothing_named_is_the_default_method():
         ({"method": "rc-a", "groups": 3}, RESOLVED["rc-a"]._replace(preset=None, groups=3)),
         ({"groups": 3}, RESOLVED["rc-a"]._replace(preset=None, groups=3)),
         ({"groups": 1, "grouping": "random"}, RESOLVED["rc-a"]._replace(preset=None, groups=1)),
+        # What is pruned how much replaces the preset's say, and leaves its name where the preset says nothing of it.
+        ({"axis": "attention"}, RESOLVED["rc-a"]._replace(axis="attention")),
+        ({"method": "taylor", "axis": "all"}, RESOLVED["taylor"]._replace(axis="all")),
+        ({"allocate": "global", "ratio_of": "model"}, RESOLVED["rc-a"]._replace(allocate="global", ratio_of="model")),
+        ({"allocate": "mine.json"}, RESOLVED["rc-a"]._replace(allocate="mine.json")),
+        ({"method": "let-llm", "axis": "mlp"}, RESOLVED["let-llm"]._replace(preset=None, axis="mlp")),
+        ({"method": "let-llm", "ratio_of": "model"}, RESOLVED["let-llm"]._replace(preset=None, ratio_of="model")),
+        ({"method": "let-llm", "allocate": "uniform"}, RESOLVED["let-llm"]._replace(preset=None, allocate="uniform")),
+        (
+            {
+                "criterion": "output-l2",
+                "activation": "mod",
+                "axis": "all",
+                "allocate": "transfer-entropy",
+                "ratio_of": "decoder",
+            },
+            RESOLVED["let-llm"],
+        ),
+        # Whole blocks go by transfer entropy, and by no preset.
+        ({"axis": "block"}, RESOLVED["rc-a"]._replace(preset=None, axis="block", allocate="transfer-entropy")),
     ],
 )
 def test_parts_that_are_named(named, expected):
@@ -276,7 +311,7 @@ def test_every_combination_can_be_typed_and_a_preset_is_named_only_where_it_is_o
     method = Recipe(criterion=criterion, activation=activation, grouping=grouping, merge=merge).resolve()
     parts = (criterion, activation, grouping, activation if grouping == "similarity" else None, merge)
     assert method[1:6] == parts
-    same = [name for name, resolved in RESOLVED.items() if resolved[1:6] == parts]
+    same = [name for name in XU if RESOLVED[name][1:6] == parts]
     assert [method.preset] == (same or [None])
 
 
@@ -292,6 +327,67 @@ def test_every_combination_can_be_typed_and_a_preset_is_named_only_where_it_is_o
 def test_groups_need_a_grouping_that_can_have_them(named, says):
     with pytest.raises(RecipeError, match=re.escape(says)):
         Recipe(**named).resolve()
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ({"axis": "block", "criterion": "taylor"}, "--axis block removes whole layers by transfer entropy, so --crit"),
+        ({"axis": "block", "grouping": "random"}, "so --grouping has no effect"),
+        ({"axis": "block", "groups": 3}, "so --groups has no effect"),
+        ({"axis": "block", "schedule": "rank"}, "so --schedule has no effect"),
+        ({"axis": "block", "split": "equal"}, "so --split has no effect"),
+        ({"axis": "block", "drop_threshold": 0.5}, "so --drop-threshold has no effect"),
+        (
+            {"method": "let-llm", "axis": "mlp", "split": "equal"},
+            "--split equal is between attention and MLP and needs",
+        ),
+        ({"axis": "block", "allocate": "global"}, "--allocate global cannot"),
+        ({"axis": "block", "compensate": "bias"}, "no projection to put a bias on"),
+        ({"axis": "attention", "method": "sim-mean"}, "merge 'mean' is for neurons"),
+        ({"axis": "all", "method": "sim-dominant"}, "merge 'dominant' is for neurons"),
+        ({"allocate": "globl"}, "unknown allocation 'globl'. Did you mean 'global'?"),
+        ({"method": "let-llm", "schedule": "linar"}, "unknown schedule 'linar'. Did you mean 'linear'?"),
+        ({"method": "let-llm", "split": "shared"}, "unknown split 'shared'. Did you mean 'share'?"),
+        ({"method": "let-llm", "entropy_search": "gredy"}, "unknown entropy search 'gredy'. Did you mean 'greedy'?"),
+        ({"method": "let-llm", "entropy_at": "nrom"}, "unknown entropy at 'nrom'. Did you mean 'norm'?"),
+        ({"schedule": "rank"}, "--schedule rank needs --allocate transfer-entropy, and the allocation is 'uniform'"),
+        ({"split": "equal", "allocate": "global"}, "and the allocation is 'global'"),
+        ({"entropy_search": "greedy"}, "--entropy-search greedy needs --allocate transfer-entropy"),
+        ({"entropy_at": "hidden"}, "--entropy-at hidden needs --allocate transfer-entropy"),
+        ({"drop_threshold": 0.9}, "--drop-threshold needs --allocate transfer-entropy or global"),
+        ({"drop_threshold": 0.9, "allocate": "a.json"}, "--drop-threshold needs"),
+        ({"allocate": "a.json", "ratio": 0.25}, "a.json says the ratios; leave --ratio out"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused(named, says):
+    with pytest.raises(RecipeError, match=re.escape(says)) as caught:
+        Recipe(**named).resolve()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("max_ratio", (0.0, 1.1, -1.0)),
+        ("min_width", (0, -1)),
+        ("drop_threshold", (0.0, 1.5)),
+        ("axis", ("heads",)),
+        ("ratio_of", ("all",)),
+        ("compensate", ("mean",)),
+    ],
+)
+def test_bounds_and_choices_outside_of_what_they_can_be_are_refused(field, wrong):
+    for value in wrong:
+        with pytest.raises(RecipeError, match=field):
+            Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("axis", "axes"), [("mlp", ("mlp",)), ("attention", ("attention",)), ("all", ("attention", "mlp")), ("block", ())]
+)
+def test_the_units_that_an_axis_scores(axis, axes):
+    assert Recipe(axis=axis).resolve().axes == axes
 
 
 def test_the_help_of_a_field_says_every_value_of_a_choice():

@@ -169,8 +169,11 @@ def _check_axis(recipe: Recipe, method: Method) -> None:
     if method.axis != "block":
         return
     named = [name for name in ("criterion", "activation", "grouping", "merge") if getattr(recipe, name) is not None]
+    fields = Recipe.model_fields
+    named += [n for n in ("groups", "schedule", "split", "drop_threshold") if getattr(recipe, n) != fields[n].default]
     if named:
-        raise RecipeError(f"--axis block removes whole layers by transfer entropy, so --{named[0]} has no effect.")
+        flag = named[0].replace("_", "-")
+        raise RecipeError(f"--axis block removes whole layers by transfer entropy, so --{flag} has no effect.")
     if method.allocate != "transfer-entropy":
         raise RecipeError(f"--axis block ranks layers by transfer entropy; --allocate {method.allocate} cannot.")
     if recipe.compensate == "bias":
@@ -195,6 +198,8 @@ def _check_allocation(recipe: Recipe, method: Method) -> None:
                 f"--{name.replace('_', '-')} {value} needs --allocate transfer-entropy, "
                 f"and the allocation is '{method.allocate}'."
             )
+    if recipe.split != "share" and method.axis != "all":
+        raise RecipeError(f"--split {recipe.split} is between attention and MLP and needs --axis all.")
     if recipe.drop_threshold is not None and method.allocate not in ("transfer-entropy", "global"):
         raise RecipeError(
             f"--drop-threshold needs --allocate transfer-entropy or global, and the allocation is '{method.allocate}'."
