@@ -272,6 +272,80 @@ def test_a_recipe_file_that_is_wrong(prune_refused, tmp_path, content, says):
     prune_refused("--recipe", file, says=[*says, file])
 
 
+# Heads, blocks, and how much goes
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--axis", "attention", "--ratio", "0.6"], ["(60.0%) are to go, but at most 6,144 (50.0%) can"]),
+        (["--axis", "attention", "--ratio", "0.3", "--ratio-of", "model"], ["is 13,450, and at most 6,144 (13.7%)"]),
+        (["--method", "let-llm", "--ratio", "0.9"], ["(decoder) is 25,114", "at most 21,120 (75.7%) can go"]),
+        (["--method", "let-llm", "--ratio", "0.4", "--max-ratio", "0.2"], ["at most", "can go from what was chosen"]),
+        (["--method", "let-llm", "--layers", "1"], ["ratio 0.25 of 27,904", "choose more"]),
+        (["--allocate", "global", "--ratio", "0.5", "--min-width", "30"], ["at most 3,840 (25.0%) can go"]),
+        (["--axis", "block", "--ratio", "0.99"], ["at most 20,928 (75.0%) can go"]),
+        (["--axis", "block", "--layers", "2"], ["at most 0 (0.0%) can go"]),
+        (["--ratio", "0.5", "--max-ratio", "0.4"], ["ratio 0.5 is more than the 0.4 that any module may lose"]),
+        (["--axis", "attention", "--method", "sim-mean"], ["merge 'mean' is for neurons", "--merge prune"]),
+        (["--axis", "all", "--grouping", "random", "--merge", "dominant"], ["merge 'dominant' is for neurons"]),
+        (
+            ["--axis", "attention", "--groups", "3", "--ratio", "0.5"],
+            ["--groups 3 is more than the 1 key-value heads that layer 0 keeps", "at most 1"],
+        ),
+        (["--axis", "block", "--criterion", "taylor"], ["--axis block", "--criterion has no effect"]),
+        (["--axis", "block", "--compensate", "bias"], ["no projection to put a bias on"]),
+        (["--axis", "block", "--allocate", "uniform"], ["--allocate uniform cannot"]),
+        (["--axis", "heads"], ["axis", "'attention'", "'heads'"]),
+        (["--ratio-of", "layers"], ["ratio_of", "'decoder'", "'layers'"]),
+        (["--compensate", "mean"], ["compensate", "'bias'", "'mean'"]),
+        (["--allocate", "transfer"], ["unknown allocation 'transfer'", "Did you mean 'transfer-entropy'?", "global"]),
+        (["--method", "let-llm", "--schedule", "softmx"], ["unknown schedule", "Did you mean 'softmax'?", "rank"]),
+        (["--method", "let-llm", "--split", "equals"], ["unknown split", "Did you mean 'equal'?", "share"]),
+        (["--method", "let-llm", "--entropy-search", "greed"], ["unknown entropy search", "'greedy'?"]),
+        (["--method", "let-llm", "--entropy-at", "hide"], ["unknown entropy at", "norm"]),
+        (["--schedule", "softmax"], ["--schedule softmax needs --allocate transfer-entropy", "'uniform'"]),
+        (["--split", "equal", "--allocate", "global"], ["--split equal needs --allocate transfer-entropy", "'global'"]),
+        (["--drop-threshold", "0.5"], ["--drop-threshold needs --allocate transfer-entropy or global", "'uniform'"]),
+        (["--max-ratio", "0"], ["max_ratio", "got 0"]),
+        (["--min-width", "0"], ["min_width", "got 0"]),
+        (["--drop-threshold", "1.5"], ["drop_threshold", "got 1.5"]),
+        (["--allocate", "no.json"], ["no.json cannot be read (No such file or directory)"]),
+        (["--allocate", "no.json", "--ratio", "0.3"], ["no.json says the ratios; leave --ratio out"]),
+    ],
+)
+def test_what_cannot_go_is_said(prune_refused, own_cache, flags, says):
+    line = prune_refused(*flags, says=says)
+    assert prune_refused(*flags, "--dry-run") == line
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", ["is not JSON", 'write an object like {"mlp"']),
+        ("", ["is not JSON"]),
+        ("[0.1]", ["holds no object"]),
+        ('{"mlp": 0.5}', ["mlp is neither a list nor a table"]),
+        ('{"mlp": [0.1, 0.2]}', ["mlp has 2 ratios for 4 layers"]),
+        ('{"mlp": {"7": 0.1}}', ["names layer '7'", "layers 0 to 3"]),
+        ('{"mlp": {"1": "half"}}', ['layer 1 is "half", not a number from 0 to 1']),
+        ('{"mlp": {"1": NaN}}', ["layer 1 is NaN, not a number from 0 to 1"]),
+        ('{"mpl": {"1": 0.5}}', ["unknown axis 'mpl'", "Did you mean 'mlp'?"]),
+        ('{"attention": {"1": 0.5}}', ["ratios for attention, which is not being pruned"]),
+        ('{"mlp": [1, 1, 1, 1]}', ["removes every module whole", "ask for less"]),
+    ],
+)
+def test_an_allocation_file_that_does_not_fit(prune_refused, tmp_path, content, says):
+    (tmp_path / "mine.json").write_text(content)
+    prune_refused("--allocate", tmp_path / "mine.json", says=says)
+    prune_refused("--allocate", tmp_path / "mine.json", "--dry-run", says=says)
+
+
+def test_a_layer_of_the_allocation_file_that_was_not_chosen(prune_refused, tmp_path):
+    (tmp_path / "mine.json").write_text('{"mlp": {"0": 0.5}}')
+    prune_refused("--allocate", tmp_path / "mine.json", "--layers", "1-2", says=["mlp of layer 0 is not being pruned"])
+
+
 # Calibration text
 
 
@@ -393,7 +467,7 @@ def test_an_output_folder_that_is_not_empty(refused, models, tmp_path):
     refused(*words, "--dry-run", says=["is not empty"])
 
 
-@pytest.mark.parametrize("held", ["model", "text", "recipe", "perplexity", "criterion", "plan"])
+@pytest.mark.parametrize("held", ["model", "text", "recipe", "perplexity", "criterion", "allocate", "plan"])
 def test_an_output_that_holds_what_the_run_reads(refused, copy, models, text, tmp_path, held):
     model = copy() if held == "model" else models.llama
     out = model if held == "model" else tmp_path / "out"
@@ -405,6 +479,7 @@ def test_an_output_that_holds_what_the_run_reads(refused, copy, models, text, tm
         "recipe": ["plan", model, "--recipe", _recipe_file(out)],
         "perplexity": ["prune", model, "--perplexity", out / "text.txt"],
         "criterion": ["plan", model, "--criterion", f"{out / 'text.txt'}:name"],
+        "allocate": ["plan", model, "--allocate", out / "dicer_plan.json"],
         "plan": ["apply", out / "dicer_plan.json", model],
     }[held]
     before = sorted(path.name for path in out.iterdir())
@@ -769,7 +844,7 @@ def _drop(record, *keys):
         (lambda plan: _cut_short(plan / "dicer_plan.json"), ["is broken"]),
         (lambda plan: _cut_short(plan / "dicer_plan.safetensors"), ["is broken"]),
         (lambda plan: (plan / "dicer_plan.safetensors").write_bytes(b"\xff" * 99), ["is broken"]),
-        (lambda plan: _edit_plan(plan, lambda r: r.update(format=2)), ["has format 2", "reads 1"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(format=3)), ["has format 3", "reads 1 to 2"]),
         (lambda plan: _edit_plan(plan, lambda r: _drop(r, "format")), ["has format None", "reads 1"]),
         (lambda plan: _edit_plan(plan, lambda r: _drop(r, "axes")), ["is broken", "axes"]),
         (lambda plan: _edit_plan(plan, lambda r: _drop(r, "model", "fingerprint")), ["is broken", "fingerprint"]),
@@ -806,6 +881,18 @@ def _drop(record, *keys):
             ),
             ["a merge that does not fit"],
         ),
+        (lambda plan: _edit_plan_tensors(plan, means=torch.zeros(39)), ["layer 1 has means that do not fit"]),
+        (lambda plan: _edit_plan_tensors(plan, means=torch.zeros(2, 40)), ["layer 1 has means that do not fit"]),
+        (lambda plan: _edit_plan_tensors(plan, means=torch.full((40,), float("nan"))), ["means that do not fit"]),
+        (lambda plan: _edit_plan_tensors(plan, means=torch.zeros(80)), ["means of 80 channels", "the model has 40"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(blocks=[1])), ["goes whole is also cut"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(blocks=[9])), ["removes layer 9, and the model has 4"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(blocks=[9, 8])), ["'blocks' is no sorted list"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(blocks=[8, 8])), ["'blocks' is no sorted list"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(blocks=[-1])), ["'blocks' is no sorted list"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(blocks=[True])), ["'blocks' is no sorted list"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(blocks="all")), ["'blocks' is no sorted list"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(allocation=3)), ["is broken"]),
     ],
 )
 def test_a_plan_that_is_broken(refused, models, a_plan, tmp_path, damage, says):
@@ -821,7 +908,7 @@ def test_diff_of_a_plan_that_is_not_there(refused, a_plan, tmp_path):
 def test_a_plan_whose_layers_the_model_does_not_have(models, a_plan):
     plan = dicer.load_plan(a_plan)
     plan.mlp[9] = plan.mlp[0]
-    with pytest.raises(PlanError, match=r"cuts 15 weight matrices, and the model has 12"):
+    with pytest.raises(PlanError, match=r"has 40 units of mlp in layer 9, the model has 0"):
         dicer.apply_plan(plan, models.llama, a_plan.parent / "out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import tiny_tokens
+from tiny import tiny_model, tiny_tokens
 
 import dicer
 from dicer import cli, terminal
@@ -141,7 +142,7 @@ def test_plan_then_apply_is_prune(run, model, rows, tmp_path):
 def test_plan_explains_each_layer(run, model, tmp_path):
     printed = run("plan", model, "-o", tmp_path / "plan", *FAST, "--layers", "0,3", "--explain")
     lines = [line for line in printed.splitlines() if line.startswith("layer")]
-    assert [line.split(";")[0] for line in lines] == ["layer   0 mlp: 40 -> 30", "layer   3 mlp: 40 -> 30"]
+    assert [line.split(";")[0] for line in lines] == [f"layer   {i} mlp: 40 -> 30 (25.0% removed)" for i in (0, 3)]
     for line in lines:
         kept, dropped = map(float, re.findall(r"median (\S+?)(?:,|$)", line))
         assert kept > dropped
@@ -188,8 +189,153 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(run, model, rows, tmp_p
     assert f"Would prune llama into {tmp_path / 'out'}; nothing was computed or written." in dry
     assert all(part in dry for part in says)
     wet = run("prune", *words)
-    for name in ("parameters", "in MLP neurons", "bytes of weights"):
+    for name in ("parameters", "bytes of weights", *(() if "40 -> 40" in says else ("in MLP neurons",))):
         assert _row(dry, name) == _row(wet, name)
+
+
+# Heads, blocks and transfer entropy
+
+
+def _parts(folder, *inside):
+    """Parameters of a checkpoint whose names have one of these parts."""
+    files = [file for file in folder.glob("*.safetensors") if "plan" not in file.name]
+    tensors = [pair for file in files for pair in load_file(file).items()]
+    return sum(t.numel() for name, t in tensors if any(part in name for part in inside))
+
+
+WAYS = {
+    "let-llm": (("--method", "let-llm", "--ratio", "0.3"), "let-llm", 0.3 * 27_904, 1536),
+    "blocks": (("--axis", "block", "--ratio", "0.5"), "its own combination", 0.5 * 27_904, 1),
+    "rc-a": (("--method", "rc-a", "--allocate", "transfer-entropy"), "rc-a", 0.25 * 15_360, 96),
+    "heads": (("--axis", "attention", "--method", "weight-l2"), "weight-l2", 0.25 * 12_288, 768),
+    "ranked": (("--axis", "all", "--method", "rc-a", "--allocate", "global"), "rc-a", 0.25 * 27_648, 1536),
+}  # flags, what it is called, parameters that are to go of the tiny Llama's, and by how much they may be missed
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("way", WAYS)
+def test_prune_by_other_ways_prints_what_went(run, model, rows, tmp_path, way):
+    flags, name, target, near = WAYS[way]
+    words = (model, "-o", tmp_path / "out", "--calib", rows, *flags)
+    dry = run("prune", *words, "--dry-run")
+    assert not list(tmp_path.iterdir())
+    assert f"Would prune llama into {tmp_path / 'out'}; nothing was computed or written." in dry
+    told = f"About {target:,.0f} parameters would go; from where, only a run of the model can tell."
+    assert (told in dry) == (way != "heads")
+    printed = run("prune", *words)
+    assert f"Pruned llama with {name}." in printed
+    before, after = _parts(model, ""), _parts(tmp_path / "out", "")
+    assert abs(before - after - target) <= near
+    assert _row(printed, "parameters") == ["parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}"]
+    for row, inside in (
+        ("in attention heads", "self_attn"),
+        ("in MLP neurons", ".mlp."),
+        ("in decoder layers", "layers."),
+    ):
+        counts = [_parts(folder, inside) for folder in (model, tmp_path / "out")]
+        if counts[0] != counts[1]:
+            assert _row(printed, row)[1:3] == [f"{count:,}" for count in counts]
+        else:
+            assert row not in printed
+    loaded = _exec_loading_line(printed)
+    assert sum(p.numel() for p in loaded.parameters()) == after
+    assert torch.isfinite(loaded(tiny_tokens(1)).logits).all()
+    if way == "heads":
+        assert _row(dry, "parameters") == _row(printed, "parameters")
+        assert "2 layers (0, 2): 2 -> 1 key-value heads" in printed
+    if way == "blocks":
+        gone = dicer.load_plan(tmp_path / "out").blocks
+        assert f"2 layers removed whole: {gone[0]}, {gone[1]}" in printed
+        assert loaded.config.num_hidden_layers == 2
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_plan_explains_how_much_went_and_why(run, model, rows, tmp_path):
+    flags = ("--calib", rows, "--method", "let-llm", "--ratio", "0.3", "--explain")
+    printed = run("plan", model, "-o", tmp_path / "plan", *flags)
+    plan = dicer.load_plan(tmp_path / "plan")
+    entropy = plan.allocation["transfer_entropy"]
+    lines = [line for line in printed.splitlines() if line.startswith("layer")]
+    assert len(lines) == 12
+    for index in range(4):
+        block, *modules = lines[3 * index : 3 * index + 3]
+        assert block == f"layer   {index} block: transfer entropy {entropy['blocks'][index]:.4g}"
+        for axis, line in zip(("attention", "mlp"), modules, strict=True):
+            layer = plan.axes[axis][index]
+            gone = f"({1 - len(layer.keep) / layer.units:.1%} removed)"
+            told = f"layer   {index} {axis}: {layer.units} -> {len(layer.keep)} {gone}"
+            assert line.startswith(f"{told}, transfer entropy {entropy[axis][index]:.4g}; score: kept median ")
+    assert printed.splitlines()[-1].startswith("Plan: ")
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_plan_explains_blocks_that_go_and_those_that_stay(run, model, rows, tmp_path):
+    flags = ("--calib", rows, "--axis", "block", "--explain")
+    printed = run("plan", model, "-o", tmp_path / "plan", *flags)
+    plan = dicer.load_plan(tmp_path / "plan")
+    entropy = plan.allocation["transfer_entropy"]["blocks"]
+    assert plan.blocks == (entropy.index(min(entropy)),)
+    said = ["removed whole, " if index in plan.blocks else "" for index in range(4)]
+    assert printed.splitlines()[:4] == [
+        f"layer   {i} block: {said[i]}transfer entropy {entropy[i]:.4g}" for i in range(4)
+    ]
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_ratio_that_is_less_than_half_a_layer_takes_none_and_says_so(run, model, rows, tmp_path):
+    printed = run("prune", model, "-o", tmp_path / "out", "--calib", rows, "--axis", "block", "--ratio", "0.1")
+    assert "Note: no layer goes: the ratio is less than half of one." in printed
+    assert _parts(tmp_path / "out", "") == _parts(model, "")
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_plan_of_blocks_and_biases_applies_and_differs(run, model, rows, tmp_path):
+    for name, flags in (
+        ("blocks", ("--axis", "block")),
+        ("bare", ("--method", "let-llm", "--ratio", "0.3")),
+        ("biased", ("--method", "let-llm", "--ratio", "0.3", "--compensate", "bias")),
+    ):
+        run("plan", model, "-o", tmp_path / name, "--calib", rows, *flags)
+    run("apply", tmp_path / "biased", model, "-o", tmp_path / "applied")
+    run("prune", model, "-o", tmp_path / "pruned", "--calib", rows, *flags)
+    assert _bytes(tmp_path / "applied") == _bytes(tmp_path / "pruned")
+    biased = run("diff", tmp_path / "bare", tmp_path / "biased").splitlines()
+    assert biased
+    assert all(line.endswith("the same kept, compensated differently") for line in biased)
+    assert "removed whole in the second plan only" in run("diff", tmp_path / "bare", tmp_path / "blocks")
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("flags", [("--method", "let-llm"), ("--axis", "block")])
+def test_a_poor_estimate_of_the_entropy_is_said_with_its_numbers(run, tmp_path, flags):
+    dense = tiny_model("llama")
+    with torch.no_grad():
+        dense.model.norm.weight[3] = 0.0  # a channel that says nothing
+    dense.save_pretrained(tmp_path / "model")
+    (tmp_path / "few.jsonl").write_text(json.dumps({"input_ids": tiny_tokens(1).tolist()[0]}))
+    for command in ("plan", "prune"):
+        for _ in range(2):  # measured, and from the cache
+            out = (tmp_path / "model", "-o", tmp_path / command, "--calib", tmp_path / "few.jsonl", "--overwrite")
+            printed = run(command, *out, *flags)
+            assert (
+                "Note: 24 calibration tokens for 32 channels: the entropy estimate is poor; use at least 32." in printed
+            )
+            assert "Note: 1 of 32 channels of the final state are constant over all tokens." in printed
+    for values in dicer.load_plan(tmp_path / "prune").allocation["transfer_entropy"].values():
+        assert all(0 <= value < 1e3 for value in values)
+
+
+def test_a_plan_of_the_first_format_is_still_read(run, model, tmp_path):
+    run("plan", model, "-o", tmp_path / "plan", *FAST)
+    run("apply", tmp_path / "plan", model, "-o", tmp_path / "new")
+    record = json.loads((tmp_path / "plan" / "dicer_plan.json").read_text())
+    assert (record.pop("format"), record.pop("blocks")) == (2, [])
+    del record["allocation"]
+    (tmp_path / "plan" / "dicer_plan.json").write_text(json.dumps({**record, "format": 1}))
+    run("apply", tmp_path / "plan", model, "-o", tmp_path / "old")
+    new, old = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "old"))
+    assert new.keys() == old.keys()
+    assert all(torch.equal(new[name], old[name]) for name in new)
 
 
 def test_info_counts_what_the_checkpoint_holds(run, model, tmp_path):
@@ -221,9 +367,29 @@ def test_info_of_widths_that_differ(run, model, tmp_path):
 def test_methods_lists_every_preset_and_part(run):
     printed = run("methods")
     for name, preset in PRESETS.items():
-        shown = [name, preset.criterion, preset.activation or "-", preset.grouping, preset.merge, preset.paper]
+        shown = [
+            name,
+            preset.criterion,
+            preset.activation or "-",
+            preset.grouping,
+            preset.merge,
+            preset.axis,
+            preset.paper,
+        ]
         assert _row(printed, name)[: len(shown)] == shown
-    for part in ("none", "random", "similarity", "prune", "mean", "dominant", "gradient", "square_sum", "eq. 2"):
+    for part in (
+        "transfer-entropy",
+        "FILE.json",
+        "none",
+        "random",
+        "similarity",
+        "prune",
+        "mean",
+        "dominant",
+        "gradient",
+        "square_sum",
+        "eq. 2",
+    ):
         assert part in printed
     assert max(map(len, printed.splitlines())) <= 160
 

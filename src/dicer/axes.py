@@ -11,6 +11,7 @@ from torch import Tensor
 from dicer.errors import RecipeError
 
 AXES = ("attention", "mlp")  # the order of a layer's sub-layers
+UNITS = {"attention": "key-value heads", "mlp": "neurons"}  # what users know them as
 
 
 @dataclass(frozen=True)

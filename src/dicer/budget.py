@@ -83,10 +83,13 @@ def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
     whole = {"mlp": sizes.mlp, "decoder": sizes.decoder, "model": sizes.parameters, "chosen": eligible}[method.ratio_of]
     if not eligible:
         raise RecipeError(f"the chosen layers have nothing left along --axis {method.axis}.")
-    bounds = Bounds(recipe.max_ratio, recipe.min_width, recipe.drop_threshold, recipe.width_multiple)
+    from_file = method.allocate.endswith(".json")  # there, a ratio of 1 means whole
+    threshold = 1.0 if from_file else recipe.drop_threshold
+    bounds = Bounds(recipe.max_ratio, recipe.min_width, threshold, recipe.width_multiple)
     budget = Budget(modules, blocks, whole, recipe.ratio * whole, bounds, count)
     can = most(modules, bounds) if modules else eligible - min(blocks.values())
-    if not method.allocate.endswith(".json") and budget.target > can:
+    by_width = method.allocate == "uniform" and method.ratio_of == "chosen"  # whose rounding may pass it by a step
+    if not from_file and not by_width and budget.target > can:
         raise RecipeError(
             f"ratio {recipe.ratio} of {whole:,} parameters ({method.ratio_of}) is {budget.target:,.0f}, and at most "
             f"{can:,} ({can / whole:.1%}) can go from what was chosen; ask for less, or choose more."
@@ -110,7 +113,7 @@ def decide_beforehand(budget: Budget, method: Method, recipe: Recipe) -> Decisio
     if method.allocate.endswith(".json"):
         ratios = read_ratios(Path(method.allocate), modules, budget.layers)
         target = sum(ratio * module.parameters for ratio, module in zip(ratios, modules, strict=True))
-        return _decision(modules, whole_units(modules, ratios, bounds, target))
+        return _decision(modules, whole_units(modules, ratios, bounds, target), {"target": target})
     if method.allocate != "uniform":
         return None
     eligible = sum(module.parameters for module in modules)
@@ -125,10 +128,12 @@ def decide_by_entropy(budget: Budget, recipe: Recipe, profile: Profile) -> Decis
         RecipeError: a target that the bounds cannot reach.
     """
     blocks = {entry.layer: entry.te for entry in profile.blocks}
-    told = {"transfer_entropy": profile.te_lists()}
+    told: dict[str, Any] = {"transfer_entropy": profile.te_lists(), "notes": list(profile.notes)}
     if budget.blocks:
         layers = list(budget.blocks)
         gone = block_removal([blocks[i] for i in layers], [budget.blocks[i] for i in layers], budget.target)
+        if not gone:
+            told["notes"].append("no layer goes: the ratio is less than half of one")
         return Decision({}, tuple(sorted(layers[i] for i in gone)), told)
     te = {(axis, entry.layer): entry.te for axis in ("attention", "mlp") for entry in getattr(profile, axis)}
     ratios = entropy_ratios(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from dicer.axes import UNITS
 from dicer.plan import PrunePlan
 from dicer.surgery import Sizes
 
@@ -33,9 +34,6 @@ def size_rows(before: Sizes, after: Sizes) -> list[tuple[str, int, int]]:
         ("bytes of weights", before.nbytes, after.nbytes),
     ]
     return [row for row in rows if row[1] != row[2] or row[0] in ("parameters", "bytes of weights")]
-
-
-UNITS = {"mlp": "neurons", "attention": "key-value heads"}
 
 
 def _what(plan: PrunePlan) -> str:

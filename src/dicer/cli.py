@@ -131,6 +131,7 @@ def plan(
         made.save(sink.folder)
     for line in made.explain() if explain else ():
         say(line)
+    _show_notes(made.notes)
     say(f"Plan: {output}. Next: dicer apply {output} {model} -o FOLDER")
 
 
@@ -221,7 +222,7 @@ def _show_sizes(before: Any, after: Any) -> None:
 
 def _show_widths(plan: Any) -> None:
     """One line for each change of width; where layers differ much, only from where to where they go."""
-    from dicer.card import UNITS
+    from dicer.axes import UNITS
 
     if plan.blocks:
         say(f"{len(plan.blocks)} layers removed whole: {', '.join(map(str, plan.blocks))}")
@@ -234,7 +235,9 @@ def _show_widths(plan: Any) -> None:
             continue
         for units, keep in widths:
             members = [i for i, layer in layers.items() if (layer.units, len(layer.keep)) == (units, keep)]
-            say(f"{len(members)} layers ({members[0]} to {members[-1]}): {units} -> {keep} {UNITS[axis]}")
+            whole = members == list(range(members[0], members[-1] + 1))
+            which = f"{members[0]} to {members[-1]}" if whole else ", ".join(map(str, members))
+            say(f"{len(members)} layers ({which}): {units} -> {keep} {UNITS[axis]}")
 
 
 def _show_ratio(result: Any) -> None:

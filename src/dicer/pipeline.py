@@ -146,7 +146,7 @@ def prune(
     out = Path(output) if output is not None else None
     in_memory = not isinstance(model, str | os.PathLike)
     if out is not None:
-        read = [recipe.calib, perplexity_text, None if in_memory else model]
+        read = [recipe.calib, recipe.allocate, perplexity_text, None if in_memory else model]
         check_output(out, overwrite=overwrite, inputs=[Path(p) for p in read if p is not None and Path(p).exists()])
     source = from_memory(model) if in_memory else open_model(model)
     if in_memory:
@@ -163,7 +163,7 @@ def prune(
     plan = score([job], dense, progress)[0]
     seconds["score"] = time.perf_counter() - start
     cut = plan_cut(source, plan)
-    result = Result(plan, *cut.sizes(), seconds=seconds, notes=job.notes)
+    result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*job.notes, *plan.notes])
     if windows is not None:
         with _timed(result, "perplexity"):
             result.perplexities["before"] = _perplexity(dense, windows, "perplexity before", progress)

@@ -83,7 +83,8 @@ class PrunePlan:
         versions: of dicer, torch and transformers.
         axes: axis name -> layer -> what stays.
         blocks: layers that go whole, sorted; no axis names them.
-        allocation: how the ratio was shared out: ``target``, ``whole`` and what importances led to it.
+        allocation: how the ratio was shared out: ``target``, ``whole``, what importances led to it, and ``notes`` on
+            how far these can be trusted.
     """
 
     model: dict[str, str]
@@ -98,6 +99,11 @@ class PrunePlan:
     def mlp(self) -> dict[int, LayerPlan]:
         """The MLP axis."""
         return self.axes.get("mlp", {})
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the importances that led to it."""
+        return list(self.allocation.get("notes", ()))
 
     def check_model(self, model_type: str, fingerprint: str) -> None:
         """Refuse a model that the plan was not made for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dicer.axes import AXES
+from dicer.axes import AXES, UNITS
 from dicer.budget import (
     Budget,
     Decision,
@@ -99,8 +99,7 @@ class Job:
             modules = [module for module in self.budget.modules if module.axis == axis]
             whole = sum(self.decision.keep[axis, m.layer] == m.units for m in modules) if self.decision else 0
             if whole:
-                unit = "neurons" if axis == "mlp" else "heads"
-                notes.append(f"{whole} layers keep all their {unit}: the ratio rounds to nothing there")
+                notes.append(f"{whole} layers keep all their {UNITS[axis]}: the ratio rounds to nothing there")
         return notes
 
     @property
@@ -112,13 +111,12 @@ class Job:
 
     def outline(self) -> PrunePlan:
         """A plan with the widths that can be known before anything is computed, and nothing else."""
-        axes: dict[str, dict[int, LayerPlan]] = {}
+        layers: dict[Key, LayerPlan] = {}
         for module in self.budget.modules if self.decision else ():
             keep = self.decision.keep[module.axis, module.layer] if self.decision else 0
-            axes.setdefault(module.axis, {})[module.layer] = LayerPlan(
-                module.units, torch.arange(keep), torch.zeros(module.units)
-            )
-        return PrunePlan({}, {}, {}, {}, axes)
+            layers[module.axis, module.layer] = LayerPlan(module.units, torch.arange(keep), torch.zeros(module.units))
+        axes, blocks = _without_empty(self, layers)
+        return PrunePlan({}, {}, {}, {}, axes, blocks)
 
     def sizes(self) -> tuple[Sizes, Sizes]:
         """What the model has and what it will have; the same again where the model has to run first."""
@@ -155,9 +153,9 @@ def prepare(
     budget = make_budget(source, recipe, method)
     decision = decide_beforehand(budget, method, recipe)
     for (axis, index), keep in decision.keep.items() if decision else ():
-        if method.groups is not None and method.groups > keep:
+        if method.groups is not None and method.groups > keep > 0:
             raise RecipeError(
-                f"--groups {method.groups} is more than the {keep} units of {axis} that layer {index} keeps; "
+                f"--groups {method.groups} is more than the {keep} {UNITS[axis]} that layer {index} keeps; "
                 f"ask for at most {keep}."
             )
     job = Job(source, recipe, method, criterion, budget, decision, None)
@@ -295,11 +293,8 @@ def _batches(jobs: Sequence[Job]) -> Sequence[Tensor]:
 
 
 def _plan(job: Job, layers: dict[Key, LayerPlan]) -> PrunePlan:
-    axes: dict[str, dict[int, LayerPlan]] = {axis: {} for axis in job.method.axes}
-    for (axis, index), layer in sorted(layers.items()):
-        axes[axis][index] = layer
     decision = job.decision or Decision({})
-    empty = [i for i in job.layers if job.goes_with_its_layer and all(not _keeps(axes, axis, i) for axis in AXES)]
+    axes, empty = _without_empty(job, layers)
     return PrunePlan(
         model={
             "name": job.source.name,
@@ -309,15 +304,26 @@ def _plan(job: Job, layers: dict[Key, LayerPlan]) -> PrunePlan:
         recipe=portable(job.recipe, job.method),
         calibration=job.calibration.provenance if job.calibration else {},
         versions={name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")},
-        axes={axis: {i: layer for i, layer in found.items() if i not in empty} for axis, found in axes.items()},
+        axes=axes,
         blocks=tuple(sorted({*decision.blocks, *empty})),
         allocation={"target": job.budget.target, "whole": job.budget.whole, **decision.told},
     )
 
 
-def _keeps(axes: dict[str, dict[int, LayerPlan]], axis: str, index: int) -> bool:
-    layer = axes.get(axis, {}).get(index)
-    return layer is None or len(layer.keep) > 0
+def _without_empty(
+    job: Job, layers: Mapping[Key, LayerPlan]
+) -> tuple[dict[str, dict[int, LayerPlan]], tuple[int, ...]]:
+    """(axis -> layer -> what stays, layers that go whole because nothing of them would stay)."""
+
+    def keeps(axis: str, index: int) -> bool:
+        return (axis, index) not in layers or len(layers[axis, index].keep) > 0
+
+    empty = [i for i in job.layers if job.goes_with_its_layer and not any(keeps(axis, i) for axis in AXES)]
+    axes: dict[str, dict[int, LayerPlan]] = {axis: {} for axis in job.method.axes}
+    for (axis, index), layer in sorted(layers.items()):
+        if index not in empty:
+            axes[axis][index] = layer
+    return axes, tuple(empty)
 
 
 def _score(job: Job, key: Key, visit: AxisVisit) -> Tensor:
