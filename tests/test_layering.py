@@ -92,7 +92,7 @@ TABLE = {
         "report": {"errors", "measured", "paper", "records", "tables", "plot_style", "plots"},
         "templates": set(),
         "facts": {"recipe", "scoring", "sources", "surgery"},
-        "card": {"plan", "surgery"},
+        "card": {"axes", "plan", "surgery"},
         "harness": {"errors"},
         "evaluate": {"errors", "protocols", "calibration", "harness", "sources", "walk"},
         "speed": {"errors", "machine", "walk"},
