@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 import weakref
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 from tiny_tasks import write_choice
 
 from dicer import cli, passes
-from dicer.errors import DicerError, ExperimentError
+from dicer.errors import DicerError, ExperimentError, RecipeError
 from dicer.experiment import run_experiment
 from dicer.grid import make_experiment, method_name, read_experiment
 from dicer.passes import score_all
@@ -230,7 +232,7 @@ def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, 
 
 def test_a_criterion_file_that_is_not_there_is_one_line(model, rows, tmp_path):
     asked = make_experiment(_values(model, rows, methods=[{"criterion": "gone.py:mine"}]))
-    with pytest.raises(ExperimentError, match=r"^gone.py cannot be read: No such file or directory\.$"):
+    with pytest.raises(RecipeError, match=r"^gone.py cannot be read: No such file or directory\.$"):
         run_experiment(asked, tmp_path, evaluate=Measure())
 
 
@@ -310,7 +312,29 @@ def test_variables_are_put_into_paths_only(monkeypatch):
     assert asked.evaluation.perplexity == "/texts/b.txt"
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.toml")), ids=lambda p: str(p.relative_to(EXPERIMENTS)))
+LET_LLM = sorted((EXPERIMENTS / "smollm2").glob("let_llm_*.toml"))
+
+
+@pytest.mark.parametrize("path", LET_LLM, ids=lambda p: p.stem)
+def test_the_experiments_of_what_to_prune_can_be_read_and_no_two_runs_have_one_name(path, monkeypatch):
+    monkeypatch.setenv("DICER_DATA", "/texts")
+    monkeypatch.setenv("DICER_TASKS", "/tasks")
+    written = tomllib.loads(path.read_text())
+    asked = read_experiment(path)
+    pruned = [run for run in asked.runs if run.recipe]
+    lists = [written[name] for name in ("methods", "ratios", "calib", "samples") if name in written]
+    if not any(isinstance(method, dict) and {"samples", "seq_len"} & method.keys() for method in written["methods"]):
+        assert len(pruned) == math.prod(map(len, lists))
+    assert len(asked.runs) == len(pruned) + 1
+    settings = {(run.method, r.ratio, r.calib, r.samples, r.seq_len) for run in pruned if (r := run.recipe)}
+    assert len(settings) == len(pruned)
+    assert {run.recipe.resolve().ratio_of for run in pruned} == {"decoder"}
+
+
+TABLES = [path for path in sorted(EXPERIMENTS.rglob("*.toml")) if path not in LET_LLM]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: str(p.relative_to(EXPERIMENTS)))
 def test_the_experiments_of_the_paper_can_be_read(path, monkeypatch):
     monkeypatch.setenv("DICER_DATA", "/texts")
     monkeypatch.setenv("DICER_TASKS", "/tasks")
@@ -325,7 +349,7 @@ def test_the_experiments_of_the_paper_can_be_read(path, monkeypatch):
 
 def test_there_is_a_file_for_each_of_the_nine_tables():
     for folder in (EXPERIMENTS, EXPERIMENTS / "smollm2"):
-        assert {path.name for path in folder.glob("*.toml")} == {f"table{n}.toml" for n in range(1, 10)}
+        assert {path.name for path in folder.glob("table*.toml")} == {f"table{n}.toml" for n in range(1, 10)}
 
 
 @pytest.mark.parametrize(
@@ -337,6 +361,13 @@ def test_there_is_a_file_for_each_of_the_nine_tables():
         ({"method": "act-mean", "activation": "pre"}, "act-mean-pre"),
         ({"criterion": "own/file.py:mine"}, "file-mine"),
         ({"criterion": "weight-l2", "grouping": "similarity", "merge": "mean"}, "weight-l2-post-similarity-mean"),
+        ({"method": "let-llm"}, "let-llm"),
+        ({"method": "let-llm", "schedule": "rank", "drop_threshold": 0.8}, "let-llm-rank-drop0.8"),
+        ({"method": "let-llm", "split": "equal", "max_ratio": 0.5}, "let-llm-max0.5-splitequal"),
+        ({"axis": "attention", "compensate": "bias"}, "rc-a-attention-bias"),
+        ({"axis": "block"}, "block"),
+        ({"axis": "block", "entropy_search": "greedy", "entropy_at": "hidden"}, "block-greedy-hidden"),
+        ({"method": "taylor", "axis": "all", "allocate": "my/own.json"}, "taylor-all-own"),
     ],
 )
 def test_the_folder_of_a_method(recipe, name):
@@ -501,6 +532,7 @@ def test_the_live_table_moves_while_the_harness_is_silenced(tmp_path):
 
 LIVE = """
 import time
+import tomllib
 from types import SimpleNamespace
 from dicer.cli_experiments import Board
 from dicer.experiment import Event
