@@ -16,9 +16,10 @@ import torch
 from transformers.utils import logging
 
 from dicer.distributed import BATCH_TOKENS
+from dicer.job import prepare
 from dicer.machine import pick_device
 from dicer.recipe import make_recipe
-from dicer.scoring import prepare, score
+from dicer.scoring import score
 from dicer.sources import open_model
 
 

@@ -23,7 +23,7 @@ from dicer.machine import pick_device
 from dicer.profile import LISTS
 from dicer.recipe import make_recipe
 from dicer.sources import open_model, tokenize_with
-from dicer.walk import ResidentStore
+from dicer.stores import ResidentStore
 
 
 def main() -> None:

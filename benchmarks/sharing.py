@@ -16,10 +16,11 @@ from collections.abc import Callable
 
 from transformers.utils import logging
 
+from dicer.job import prepare
 from dicer.passes import score_all
 from dicer.pipeline import build_model
 from dicer.recipe import make_recipe
-from dicer.scoring import prepare, score
+from dicer.scoring import score
 from dicer.sources import open_model
 
 METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a")

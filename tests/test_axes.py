@@ -15,7 +15,8 @@ import dicer
 from dicer.axes import unit_weights
 from dicer.families import family_of
 from dicer.layer_statistics import Need
-from dicer.walk import ResidentStore, _weights, walk
+from dicer.stores import ResidentStore, axis_weights
+from dicer.walk import walk
 
 HEADS, SIZE = 4, 8  # of the tiny models
 # Where each family keeps attention, written down apart from the library's own table.
@@ -71,7 +72,7 @@ def owned(parts, group, groups):
 
 def view(model, family, index=1):
     layer, axis = layers_of(model, family)[index], family_of(family).axes(model.config)["attention"]
-    return unit_weights(axis, {name: weight.detach() for name, weight in _weights(axis, layer).items()})
+    return unit_weights(axis, {name: weight.detach() for name, weight in axis_weights(axis, layer).items()})
 
 
 # The view of the weights

@@ -14,7 +14,7 @@ from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, tiny_model, tiny_tokens
 import dicer
 from dicer.errors import RecipeError
 from dicer.grouping import similarity_groups
-from dicer.scoring import prepare
+from dicer.job import prepare
 from dicer.sources import from_memory
 
 pytestmark = pytest.mark.usefixtures("own_cache")

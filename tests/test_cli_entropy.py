@@ -13,7 +13,7 @@ from dicer import cli, entropy_cache
 from dicer.entropy import layer_forwards, measure
 from dicer.families import family_of
 from dicer.profile import read_profile
-from dicer.walk import ResidentStore
+from dicer.stores import ResidentStore
 
 
 @pytest.fixture

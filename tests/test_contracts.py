@@ -25,7 +25,8 @@ from dicer.export import modeling_pruned
 from dicer.families import family_of
 from dicer.layer_statistics import Need, Sums
 from dicer.plan import LayerPlan, PrunePlan
-from dicer.walk import ResidentStore, walk
+from dicer.stores import ResidentStore
+from dicer.walk import walk
 
 # Where each family keeps things, written down once more so that a slip in the library's own table shows:
 # decoder layers, modules whose outputs are the pre- and the post-activation, output projection.

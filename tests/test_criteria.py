@@ -17,7 +17,8 @@ from dicer.criteria import CRITERIA, find_criterion
 from dicer.errors import RecipeError
 from dicer.families import family_of
 from dicer.layer_statistics import LayerStatistics, Need, Sums, stream
-from dicer.walk import ResidentStore, walk
+from dicer.stores import ResidentStore
+from dicer.walk import walk
 
 UNITS, WIDTH, TOKENS = 7, 5, 11
 both_kinds = pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])

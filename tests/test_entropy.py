@@ -16,7 +16,7 @@ from dicer.errors import CalibrationError, RecipeError
 from dicer.families import family_of
 from dicer.moments import STD_FLOOR, Moments
 from dicer.profile import LISTS, Profile, read_profile
-from dicer.walk import ResidentStore
+from dicer.stores import ResidentStore
 
 MODELS = ("llama", "gemma3_text", "gpt2", "opt", "phi3")
 ATTENTION = {"gpt2": "attn"}

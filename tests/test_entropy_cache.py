@@ -11,7 +11,7 @@ from dicer.entropy import measure
 from dicer.entropy_cache import entropy_profile
 from dicer.families import family_of
 from dicer.sources import from_memory
-from dicer.walk import ResidentStore
+from dicer.stores import ResidentStore
 
 
 def _measured(model, **choices):

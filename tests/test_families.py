@@ -16,7 +16,7 @@ from dicer.axes import Slice, legal, unit_weights
 from dicer.errors import ModelError, RecipeError, UnknownFamily
 from dicer.export import modeling_pruned
 from dicer.families import FAMILIES, family_of
-from dicer.walk import _weights
+from dicer.stores import axis_weights
 
 WITH_BIASES = {"llama": {"mlp_bias": True}}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
@@ -167,7 +167,7 @@ def test_tensors_are_located_by_their_names_on_disk_with_and_without_the_outermo
 def test_unit_weights_are_views_that_compute_the_mlp(family):
     model = model_of(family)
     layer = attrgetter(family.layers)(model)[1]
-    tensors = {name: weight.detach() for name, weight in _weights(family.mlp, layer).items()}
+    tensors = {name: weight.detach() for name, weight in axis_weights(family.mlp, layer).items()}
     weights = unit_weights(family.mlp, tensors)
     storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     parts = [part for part in (weights.gate, weights.up, weights.down) if part is not None]

@@ -106,7 +106,8 @@ from dicer.distributed import rank, share
 from dicer.entropy_cache import entropy_profile
 from dicer.layer_statistics import Need
 from dicer.sources import open_model
-from dicer.walk import ResidentStore, walk
+from dicer.stores import ResidentStore
+from dicer.walk import walk
 
 source = open_model(calls[0][1])
 tokens = torch.tensor([json.loads(line)["input_ids"] for line in open(calls[0][calls[0].index("--dataset") + 1])])

@@ -80,8 +80,8 @@ def prune(
     """
     asked = _recipe(recipe, flags)
     from dicer import pipeline
+    from dicer.job import prepare
     from dicer.machine import pick_device
-    from dicer.scoring import prepare
     from dicer.sink import check_output, check_space
     from dicer.sources import open_model
 

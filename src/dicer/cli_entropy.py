@@ -48,8 +48,8 @@ def entropy_command(
     check_file(output, overwrite=overwrite)
     from dicer.calibration import load_calibration
     from dicer.entropy_cache import entropy_profile
+    from dicer.job import check_tokens
     from dicer.machine import pick_device
-    from dicer.scoring import check_tokens
     from dicer.sources import open_model, tokenize_with
 
     quiet_transformers()

@@ -23,7 +23,7 @@ from dicer.layer_statistics import widest
 from dicer.moments import Moments
 from dicer.profile import LISTS, Entry, Part, check_choices, parts, poor
 from dicer.profile import Profile as Profile
-from dicer.walk import LayerStore, Progress, Recording, replaced_forwards, silent
+from dicer.stores import LayerStore, Progress, Recording, replaced_forwards, silent
 
 _STAGE = "transfer entropy (layer forwards)"
 

@@ -20,7 +20,7 @@ from dicer.errors import RecipeError
 from dicer.model_files import cache_folder
 from dicer.profile import LISTS, Profile, check_choices
 from dicer.sources import ModelSource
-from dicer.walk import Progress, ResidentStore, silent
+from dicer.stores import Progress, ResidentStore, silent
 
 
 class _Held(NamedTuple):

@@ -19,7 +19,7 @@ from dicer.protocols import PROTOCOLS as PROTOCOLS
 from dicer.protocols import Evaluation as Evaluation
 from dicer.protocols import Protocol
 from dicer.sources import tokenize_with
-from dicer.walk import Progress, evaluating, silent
+from dicer.stores import Progress, evaluating, silent
 
 
 def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent) -> dict[str, Any]:

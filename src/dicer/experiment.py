@@ -16,15 +16,15 @@ from typing import Any, NamedTuple, Protocol
 from dicer.distributed import from_first, rank, world_size
 from dicer.errors import DicerError, ExperimentError
 from dicer.grid import Experiment, Run, identity, portable_evaluation
+from dicer.job import portable
 from dicer.machine import peak_memory, pick_device, reset_peak_memory
 from dicer.passes import Scored, score_all
 from dicer.pipeline import build_model
 from dicer.protocols import Evaluation
 from dicer.records import locked, read_records, record_path, run_id, write_record
 from dicer.run_record import facts_of, surroundings
-from dicer.scoring import portable
 from dicer.sources import ModelSource, open_model
-from dicer.walk import Progress, silent
+from dicer.stores import Progress, silent
 
 
 class Evaluate(Protocol):

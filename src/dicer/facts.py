@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dicer.job import prepare
 from dicer.recipe import Recipe
-from dicer.scoring import prepare
 from dicer.sources import ModelSource
 from dicer.surgery import count_sizes
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dicer.calibration import Calibration, load_calibration
 from dicer.distributed import world_size
+from dicer.job import Job, prepare
 from dicer.machine import peak_memory, reset_peak_memory
 from dicer.plan import PrunePlan
 from dicer.recipe import Recipe
-from dicer.scoring import Job, prepare, score
+from dicer.scoring import score
 from dicer.sources import ModelSource, tokenize_with
-from dicer.walk import Progress, silent
+from dicer.stores import Progress, silent
 
 T = TypeVar("T")
 

@@ -19,15 +19,16 @@ from dicer.card import model_card
 from dicer.errors import ModelError, RecipeError
 from dicer.evaluate import perplexity
 from dicer.forms import MODELING_FILE
+from dicer.job import Job, prepare
 from dicer.machine import pick_device
 from dicer.model_files import copy_side_files
 from dicer.plan import PrunePlan, load_plan
 from dicer.recipe import Recipe
-from dicer.scoring import Job, prepare, score
+from dicer.scoring import score
 from dicer.sink import CheckpointSink, check_output, check_space
 from dicer.sources import ModelSource, from_memory, open_model, tokenize_with
+from dicer.stores import Progress, silent
 from dicer.surgery import Sizes, plan_cut
-from dicer.walk import Progress, silent
 
 PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024

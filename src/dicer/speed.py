@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dicer.errors import RecipeError
 from dicer.machine import peak_memory
-from dicer.walk import Progress, evaluating, silent
+from dicer.stores import Progress, evaluating, silent
 
 
 @dataclass(frozen=True)
