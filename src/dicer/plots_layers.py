@@ -134,16 +134,17 @@ def allocation(chosen: dict[str, Record], name: str) -> Picture | None:
         if method is None:
             axis.set_axis_off()
             continue
-        beside = axis.twinx()
+        beside = axis.twinx() if any(row[0] == method and row[4] is not None for row in rows) else None
         for place, part in enumerate(("attention", "mlp", "blocks")):
             own = [row for row in rows if row[:2] == (method, part)]
             layers, look = [row[2] for row in own], {"color": COLOURS[place], "label": part}
             axis.bar([i + 0.28 * (place - 1) for i in layers], [row[3] for row in own], width=0.28, alpha=0.75, **look)
             told = [(row[2], row[4]) for row in own if row[4] is not None]
-            if told:
+            if beside and told:
                 beside.plot(*zip(*told, strict=True), ".-", color=COLOURS[place], markersize=4, linewidth=0.8)
         axis.set(title=method, xlabel="layer", ylabel="removed", ylim=(0, 1.05))
-        beside.set_ylabel("transfer entropy (line)")
+        if beside:
+            beside.set_ylabel("transfer entropy (line)")
         axis.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     handles, labels = drawn.axes[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside right upper", frameon=False)
