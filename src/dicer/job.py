@@ -83,7 +83,7 @@ class Job:
         for axis in self.method.axes if self.decision else ():
             modules = [module for module in self.budget.modules if module.axis == axis]
             whole = sum(self.decision.keep[axis, m.layer] == m.units for m in modules) if self.decision else 0
-            if whole:
+            if whole and axis == "mlp":  # of the few heads of a layer all may stay, as rounding goes over all layers
                 notes.append(f"{whole} layers keep all their {UNITS[axis]}: the ratio rounds to nothing there")
         return notes
 

@@ -168,9 +168,12 @@ def _check_axis(recipe: Recipe, method: Method) -> None:
         )
     if method.axis != "block":
         return
-    named = [name for name in ("criterion", "activation", "grouping", "merge") if getattr(recipe, name) is not None]
-    fields = Recipe.model_fields
-    named += [n for n in ("groups", "schedule", "split", "drop_threshold") if getattr(recipe, n) != fields[n].default]
+    unread = (
+        *("criterion", "activation", "grouping", "merge", "groups", "schedule", "split"),
+        *("drop_threshold", "max_ratio", "min_width", "width_multiple"),
+    )
+    named = [name for name in unread if getattr(recipe, name) != Recipe.model_fields[name].default]
+    named += ["method"] if recipe.method not in (None, "let-llm") else []
     if named:
         flag = named[0].replace("_", "-")
         raise RecipeError(f"--axis block removes whole layers by transfer entropy, so --{flag} has no effect.")
