@@ -14,6 +14,7 @@ from dicer.plot_style import COLOURS, Picture, figure, log_axis, png
 from dicer.records import unpack
 
 Record = dict[str, Any]
+_PAIRS = 55  # of eleven methods; nobody can read more lines
 
 
 def _kept(record: Record) -> dict[int, Any]:
@@ -58,7 +59,7 @@ def overlap_by_layer(chosen: dict[str, Record], name: str) -> Picture | None:
     """The same for every pair of methods and every layer."""
     kept = {method: _kept(record) for method, record in chosen.items() if record["layers"]}
     pairs = list(itertools.combinations(kept, 2))
-    if not pairs:
+    if not 0 < len(pairs) <= _PAIRS:
         return None
     layers = sorted(set.union(*(set(masks) for masks in kept.values())))
     shared = [[i in kept[a] and i in kept[b] for i in layers] for a, b in pairs]
