@@ -223,6 +223,17 @@ def test_perplexity_of_a_text(tiny, text):
     assert builtin["value"] == pytest.approx(perplexity(model, own), rel=1e-6)
 
 
+def test_another_window_covers_the_same_text(tiny, text):
+    model, tokenizer = tiny
+    asked = Evaluation(perplexity=str(text), window=64, windows=2, also_window=32)
+    found = evaluate(model, tokenizer, asked)["perplexity"]
+    alone = evaluate(model, tokenizer, Evaluation(perplexity=str(text), window=32, windows=4))["perplexity"]
+    assert (found["window"], found["windows"]) == (64, 2)
+    assert found["also"] == alone
+    with pytest.raises(RecipeError, match="longer than the model's 128 positions"):
+        evaluate(model, tokenizer, Evaluation(perplexity=str(text), window=64, also_window=256))
+
+
 def _let_llm_tasks(path):
     for name in PROTOCOLS["let-llm"].tasks:
         write_choice(path, f"tiny_{name}", metrics=("acc",) if name == "winogrande" else ("acc", "acc_norm"))

@@ -19,11 +19,11 @@ import pytest
 from dicer import cli
 from dicer.errors import ExperimentError, OutputError
 from dicer.measured import measures
-from dicer.paper import FULL, QWEN, SHORT, TABLES, TASKS
-from dicer.plots import one_each, ordered
+from dicer.paper import FULL, PERPLEXITY, QWEN, SHORT, TABLES, TASKS
+from dicer.plots import one_each, ordered, pictures
 from dicer.records import pack, record_path, write_record
 from dicer.report import write_report
-from dicer.tables import Cell, Row, cell, full_table, mark_best, paper_tables, settings
+from dicer.tables import Cell, Row, cell, full_table, mark_best, paper_tables, settings, text_tables
 
 CHROMIUM = Path("/usr/bin/chromium")
 METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a", "sim-mean", "sim-dominant")
@@ -360,6 +360,38 @@ def test_models_that_are_broken_throughout_make_a_report(tmp_path):
             layer["norm"] = {"kept": 0.0, "dropped": 0.0}
     write_report(_save(records, tmp_path / "results"), tmp_path / "out")
     assert "| inf |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def _sized(samples, perplexity, method="rc-a"):
+    record = _record(method, 0.25, perplexity=perplexity, id=f"{method}-{samples}")
+    record["recipe"] |= {"samples": samples}
+    return record
+
+
+def test_sizes_of_the_calibration_text_stand_side_by_side():
+    records = [_sized(128, 20.0), _sized(16, 30.0), _sized(64, 25.0), _sized(16, 40.0, "act-l2")]
+    (view,) = text_tables(settings(records))
+    assert view.title.startswith("Calibration of rc-a, 25%")
+    assert [row.title for row in view.rows] == ["bookcorpus 16 x 128", "bookcorpus 64 x 128", "bookcorpus 128 x 128"]
+    place = view.columns.index(PERPLEXITY)
+    assert [row.cells[place].mean for row in view.rows] == [30.0, 25.0, 20.0]
+    assert [row.cells[place].best for row in view.rows] == [False, False, True]
+
+
+def test_what_goes_from_each_layer_is_drawn_where_it_differs(tmp_path):
+    entropy = {"blocks": [5.0, 1.0], "attention": [2.0, 0.5], "mlp": [3.0, 0.25]}
+    told = {"allocation": {"transfer_entropy": entropy}}
+    kept = {"attention": {"0": [4, 4]}, "mlp": {"0": [40, 30]}, "blocks": [1]}
+    even = {"attention": {}, "mlp": {"0": [40, 30], "1": [40, 30]}, "blocks": []}
+    records = [_record("let-llm", 0.25, kept=kept, **told), _record("act-l2", 0.25, kept=even)]
+    (made,) = (p for p in pictures(records, "x") if "allocation" in p.name)
+    assert {row for row in made.rows if row[0] == "let-llm"} == {
+        ("let-llm", "attention", 0, 0.0, 2.0),
+        ("let-llm", "mlp", 0, 0.25, 3.0),
+        ("let-llm", "blocks", 0, 0.0, 5.0),
+        ("let-llm", "blocks", 1, 1.0, 1.0),
+    }
+    assert not any("allocation" in p.name for p in pictures(records[1:], "x"))
 
 
 def test_the_command_says_where_the_report_is(tmp_path, monkeypatch, capfd):
