@@ -7,7 +7,7 @@ from operator import attrgetter
 
 import pytest
 import torch
-from test_contracts import run_without_dicer
+from test_contracts import CASES, run_without_dicer
 from tiny import FAMILIES, LAYERS, NEURONS, save_tiny, tiny_model, tiny_tokens
 
 import dicer
@@ -25,14 +25,6 @@ PLACES = dict.fromkeys(FAMILIES, _LLAMA) | {
     "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2"),
 }
 GROUPED = dict.fromkeys(FAMILIES, 2) | {"gpt2": 4, "opt": 4}  # key-value heads of the tiny models; 4 heads of 8
-CASES = {family: (family, {}) for family in FAMILIES}
-CASES |= {f"{family}-tied-mha": (family, {"tied": True, "kv_heads": 4}) for family in FAMILIES}
-CASES |= {
-    "llama-biases": ("llama", {"mlp_bias": True, "attention_bias": True}),
-    "gemma-biases": ("gemma", {"attention_bias": True}),
-    "opt-no-biases": ("opt", {"enable_bias": False}),
-    "opt-post-norm": ("opt", {"do_layer_norm_before": False}),
-}
 EMPTY = torch.empty(0, dtype=torch.int64)
 
 # What each plan keeps: axis -> layer -> kept quarters of the units; blocks that go; whether means are compensated.

@@ -28,10 +28,8 @@ PLACES = dict.fromkeys(FAMILIES, _LLAMA) | {
 
 
 @pytest.fixture(scope="module")
-def calib(tmp_path_factory):
-    path = tmp_path_factory.mktemp("calibration") / "tokens.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tiny_tokens().tolist()))
-    return str(path)
+def calib(rows):
+    return str(rows)
 
 
 @pytest.fixture(scope="module")
