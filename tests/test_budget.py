@@ -265,6 +265,18 @@ def test_transfer_entropy_shares_out_and_rc_a_says_which(pruned):
     assert any(not torch.equal(top.mlp[i].keep, rc_a.mlp[i].keep) for i in range(LAYERS))
 
 
+@pytest.mark.parametrize("allocate", ["transfer-entropy", "global"])
+def test_modules_that_keep_fewer_than_the_groups_asked_for_are_counted_in_a_note(allocate, pruned):
+    how = {"criterion": "act-l2", "grouping": "random", "allocate": allocate, "ratio": 0.4}
+    free = pruned(tiny_model("llama"), **how).plan
+    assert free.notes == []
+    widths = sorted(len(layer.keep) for layer in free.mlp.values())
+    few = pruned(tiny_model("llama"), groups=widths[1], **how).plan
+    assert widths[0] < widths[1], "else nothing is tested"
+    assert few.notes == [f"--groups {widths[1]} is more than 1 of 4 modules keep; those have a group a unit"]
+    assert sorted(len(layer.keep) for layer in few.mlp.values()) == widths
+
+
 # Bounds
 
 

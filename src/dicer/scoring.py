@@ -139,6 +139,7 @@ def _batches(jobs: Sequence[Job]) -> Sequence[Tensor]:
 
 def _plan(job: Job, layers: dict[Key, LayerPlan]) -> PrunePlan:
     decision = job.decision or Decision({})
+    notes = [*decision.told.get("notes", ()), *_fewer_groups(job, decision)]
     axes, empty = without_empty(job, layers)
     return PrunePlan(
         model={
@@ -151,8 +152,18 @@ def _plan(job: Job, layers: dict[Key, LayerPlan]) -> PrunePlan:
         versions={name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")},
         axes=axes,
         blocks=tuple(sorted({*decision.blocks, *empty})),
-        allocation={"target": job.budget.target, "whole": job.budget.whole, **decision.told},
+        allocation={"target": job.budget.target, "whole": job.budget.whole, **decision.told, "notes": notes},
     )
+
+
+def _fewer_groups(job: Job, decision: Decision) -> list[str]:
+    """A note where modules keep fewer units than the groups that were asked for; known beforehand, it is refused."""
+    asked = job.method.groups or 0
+    fewer = [keep for keep in decision.keep.values() if 0 < keep < asked]
+    if not fewer:
+        return []
+    where = f"{len(fewer)} of {len(decision.keep)} modules"
+    return [f"--groups {asked} is more than {where} keep; those have a group a unit"]
 
 
 def _score(job: Job, key: Key, visit: AxisVisit) -> Tensor:
