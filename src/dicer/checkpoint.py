@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,10 @@ class SafetensorsSource:
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor's shape and dtype, from the headers alone."""
         return self._infos
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Be as if these tensors were not there."""
+        self._infos = {name: info for name, info in self._infos.items() if name not in names}
 
     def read(self, name: str) -> Tensor:
         """One tensor, read from its shard."""

@@ -8,6 +8,7 @@ the residual branch adds nothing.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def _round(run: _Run, hidden: list[Tensor], picked: list[Part], candidates: list
     """
     place = 0  # the layer that hidden goes into next
     for part in candidates:
-        key = f"{part.key}@{len(picked)}" if picked else part.key
+        key = f"{part.key}@{_digest(picked)}" if picked else part.key
         value = run.known.get(key)
         if value is None:
             _move(run, hidden, range(place, part.layer), picked)
@@ -194,6 +195,11 @@ def _round(run: _Run, hidden: list[Tensor], picked: list[Part], candidates: list
         run.step(_cost(range(place, candidates[-1].layer), picked))  # what known values saved
     else:
         run.model = _final(run, hidden, place, picked)
+
+
+def _digest(picked: Collection[Part]) -> str:
+    """Which modules are bypassed already, whatever the order: a resumed search may pick others than the first did."""
+    return hashlib.sha256(" ".join(sorted(part.key for part in picked)).encode()).hexdigest()[:16]
 
 
 def _final(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[Part]) -> Moments:

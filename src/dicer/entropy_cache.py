@@ -22,6 +22,9 @@ from dicer.profile import LISTS, Profile, check_choices
 from dicer.sources import ModelSource
 from dicer.stores import Progress, ResidentStore, silent
 
+# Where a config comes from, and what "dtype" below says; all else may change what a model computes.
+_WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
+
 
 class _Held(NamedTuple):
     """What a cache file holds: H by key, also of a run that was killed, and whole profiles by their lists."""
@@ -43,9 +46,9 @@ def entropy_profile(
 ) -> Profile:
     """The transfer-entropy profile of a model on a text, measured (:func:`dicer.entropy.measure`) or from the cache.
 
-    The cache lies beside the converted models (:func:`dicer.model_files.cache_folder`). It knows a model by its
-    fingerprint (names, shapes, first and last rows), so a model in memory whose weights were changed elsewhere is taken
-    for the old one. A cache that cannot be read is replaced, and one that cannot be written is done without.
+    The cache lies beside the converted models (:func:`dicer.model_files.cache_folder`). It knows a model by its config
+    and its fingerprint (names, shapes, first and last rows), so one whose weights were changed elsewhere is taken for
+    the old one. A cache that cannot be read is replaced, and one that cannot be written is done without.
 
     Args:
         source: the model.
@@ -91,6 +94,8 @@ def _digest(source: ModelSource, model: Any, tokens: Tensor, lists: Sequence[str
     """Everything that decides the numbers; of the lists only what a greedy search lets compete."""
     facts = {
         "model": source.fingerprint,
+        "config": {name: value for name, value in model.config.to_dict().items() if name not in _WITHOUT_EFFECT},
+        "attention": str(model.config._attn_implementation),
         "dtype": str(model.dtype),
         "shape": list(tokens.shape),
         "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest(),
@@ -99,7 +104,7 @@ def _digest(source: ModelSource, model: Any, tokens: Tensor, lists: Sequence[str
         "pool": [name for name in lists if name != "blocks"] if search == "greedy" else [],
         "versions": {name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _read(name: str) -> _Held:
@@ -118,9 +123,11 @@ def _read(name: str) -> _Held:
 def _write(name: str, held: _Held) -> None:
     if rank() > 0:
         return
+    other = _read(name)  # of another process that measures the same
+    profiles = {**other.profiles, **held.profiles}
     content = {
-        "measured": held.measured,
-        "profiles": {lists: profile.to_json() for lists, profile in held.profiles.items()},
+        "measured": {**other.measured, **held.measured},
+        "profiles": {lists: profile.to_json() for lists, profile in profiles.items()},
     }
     with suppress(OSError, RuntimeError):
         folder = cache_folder() / "entropy"

@@ -78,6 +78,8 @@ class Job:
     def notes(self) -> list[str]:
         """What the user should know before the result surprises her."""
         notes = list(self.calibration.notes) if self.calibration else []
+        if ignored := self.source.ignored:
+            notes.append(f"{len(ignored)} tensors that transformers does not read are left out ({ignored[0]} ...)")
         if self.method.merge != "prune" and self.method.grouping == "none":
             notes.append(f"merge '{self.method.merge}' has nothing to merge without groups; name a --grouping")
         for axis in self.method.axes if self.decision else ():

@@ -95,7 +95,7 @@ def _wanted(file: str) -> bool:
 def cache_folder() -> Path:
     """Where converted models are kept: ``$DICER_CACHE``, else the user's cache folder."""
     base = os.environ.get("DICER_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dicer"
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dicer"
 
 
 def _converted(gguf: Path) -> Path:

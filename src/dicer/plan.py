@@ -233,7 +233,7 @@ def load_plan(path: Path) -> PrunePlan:
         if "method" not in record["recipe"]:
             raise ValueError("its recipe does not say 'method'")
         blocks = _blocks(record)
-        if not record["axes"].keys() <= set(AXES) or not (blocks or any(record["axes"].values())):
+        if not record["axes"].keys() <= set(AXES):
             raise ValueError(f"its axes are {sorted(record['axes'])}, expected layers of {' or '.join(AXES)}")
         tensors = load_file(folder / PLAN_TENSORS)
         axes = {

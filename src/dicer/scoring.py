@@ -190,6 +190,11 @@ def _decide(job: Job, key: Key, scored: Scores) -> LayerPlan:
     means = None
     if job.recipe.compensate == "bias" and (keep < units or survivors.merge is not None):
         means = (scored.sums.get("channel_sum", "mod") / scored.sums.count).float().cpu()
+        if not means.isfinite().all():
+            raise RecipeError(
+                f"the mean activations of {key[0]} in layer {key[1]} are not finite, so no bias can make up for them: "
+                "try --dtype float32."
+            )
     merge = survivors.merge
     if merge is None:
         return LayerPlan(units, survivors.keep, scored.values, means=means)

@@ -32,6 +32,7 @@ class ModelSource:
         family: its row of the table.
         tensors: its weights by name on disk.
         live: the model itself, where it is in memory.
+        ignored: tensors of the files that the model's class does not have, or ties to others; they are in no result.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModelSource:
     family: Family
     tensors: TensorSource
     live: Any | None = None
+    ignored: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -148,8 +150,9 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
     with as_model_error(name, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tensors = SafetensorsSource(folder)
-    _check_shapes(name, config, family, tensors)
-    return ModelSource(name, folder, config, raw_config, family, tensors)
+    ignored = _check_shapes(name, config, family, tensors)
+    tensors.leave_out(ignored)
+    return ModelSource(name, folder, config, raw_config, family, tensors, ignored=ignored)
 
 
 def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> tuple[str, Any, Any | None]:
@@ -219,8 +222,12 @@ def from_memory(model: Any) -> ModelSource:
     return ModelSource(name, None, config, raw_config, family, MemorySource(state), model)
 
 
-def _check_shapes(name: str, config: Any, family: Family, tensors: TensorSource) -> None:
-    """Hold every tensor that the config calls for against the headers, before anything is loaded."""
+def _check_shapes(name: str, config: Any, family: Family, tensors: TensorSource) -> tuple[str, ...]:
+    """Hold every tensor that the config calls for against the headers, before anything is loaded.
+
+    Returns:
+        The tensors that transformers does not read: masks of old versions (GPT-2's ``attn.bias``), tied copies.
+    """
     from transformers import AutoModelForCausalLM
 
     with as_model_error(name, "config"), torch.device("meta"):
@@ -247,6 +254,9 @@ def _check_shapes(name: str, config: Any, family: Family, tensors: TensorSource)
     beyond = [n for n in infos if (place := family.locate(n)) and place[0] >= count]
     if beyond:
         raise ModelError(f"{name}: config.json says {count} layers, and the weights have '{beyond[0]}'.")
+    read = {tensor for tensor in skeleton.state_dict() if tensor not in tied}
+    short = {tensor.split(".", 1)[-1] for tensor in read}
+    return tuple(tensor for tensor in infos if tensor not in read and tensor not in short)
 
 
 def _tied_names(model: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,14 +232,15 @@ def _biased(source: ModelSource, axis: Axis, layer: LayerPlan, bias_name: str) -
 def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan | None, old: int, new: int) -> None:
     """A bias that the stock class does not have, unless it was copied or added to already."""
     source, piece = cut.source, next(piece for piece in axis.slices if piece.is_output)
-    gone = layer is not None and not len(layer.keep)
-    name = source.family.tensor_name(new, f"{axis.modules[-1] if gone else axis.output}.bias")
-    if layer is None or layer.means is None or name in cut.infos:
+    if layer is None or layer.means is None:
         return
-    weight_name = source.family.tensor_name(old, piece.name)
-    if weight_name not in cut.before:  # older checkpoints lack the outermost prefix
-        weight_name = weight_name.split(".", 1)[1]
+    weight_name = _places(source.family, cut.before)[old, piece.name]
     bias_name = weight_name.removesuffix("weight") + "bias"
+    name = source.family.renumbered(bias_name, new)
+    if not len(layer.keep):
+        name = f"{name.removesuffix(f'{axis.output}.bias')}{axis.modules[-1]}.bias"
+    if name in cut.infos:
+        return
     info = cut.before[weight_name]
     cut.infos[name] = TensorInfo((info.shape[1 - piece.dim],), info.dtype)
 
@@ -251,13 +252,19 @@ def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan | None, old: int, new: i
     cut.made[name] = make
 
 
+def _places(family: Family, names: Iterable[str]) -> dict[tuple[int, str], str]:
+    """(layer, name inside it) -> name on disk, which older checkpoints write without the outermost prefix."""
+    return {place: name for name in names if (place := family.locate(name))}
+
+
 def _zero_biases(cut: Cut, axes: list[Axis]) -> None:
     """What a stock bias switch turns on besides the biases that are wanted: zeros."""
     family = cut.source.family
+    places = _places(family, cut.infos)
     for index in range(int(cut.config[family.layers_key])):
         for axis in axes:
             for weight in axis.required:
-                name = family.tensor_name(index, weight.name)
+                name = places[index, weight.name]
                 bias, info = name.removesuffix("weight") + "bias", cut.infos[name]
                 if bias not in cut.infos:
                     cut.infos[bias] = TensorInfo((info.shape[0],), info.dtype)

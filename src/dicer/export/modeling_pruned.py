@@ -97,6 +97,20 @@ class SkippedAttention(SkippedMLP):
         return super().forward(hidden_states), None
 
 
+class _OwnHeads:
+    """A model's config with a layer's own numbers of heads; all else is the model's, also where it changes later."""
+
+    def __init__(self, config: Any, heads: int, groups: int) -> None:
+        self._config = config
+        self.num_attention_heads = heads
+        self.num_key_value_heads = groups
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # asked for while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
 @contextmanager
 def _all_alike(config: Any) -> Iterator[None]:
     """Hide what differs between layers, so that the stock constructor builds them all by the global config."""
@@ -138,12 +152,12 @@ def _set_heads(layer: Any, part: SubLayer, config: Any, bias: bool) -> None:
     units = getattr(config, part.units)
     rows = {"q": group * size, "k": size, "qkv": (group + 2) * size}
     _set_units(layer, part, units, rows, group * size, bias)
-    # GPT-2 and OPT split by these; Phi-3 reads the number of heads from its config.
+    # GPT-2 and OPT split by these.
     for name, value in (("num_heads", units), ("num_key_value_heads", units), ("split_size", units * size)):
         if hasattr(module, name):
             setattr(module, name, value)
-    if "qkv" in part.inputs.values() and hasattr(module, "config"):
-        module.config = config
+    if part is _FUSED_HEADS:  # Phi-3 reads them from its config
+        module.config = _OwnHeads(module.config, units * group, units)
 
 
 def _set_units(layer: Any, part: SubLayer, units: int | None, rows: dict[str, int], columns: int, bias: bool) -> None:
