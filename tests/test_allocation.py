@@ -436,6 +436,17 @@ def test_uniform_attention_never_misses_by_more_than_half_a_unit(modules, ratio,
         assert lost <= wanted + 0.5 + ROUNDING
 
 
+def test_uniform_attention_takes_from_wide_layers_what_narrow_last_ones_cannot_give():
+    modules = [Module("attention", layer, units, 100) for layer, units in enumerate([4, 4, 1, 1])]
+    assert uniform_units(modules, 0.5, Bounds()) == [1, 2, 1, 1]
+    assert uniform_units(modules, 0.2, Bounds()) == [3, 3, 1, 1]
+
+
+def test_a_layer_narrower_than_the_multiple_stays_where_others_are_wider():
+    modules = [Module("mlp", layer, units, 100) for layer, units in enumerate([40, 5, 40])]
+    assert uniform_units(modules, 0.25, Bounds(multiple=8)) == [32, 5, 32]
+
+
 @pytest.mark.parametrize(
     ("ratio", "bounds", "message"),
     [

@@ -254,3 +254,16 @@ def test_heads_that_a_stock_config_refuses_get_the_form_with_a_say_for_every_lay
     )
     if stock:
         assert (loaded.config.num_attention_heads, loaded.config.head_dim) == (3, 8)
+
+
+@pytest.mark.parametrize("case", [case for case in RELOADED if case != "gemma2"])  # which has no sdpa
+def test_a_pruned_model_changes_its_attention_implementation_as_a_stock_one_does(case, written):
+    folder, _ = written[0][case, "heads differ"]
+    model = dicer.load(folder, attn_implementation="eager")
+    expected = logits_of(model)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=2e-5)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(input_ids=tiny_tokens(2), output_attentions=True).attentions
+    assert len(weights) == LAYERS

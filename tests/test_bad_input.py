@@ -285,7 +285,7 @@ def test_a_recipe_file_that_is_wrong(prune_refused, tmp_path, content, says):
         (["--method", "let-llm", "--layers", "1"], ["ratio 0.25 of 27,904", "choose more"]),
         (["--allocate", "global", "--ratio", "0.5", "--min-width", "30"], ["at most 3,840 (25.0%) can go"]),
         (["--axis", "block", "--ratio", "0.99"], ["at most 20,928 (75.0%) can go"]),
-        (["--axis", "block", "--layers", "2"], ["at most 0 (0.0%) can go"]),
+        (["--axis", "block", "--layers", "2"], ["less than half of one layer"]),
         (["--ratio", "0.5", "--max-ratio", "0.4"], ["ratio 0.5 is more than the 0.4 that any module may lose"]),
         (["--axis", "attention", "--method", "sim-mean"], ["merge 'mean' is for neurons", "--merge prune"]),
         (["--axis", "all", "--grouping", "random", "--merge", "dominant"], ["merge 'dominant' is for neurons"]),
@@ -332,7 +332,7 @@ def test_what_cannot_go_is_said(prune_refused, own_cache, flags, says):
         ('{"mlp": {"1": NaN}}', ["layer 1 is NaN, not a number from 0 to 1"]),
         ('{"mpl": {"1": 0.5}}', ["unknown axis 'mpl'", "Did you mean 'mlp'?"]),
         ('{"attention": {"1": 0.5}}', ["ratios for attention, which is not being pruned"]),
-        ('{"mlp": [1, 1, 1, 1]}', ["removes every module whole", "ask for less"]),
+        ('{"mlp": [0, 0, 0, 0]}', ["every ratio in", "mine.json is 0, so nothing would go"]),
     ],
 )
 def test_an_allocation_file_that_does_not_fit(prune_refused, tmp_path, content, says):
@@ -857,6 +857,28 @@ def _drop(record, *keys):
         (lambda plan: _edit_plan(plan, lambda r: r["axes"]["mlp"].update({"9": {}})), ["is broken"]),
         (lambda plan: _edit_plan(plan, lambda r: r["axes"]["mlp"]["1"].update(units=39)), ["is broken", "layer 1"]),
         (lambda plan: _edit_plan(plan, lambda r: r["axes"]["mlp"]["1"].update(keep=29)), ["is broken", "layer 1"]),
+        (lambda plan: _edit_plan(plan, lambda r: r.update(allocation=[])), ["is broken", "'allocation' is no table"]),
+        (lambda plan: _edit_plan(plan, lambda r: r["allocation"].update(whole="x")), ["is broken", "'whole'"]),
+        (lambda plan: _edit_plan(plan, lambda r: _drop(r, "recipe", "ratio_of")), ["is broken", "'ratio_of'"]),
+        (lambda plan: (plan / "dicer_plan.json").write_text("[" * 10**5), ["is broken", "recursion"]),
+        (
+            lambda plan: _edit_plan_tensors(
+                plan,
+                row=torch.zeros(40, dtype=torch.int64),
+                weight_in=torch.full((40,), torch.nan),
+                weight_out=torch.ones(40),
+            ),
+            ["a merge that does not fit"],
+        ),
+        (
+            lambda plan: _edit_plan_tensors(
+                plan,
+                row=torch.zeros(40, dtype=torch.int64),
+                weight_in=torch.ones(40).double(),
+                weight_out=torch.ones(40),
+            ),
+            ["a merge that does not fit"],
+        ),
         (lambda plan: _edit_plan_tensors(plan, keep=torch.arange(29, -1, -1)), ["sorted selection of its 40 units"]),
         (lambda plan: _edit_plan_tensors(plan, keep=torch.arange(20, 50)), ["sorted selection of its 40 units"]),
         (lambda plan: _edit_plan_tensors(plan, keep=torch.arange(-1, 29)), ["sorted selection of its 40 units"]),

@@ -198,12 +198,41 @@ def test_a_ratio_of_one_in_a_file_removes_the_module_and_both_of_a_layer_the_lay
         ({"attention": {"0": 0.5}}, "has ratios for attention, which is not being pruned"),
         ({"heads": {"0": 0.5}}, "unknown axis 'heads'"),
         ([0.1, 0.2], "holds no object"),
-        ({"mlp": [1, 1, 1, 1]}, "removes every module whole"),
+        ({"mlp": [0, 0, 0, 0]}, "every ratio in .*mine.json is 0"),
+        ({}, "every ratio in .*mine.json is 0"),
+        ({"mlp": {"0": 0.6, "1": 0.2}}, "mlp of layer 0 is to lose 0.6, and --max-ratio is 0.5"),
+        ({"mlp": {"1": 0.5}}, "mlp of layer 1 is to lose 0.5, and --min-width is 21"),
     ],
 )
 def test_a_file_that_does_not_fit_the_model_is_refused(ratios, says, pruned, tmp_path):
+    how = {"criterion": "weight-l2", "max_ratio": 0.5, "min_width": 21}
     with pytest.raises(RecipeError, match=says):
-        pruned(tiny_model("llama"), criterion="weight-l2", allocate=write(tmp_path / "mine.json", ratios))
+        pruned(tiny_model("llama"), allocate=write(tmp_path / "mine.json", ratios), **how)
+
+
+def test_what_a_file_does_not_name_is_left_alone_also_with_a_multiple(pruned, tmp_path):
+    file = write(tmp_path / "mine.json", {"mlp": {"1": 0.5}})
+    plan = pruned(tiny_model("llama"), criterion="weight-l2", allocate=file, width_multiple=16).plan
+    assert [len(layer.keep) for layer in plan.mlp.values()] == [40, 16, 40, 40]
+    assert plan.notes == []
+
+
+def test_a_file_may_remove_all_of_one_kind_but_not_every_layer(pruned, tmp_path):
+    how = {"criterion": "weight-l2", "axis": "all"}
+    file = write(tmp_path / "mine.json", {"mlp": [1] * LAYERS})
+    assert [len(layer.keep) for layer in pruned(tiny_model("llama"), allocate=file, **how).plan.mlp.values()] == [0] * 4
+    file = write(tmp_path / "mine.json", {"mlp": [1] * LAYERS, "attention": [1] * LAYERS})
+    with pytest.raises(RecipeError, match="removes every layer whole"):
+        pruned(tiny_model("llama"), allocate=file, **how)
+
+
+def test_a_layer_emptied_in_two_steps_goes_as_in_one(pruned, tmp_path):
+    model = tiny_model("llama")
+    for axis in ("attention", "mlp"):
+        file = write(tmp_path / f"{axis}.json", {axis: {"1": 1}})
+        model = pruned(model, criterion="weight-l2", axis=axis, allocate=file).model
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert len(model.model.layers) == LAYERS - 1
 
 
 # One ranking
@@ -275,6 +304,32 @@ def test_modules_that_keep_fewer_than_the_groups_asked_for_are_counted_in_a_note
     assert widths[0] < widths[1], "else nothing is tested"
     assert few.notes == [f"--groups {widths[1]} is more than 1 of 4 modules keep; those have a group a unit"]
     assert sorted(len(layer.keep) for layer in few.mlp.values()) == widths
+
+
+def test_all_chosen_blocks_may_go_where_others_stay(pruned):
+    assert pruned(tiny_model("llama"), axis="block", layers="1-2", ratio=0.95).plan.blocks == (1, 2)
+    with pytest.raises(RecipeError, match=r"at most 20,928 \(75.0%\) can go"):
+        pruned(tiny_model("llama"), axis="block", ratio=0.95)
+
+
+def test_a_ratio_of_less_than_half_a_layer_is_said(pruned):
+    with pytest.raises(RecipeError, match=r"ratio 0\.05 is less than half of one layer, so none would go"):
+        pruned(tiny_model("llama"), axis="block", ratio=0.05)
+
+
+def test_options_without_effect_are_refused(pruned):
+    for recipe, says in (
+        ({"axis": "attention", "width_multiple": 8}, "--width-multiple is for neurons"),
+        ({"axis": "attention", "min_width": 9}, "--min-width is for neurons"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            pruned(tiny_model("llama"), **recipe)
+
+
+@pytest.mark.parametrize("split", ["share", "module"])
+def test_blocks_are_measured_only_where_they_decide(split, pruned):
+    plan = pruned(tiny_model("llama"), method="let-llm", ratio=0.3, split=split).plan
+    assert ("blocks" in plan.allocation["transfer_entropy"]) == (split == "share")
 
 
 # Bounds

@@ -282,13 +282,6 @@ def test_plan_explains_blocks_that_go_and_those_that_stay(run, model, rows, tmp_
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_ratio_that_is_less_than_half_a_layer_takes_none_and_says_so(run, model, rows, tmp_path):
-    printed = run("prune", model, "-o", tmp_path / "out", "--calib", rows, "--axis", "block", "--ratio", "0.1")
-    assert "Note: no layer goes: the ratio is less than half of one." in printed
-    assert _parts(tmp_path / "out", "") == _parts(model, "")
-
-
-@pytest.mark.usefixtures("own_cache")
 def test_a_plan_of_blocks_and_biases_applies_and_differs(run, model, rows, tmp_path):
     for name, flags in (
         ("blocks", ("--axis", "block")),

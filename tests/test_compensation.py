@@ -7,9 +7,11 @@ from operator import attrgetter
 
 import pytest
 import torch
-from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, tiny_model, tiny_tokens
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, save_tiny, tiny_model, tiny_tokens
 
 import dicer
+from dicer.errors import RecipeError
 
 # Decoder layers and both output projections, written down apart from the library's own table.
 _LLAMA = ("model.layers", "self_attn.o_proj", "mlp.down_proj")
@@ -171,6 +173,31 @@ def test_layers_that_are_all_alike_make_a_stock_llama_with_zeros_elsewhere(axis,
     assert len(biases) == LAYERS * {"mlp": 3, "attention": 4}[axis]
     for name, bias in biases.items():
         assert bool(bias.any()) == (name in wanted)
+
+
+@pytest.mark.parametrize("axis", ["mlp", "attention"])
+def test_names_without_their_prefix_get_biases_too(axis, calib, tmp_path):
+    """As ``AutoModel.save_pretrained`` writes them."""
+    folders = [save_tiny(tmp_path / name, "llama", tied=True) for name in ("with", "without")]
+    tensors = load_file(folders[1] / "model.safetensors")
+    short = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(short, folders[1] / "model.safetensors", metadata={"format": "pt"})
+    recipe = dicer.Recipe(criterion="weight-l2", compensate="bias", calib=calib, axis=axis, ratio=0.5)
+    logits = []
+    for folder in folders:
+        dicer.prune(folder, recipe, output=folder.with_suffix(".out"))
+        with torch.no_grad():
+            logits.append(dicer.load(folder.with_suffix(".out"))(tiny_tokens(2)).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-6)
+
+
+def test_means_that_overflowed_make_no_bias(compensated):
+    model = tiny_model("llama", dtype=torch.float16)
+    with torch.no_grad():
+        for projection in (model.model.layers[1].mlp.up_proj, model.model.layers[1].mlp.gate_proj):
+            projection.weight[3] = 6e4
+    with pytest.raises(RecipeError, match="mean activations of mlp in layer 1 are not finite"):
+        compensated(model, layers="1", ratio=0.5)
 
 
 def test_the_bias_has_the_dtype_of_the_checkpoint(compensated):

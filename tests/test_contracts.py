@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, LAYERS, NEURONS, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
+from tiny import FAMILIES, LAYERS, NEURONS, POSITIONS, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
@@ -626,6 +626,23 @@ def test_old_gpt2_names_without_their_prefix_give_the_same_model(tmp_path, recip
     assert torch.equal(*map(logits_of, models))
     in_memory = dicer.prune(old, recipe(layers="1-2")).model
     assert torch.equal(logits_of(in_memory), logits_of(models[0]))
+
+
+def test_old_buffers_and_tied_copies_are_neither_counted_nor_written(tmp_path, recipe):
+    """Causal masks in old GPT-2 files, and a head that is tied."""
+    clean = save_tiny(tmp_path / "clean", "gpt2", tied=True)
+    old = shutil.copytree(clean, tmp_path / "old")
+    tensors = load_file(clean / "model.safetensors")
+    tensors |= {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, POSITIONS, POSITIONS) for i in range(LAYERS)}
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
+    how = recipe(axis="all", ratio_of="decoder", ratio=0.4, criterion="weight-l2", width_multiple=1)
+    results = [dicer.prune(folder, how, output=folder.with_suffix(".out")) for folder in (clean, old)]
+    assert results[0].before == results[1].before
+    assert results[0].after == results[1].after
+    assert_same_tensors(tensors_in(tmp_path / "clean.out"), tensors_in(tmp_path / "old.out"))
+    note = "5 tensors that are no part of the model are left out"
+    assert [any(note in line for line in result.notes) for result in results] == [False, True]
 
 
 @every_family

@@ -68,6 +68,63 @@ def test_the_cache_tells_apart_what_decides_the_numbers(cache, other):
     assert len(list(cache.iterdir())) == 2
 
 
+def test_the_cache_tells_apart_the_dtype_that_is_computed_in(cache):
+    """The files, and so the fingerprint, are the same."""
+    source = from_memory(tiny_model("llama"))
+    for dtype in (torch.float32, torch.bfloat16):
+        entropy_profile(source, tiny_model("llama", dtype=dtype), tiny_tokens(), lists=["blocks"])
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {"rms_norm_eps": 1e-2}), ("llama", {"hidden_act": "relu"}), ("mistral", {})]
+)
+def test_the_cache_tells_apart_configs_of_the_same_weights(cache, family, config):
+    first, other = _profile(tiny_model("llama")), _profile(tiny_model(family, **config))
+    assert len(list(cache.iterdir())) == 2
+    assert other == _measured(tiny_model(family, **config))
+    assert other.entropy != first.entropy
+
+
+def test_what_another_process_measured_meanwhile_is_kept(cache, monkeypatch):
+    model, real = tiny_model("llama"), measure
+
+    def meanwhile(*words, **choices):
+        monkeypatch.setattr(entropy_cache, "measure", real)
+        _profile(model, lists=["mlp"])
+        return real(*words, **choices)
+
+    monkeypatch.setattr(entropy_cache, "measure", meanwhile)
+    _profile(model, lists=["attention"])
+    monkeypatch.setattr(entropy_cache, "measure", lambda *a, **k: pytest.fail("measured again"))
+    for lists in (["mlp"], ["attention"]):
+        _profile(model, lists=lists)
+
+
+def test_a_resumed_search_that_picks_others_does_not_use_what_was_measured_with_the_first(cache):
+    model, seen = tiny_model("llama"), {}
+    first = measure(
+        ResidentStore(model, family_of("llama")),
+        [tiny_tokens()],
+        search="greedy",
+        lists=["mlp"],
+        remember=seen.__setitem__,
+    )
+    order = [entry.layer for entry in sorted(first.mlp, key=lambda entry: entry.pick)]
+    swapped = {f"mlp.{order[0]}": seen[f"mlp.{order[1]}"], f"mlp.{order[1]}": seen[f"mlp.{order[0]}"]}
+    known = seen | swapped  # as noise would have it
+    again = measure(
+        ResidentStore(model, family_of("llama")), [tiny_tokens()], search="greedy", lists=["mlp"], known=known
+    )
+    picks = {entry.pick: entry for entry in again.mlp}
+    assert [picks[0].layer, picks[1].layer] == [order[1], order[0]]
+    naive = tiny_model("llama")
+    with torch.no_grad():
+        naive.model.layers[order[1]].mlp.down_proj.weight.zero_()
+    other = {entry.layer: entry.entropy for entry in _measured(naive, lists=["mlp"]).mlp}
+    assert picks[1].entropy == pytest.approx(other[order[0]], rel=1e-6)
+
+
 def test_other_lists_take_what_is_there(cache, monkeypatch):
     model, ran = tiny_model("llama"), []
 

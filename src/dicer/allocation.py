@@ -77,11 +77,12 @@ def total(modules: Sequence[Module]) -> int:
     return sum(module.parameters for module in modules)
 
 
-def too_much(target: float, possible: float, whole: float) -> RecipeError:
-    """The error for a target out of reach; all three in parameters."""
+def too_much(target: float, possible: float, whole: float, what: str = "") -> RecipeError:
+    """The error for a target out of reach; all three in parameters, ``what`` says of what if not of all."""
+    last = ", as every layer keeps one key-value head" if what == " of heads" else " within the bounds"
     return RecipeError(
-        f"{target:,.0f} of {whole:,.0f} parameters ({target / whole:.1%}) are to go, but at most {possible:,.0f} "
-        f"({possible / whole:.1%}) can within the bounds: ask for less, or for wider bounds."
+        f"{target:,.0f} of {whole:,.0f} parameters{what} ({target / whole:.1%}) are to go, but at most {possible:,.0f} "
+        f"({possible / whole:.1%}) can{last}: ask for less, or for wider bounds."
     )
 
 
@@ -114,14 +115,25 @@ def uniform_units(modules: Sequence[Module], ratio: float, bounds: Bounds) -> li
     for axis in AXES:
         _check_reach([module for module in modules if module.axis == axis], ratio, bounds)
     keep, line, gone = [0] * len(modules), 0.0, 0
+    widest = max((module.units for module in modules if module.axis == "mlp"), default=0)
+    heads = []
     for place in sorted(range(len(modules)), key=lambda place: modules[place].layer):
         module, widths = modules[place], allowed_widths(modules[place], bounds)
         if module.axis == "mlp":
-            keep[place] = min(max(legal(module.units, ratio, bounds.multiple), widths[0]), widths[-1])
+            narrow = module.units < bounds.multiple <= widest  # has no multiple, but others do
+            wanted = module.units if narrow else legal(module.units, ratio, bounds.multiple)
+            keep[place] = min(max(wanted, widths[0]), widths[-1])
             continue
+        heads.append(place)
         line += module.units * ratio
         keep[place] = max(module.units - math.floor(line - gone + 0.5 + HAIR), widths[0])
         gone += module.units - keep[place]
+    while line - gone + HAIR >= 0.5:  # the last layers could not give their part, so those that have most give it
+        able = [place for place in heads if keep[place] > allowed_widths(modules[place], bounds)[0]]
+        if not able:
+            break
+        keep[max(able, key=lambda place: keep[place] / modules[place].units)] -= 1
+        gone += 1
     return keep
 
 
@@ -130,7 +142,8 @@ def _check_reach(modules: Sequence[Module], ratio: float, bounds: Bounds) -> Non
     stays, steps = replace(bounds, drop_threshold=None), [_step_cost(module, bounds) for module in modules]
     rounding = sum(steps) if modules and modules[0].axis == "mlp" else max(steps, default=0) / 2
     if ratio * total(modules) > most(modules, stays) + rounding:
-        raise too_much(ratio * total(modules), most(modules, stays), total(modules))
+        what = " of heads" if modules[0].axis == "attention" else " of neurons"
+        raise too_much(ratio * total(modules), most(modules, stays), total(modules), what)
 
 
 def _step_cost(module: Module, bounds: Bounds) -> int:
@@ -218,7 +231,10 @@ def read_ratios(path: Path | str, modules: Sequence[Module], layers: int) -> lis
             raise RecipeError(f"{path} has ratios for {axis}, which is not being pruned: take them out, or prune it.")
         for layer, ratio in _by_layer(f"{path}: {axis}", entries, layers).items():
             if layer not in chosen[axis] and ratio:
-                raise RecipeError(f"{path}: {axis} of layer {layer} is not being pruned: give it 0, or choose it.")
+                raise RecipeError(
+                    f"{path}: {axis} of layer {layer} is not being pruned: give it 0 where it is gone already, "
+                    "else choose it."
+                )
             found[axis, layer] = ratio
     return [found.get((module.axis, module.layer), 0.0) for module in modules]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dicer.allocation import Bounds, Module, most, read_ratios, uniform_units, whole_units
+from dicer.allocation import HAIR, Bounds, Module, most, read_ratios, uniform_units, whole_units
 from dicer.entropy import Profile
 from dicer.errors import RecipeError
 from dicer.presets import Method
@@ -87,14 +87,20 @@ def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
     threshold = 1.0 if from_file else recipe.drop_threshold
     bounds = Bounds(recipe.max_ratio, recipe.min_width, threshold, recipe.width_multiple)
     budget = Budget(modules, blocks, whole, recipe.ratio * whole, bounds, count)
-    can = most(modules, bounds) if modules else eligible - min(blocks.values())
+    can = most(modules, bounds) if modules else eligible - (min(blocks.values()) if len(blocks) == count else 0)
     by_width = method.allocate == "uniform" and method.ratio_of == "chosen"  # whose rounding may pass it by a step
     if not from_file and not by_width and budget.target > can:
         raise RecipeError(
             f"ratio {recipe.ratio} of {whole:,} parameters ({method.ratio_of}) is {budget.target:,.0f}, and at most "
             f"{can:,} ({can / whole:.1%}) can go from what was chosen; ask for less, or choose more."
         )
+    if blocks and budget.target < min(blocks.values()) / 2:
+        raise _less_than_a_layer(recipe.ratio)
     return budget
+
+
+def _less_than_a_layer(ratio: float) -> RecipeError:
+    return RecipeError(f"ratio {ratio} is less than half of one layer, so none would go: ask for more.")
 
 
 def _parameters(source: ModelSource, axis: str, layer: int) -> int:
@@ -111,14 +117,37 @@ def decide_beforehand(budget: Budget, method: Method, recipe: Recipe) -> Decisio
     """
     modules, bounds = budget.modules, budget.bounds
     if method.allocate.endswith(".json"):
-        ratios = read_ratios(Path(method.allocate), modules, budget.layers)
-        target = sum(ratio * module.parameters for ratio, module in zip(ratios, modules, strict=True))
-        return _decision(modules, whole_units(modules, ratios, bounds, target), {"target": target})
+        return _decide_by_file(Path(method.allocate), budget)
     if method.allocate != "uniform":
         return None
     eligible = sum(module.parameters for module in modules)
     ratio = recipe.ratio if method.ratio_of == "chosen" else budget.target / eligible
     return _decision(modules, uniform_units(modules, ratio, bounds))
+
+
+def _decide_by_file(path: Path, budget: Budget) -> Decision:
+    """A file's ratios: 1 is whole, 0 is untouched, and no bound may change one."""
+    asked = dict(zip(budget.modules, read_ratios(path, budget.modules, budget.layers), strict=True))
+    if not any(asked.values()):
+        raise RecipeError(f"every ratio in {path} is 0, so nothing would go.")
+    bounds = replace(budget.bounds, drop_threshold=None)
+    for module, ratio in asked.items():
+        least = min(bounds.min_width, module.units) if module.axis == "mlp" else 1
+        if 0 < ratio < 1 and ratio > bounds.max_ratio + HAIR:
+            broken = f"--max-ratio is {bounds.max_ratio}"
+        elif 0 < ratio < 1 and least > max(round(module.units * (1 - ratio)), 1):
+            broken = f"--min-width is {bounds.min_width}"
+        else:
+            continue
+        raise RecipeError(
+            f"{path}: {module.axis} of layer {module.layer} is to lose {ratio}, and {broken}: change one."
+        )
+    keep = {module: 0 if ratio == 1 else module.units for module, ratio in asked.items()}
+    if cut := [module for module, ratio in asked.items() if 0 < ratio < 1]:
+        part = sum(asked[module] * module.parameters for module in cut)
+        keep |= dict(zip(cut, whole_units(cut, [asked[module] for module in cut], bounds, part), strict=True))
+    told = {"target": sum(ratio * module.parameters for module, ratio in asked.items())}
+    return _decision(budget.modules, [keep[module] for module in budget.modules], told)
 
 
 def decide_by_entropy(budget: Budget, recipe: Recipe, profile: Profile) -> Decision:
@@ -131,9 +160,10 @@ def decide_by_entropy(budget: Budget, recipe: Recipe, profile: Profile) -> Decis
     told: dict[str, Any] = {"transfer_entropy": profile.te_lists(), "notes": list(profile.notes)}
     if budget.blocks:
         layers = list(budget.blocks)
-        gone = block_removal([blocks[i] for i in layers], [budget.blocks[i] for i in layers], budget.target)
+        sizes = [budget.blocks[i] for i in layers]
+        gone = block_removal([blocks[i] for i in layers], sizes, budget.target, all_may_go=len(layers) < budget.layers)
         if not gone:
-            told["notes"].append("no layer goes: the ratio is less than half of one")
+            raise _less_than_a_layer(recipe.ratio)
         return Decision({}, tuple(sorted(layers[i] for i in gone)), told)
     te = {(axis, entry.layer): entry.te for axis in ("attention", "mlp") for entry in getattr(profile, axis)}
     ratios = entropy_ratios(
@@ -157,6 +187,8 @@ def _decision(modules: Sequence[Module], kept: Sequence[int], told: dict[str, An
     return Decision({(m.axis, m.layer): k for m, k in zip(modules, kept, strict=True)}, told=told or {})
 
 
-def lists_needed(method: Method) -> tuple[str, ...]:
+def lists_needed(method: Method, split: str) -> tuple[str, ...]:
     """The lists of a transfer-entropy profile that an allocation reads."""
+    if method.axis == "all" and split == "module":
+        return ("attention", "mlp")
     return {"all": ("blocks", "attention", "mlp"), "block": ("blocks",)}.get(method.axis, (method.axis,))

@@ -16,6 +16,7 @@ from dicer.budget import Budget, Decision, Key, decide_beforehand, make_budget
 from dicer.calibration import Calibration, load_calibration
 from dicer.criteria import CRITERIA, Criterion, find_criterion
 from dicer.errors import RecipeError, unknown
+from dicer.forms import layer_shapes
 from dicer.grouping import GROUPINGS
 from dicer.layer_statistics import Need
 from dicer.merging import MERGES
@@ -79,13 +80,14 @@ class Job:
         """What the user should know before the result surprises her."""
         notes = list(self.calibration.notes) if self.calibration else []
         if ignored := self.source.ignored:
-            notes.append(f"{len(ignored)} tensors that transformers does not read are left out ({ignored[0]} ...)")
+            notes.append(f"{len(ignored)} tensors that are no part of the model are left out ({ignored[0]} ...)")
         if self.method.merge != "prune" and self.method.grouping == "none":
             notes.append(f"merge '{self.method.merge}' has nothing to merge without groups; name a --grouping")
         for axis in self.method.axes if self.decision else ():
             modules = [module for module in self.budget.modules if module.axis == axis]
             whole = sum(self.decision.keep[axis, m.layer] == m.units for m in modules) if self.decision else 0
-            if whole and axis == "mlp":  # of the few heads of a layer all may stay, as rounding goes over all layers
+            # Of the few heads of a layer all may stay, as rounding goes over all layers; a file may ask for it.
+            if whole and not self.method.allocate.endswith(".json") and (axis == "mlp" or whole == len(modules)):
                 notes.append(f"{whole} layers keep all their {UNITS[axis]}: the ratio rounds to nothing there")
         return notes
 
@@ -146,6 +148,8 @@ def prepare(
                 f"ask for at most {keep}."
             )
     job = Job(source, recipe, method, criterion, budget, decision, None)
+    if len(job.outline().blocks) == budget.layers:
+        raise RecipeError("this removes every layer whole, and one has to stay: ask for less.")
     if not job.runs_model:
         return job
     calibration = calibration or load_calibration(recipe, tokenize_with(tokenizer or source.tokenizer()))
@@ -175,9 +179,12 @@ def check_tokens(tokens: Tensor, source: ModelSource) -> None:
 
 def without_empty(job: Job, layers: Mapping[Key, LayerPlan]) -> tuple[dict[str, dict[int, LayerPlan]], tuple[int, ...]]:
     """(axis -> layer -> what stays, layers that go whole because nothing of them would stay)."""
+    shapes = layer_shapes(job.source.family, job.source.config)
 
     def keeps(axis: str, index: int) -> bool:
-        return (axis, index) not in layers or len(layers[axis, index].keep) > 0
+        if (axis, index) in layers:
+            return len(layers[axis, index].keep) > 0
+        return bool(shapes[index].units[axis]) or axis in shapes[index].output_bias
 
     empty = [i for i in job.layers if job.goes_with_its_layer and not any(keeps(axis, i) for axis in AXES)]
     axes: dict[str, dict[int, LayerPlan]] = {axis: {} for axis in job.method.axes}

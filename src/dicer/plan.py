@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,19 +222,25 @@ def load_plan(path: Path) -> PrunePlan:
         PlanError: a file is missing, broken, of another format, or the two do not agree.
     """
     folder = path if path.is_dir() else path.parent
+    if path.is_file() and path.name != PLAN_JSON:
+        raise PlanError(f"{path} is no plan: give the folder of one, or its {PLAN_JSON}.")
     try:
-        record = json.loads((folder / PLAN_JSON).read_text(encoding="utf-8"))
+        record = json.loads((path if path.suffix == ".json" else folder / PLAN_JSON).read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("it holds no object")
         if record.get("format") not in (1, FORMAT):
             raise PlanError(
                 f"{folder / PLAN_JSON} has format {record.get('format')}; this version of dicer reads 1 to {FORMAT}."
             )
-        for part in ("recipe", "calibration", "versions"):
-            if not isinstance(record[part], dict):
+        record.setdefault("allocation", {})
+        for part in ("model", "recipe", "calibration", "versions", "axes", "allocation"):
+            if not isinstance(record.get(part), dict):
                 raise ValueError(f"'{part}' is no table")
+        _check_told(record)
         if "method" not in record["recipe"]:
             raise ValueError("its recipe does not say 'method'")
         blocks = _blocks(record)
-        if not record["axes"].keys() <= set(AXES):
+        if not record["axes"].keys() <= set(AXES) or not (blocks or any(record["axes"].values())):
             raise ValueError(f"its axes are {sorted(record['axes'])}, expected layers of {' or '.join(AXES)}")
         tensors = load_file(folder / PLAN_TENSORS)
         axes = {
@@ -247,12 +254,28 @@ def load_plan(path: Path) -> PrunePlan:
         if any(index in layers for index in blocks for layers in axes.values()):
             raise ValueError("a layer that goes whole is also cut")
         told = (record["recipe"], record["calibration"], record["versions"])
-        return PrunePlan(model, *told, axes, blocks, dict(record.get("allocation", {})))
+        return PrunePlan(model, *told, axes, blocks, record["allocation"])
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name if error.filename else PLAN_TENSORS
         raise PlanError(f"no plan at {path}: {name} is missing. 'dicer plan' writes one.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except PermissionError as error:
+        raise PlanError(f"the plan at {path} cannot be read: {error.strerror}.") from None
+    except KeyError as error:
+        raise PlanError(f"the plan at {path} is broken: {error} is missing. Make it again with 'dicer plan'.") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
+
+
+def _check_told(record: Mapping[str, Any]) -> None:
+    """What is shown of an allocation: numbers, and what they are a fraction of."""
+    told = record["allocation"]
+    if not told:
+        return
+    numbers = [told.get(name) for name in ("target", "whole")]
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or told["whole"] <= 0:
+        raise ValueError("its allocation has no 'target' and 'whole' in parameters")
+    if not isinstance(record["recipe"].get("ratio_of"), str):
+        raise ValueError("its recipe does not say 'ratio_of'")
 
 
 def _blocks(record: Mapping[str, Any]) -> tuple[int, ...]:
@@ -282,6 +305,8 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: int, entry: Mapping[
         or row.dtype != torch.int64
         or int(row.min()) < -1
         or int(row.max()) >= len(keep)
+        or any(m.dtype != torch.float32 or not m.isfinite().all() for m in merges[1:] if m is not None)
+        or axis != "mlp"
     ):
         raise ValueError(f"layer {index} has a merge that does not fit its {units} units")
     if means is not None and (means.ndim != 1 or not len(means) or len(means) % units or not means.isfinite().all()):

@@ -96,23 +96,26 @@ def _drops(owner: NDArray[np.int64], may_drop: NDArray[np.bool_]) -> NDArray[np.
     return found
 
 
-def block_removal(te_blocks: Sequence[float], parameters: Sequence[int], target: float) -> list[int]:
+def block_removal(
+    te_blocks: Sequence[float], parameters: Sequence[int], target: float, *, all_may_go: bool = False
+) -> list[int]:
     """Blocks to remove whole, lowest transfer entropy first, until what goes is nearest to the target.
 
     Args:
         te_blocks: [L], transfer entropy of each block; equal ones go from the lowest number up.
         parameters: [L].
         target: parameters that go.
+        all_may_go: there are others than these, so that none of them has to stay.
 
     Returns:
-        Sorted block numbers; at least one block stays.
+        Sorted block numbers.
 
     Raises:
         RecipeError: where the nearest is more than half a block away, or an entropy is not a number.
     """
     if np.isnan(te_blocks).any():
         raise RecipeError("the transfer entropy of a block is not a number: measure it again.")
-    order = np.argsort(te_blocks, kind="stable")[:-1]  # the last one always stays
+    order = np.argsort(te_blocks, kind="stable")[: None if all_may_go else -1]
     gone = np.cumsum([0, *np.asarray(parameters)[order]])  # [L]
     nearest = int(np.argmin(np.abs(gone - target)))
     if abs(int(gone[nearest]) - target) > max(parameters) / 2:

@@ -166,6 +166,10 @@ def _check_axis(recipe: Recipe, method: Method) -> None:
             f"merge '{method.merge}' is for neurons, and --axis {method.axis} has heads, which stay or go; "
             "use --merge prune, or --axis mlp."
         )
+    if method.axis == "attention":
+        for name in ("min_width", "width_multiple"):
+            if getattr(recipe, name) != Recipe.model_fields[name].default:
+                raise RecipeError(f"--{name.replace('_', '-')} is for neurons and has no effect on --axis attention.")
     if method.axis != "block":
         return
     unread = (

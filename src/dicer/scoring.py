@@ -80,7 +80,7 @@ def _informed(job: Job, model: Any, progress: Progress) -> Job:
         job.source,
         model,
         job.calibration.tokens,
-        lists=lists_needed(job.method),
+        lists=lists_needed(job.method, job.recipe.split),
         search=job.recipe.entropy_search,
         at=job.recipe.entropy_at,
         batch_size=job.recipe.batch_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,9 @@ from dicer.errors import ModelError
 from dicer.families import Family, family_of
 from dicer.model_files import as_model_error, find_model, read_config
 
+# Buffers that transformers once saved with all models; those of single classes it knows by itself.
+_PASSED_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -32,7 +36,7 @@ class ModelSource:
         family: its row of the table.
         tensors: its weights by name on disk.
         live: the model itself, where it is in memory.
-        ignored: tensors of the files that the model's class does not have, or ties to others; they are in no result.
+        ignored: tensors of the files that are no part of the model: tied copies, old buffers. They are in no result.
     """
 
     name: str
@@ -226,7 +230,7 @@ def _check_shapes(name: str, config: Any, family: Family, tensors: TensorSource)
     """Hold every tensor that the config calls for against the headers, before anything is loaded.
 
     Returns:
-        The tensors that transformers does not read: masks of old versions (GPT-2's ``attn.bias``), tied copies.
+        The tensors that transformers passes over: tied copies, and buffers of its old versions (GPT-2's ``attn.bias``).
     """
     from transformers import AutoModelForCausalLM
 
@@ -254,9 +258,9 @@ def _check_shapes(name: str, config: Any, family: Family, tensors: TensorSource)
     beyond = [n for n in infos if (place := family.locate(n)) and place[0] >= count]
     if beyond:
         raise ModelError(f"{name}: config.json says {count} layers, and the weights have '{beyond[0]}'.")
-    read = {tensor for tensor in skeleton.state_dict() if tensor not in tied}
-    short = {tensor.split(".", 1)[-1] for tensor in read}
-    return tuple(tensor for tensor in infos if tensor not in read and tensor not in short)
+    read = {name for full in skeleton.state_dict() if full not in tied for name in (full, full.split(".", 1)[-1])}
+    passed_over = re.compile("|".join([*_PASSED_OVER, *(skeleton._keys_to_ignore_on_load_unexpected or ())]))
+    return tuple(name for name in infos if name in tied or (name not in read and passed_over.search(name)))
 
 
 def _tied_names(model: Any) -> list[str]:

@@ -173,6 +173,8 @@ def _check(plan: PrunePlan, shapes: list[LayerShape], axes: Mapping[str, Axis]) 
                     f"the plan has means of {len(layer.means)} channels for {axis} in layer {index}, the model has "
                     f"{channels}."
                 )
+    if len(plan.blocks) == len(shapes):
+        raise PlanError(f"the plan removes all {len(shapes)} layers, and one has to stay.")
     if any(index >= len(shapes) for index in plan.blocks):
         raise PlanError(f"the plan removes layer {max(plan.blocks)}, and the model has {len(shapes)} layers.")
 
