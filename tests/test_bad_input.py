@@ -915,6 +915,10 @@ def _drop(record, *keys):
         (lambda plan: _edit_plan(plan, lambda r: r.update(blocks=[True])), ["'blocks' is no sorted list"]),
         (lambda plan: _edit_plan(plan, lambda r: r.update(blocks="all")), ["'blocks' is no sorted list"]),
         (lambda plan: _edit_plan(plan, lambda r: r.update(allocation=3)), ["is broken"]),
+        (
+            lambda plan: _edit_plan(plan, lambda r: r.update(blocks=[0, 1, 2, 3], axes={})),
+            ["removes all 4 layers, and one has to stay"],
+        ),
     ],
 )
 def test_a_plan_that_is_broken(refused, models, a_plan, tmp_path, damage, says):
@@ -924,7 +928,10 @@ def test_a_plan_that_is_broken(refused, models, a_plan, tmp_path, damage, says):
 
 
 def test_diff_of_a_plan_that_is_not_there(refused, a_plan, tmp_path):
-    refused("diff", a_plan, tmp_path / "nowhere", says=["no plan at", "'dicer plan' writes one"])
+    for name in ("nowhere", a_plan.name + "/nowhere", a_plan.name + "/other.json"):
+        refused("diff", a_plan, tmp_path / name, says=["no plan at", "'dicer plan' writes one"])
+    (a_plan / "other.json").write_text("{}")
+    refused("diff", a_plan, a_plan / "other.json", says=["other.json is no plan", "dicer_plan.json"])
 
 
 def test_a_plan_whose_layers_the_model_does_not_have(models, a_plan):

@@ -377,6 +377,14 @@ def test_any_family_loads_but_not_with_weights_missing(tmp_path):
         sources.load_any(tmp_path / "nowhere")
 
 
+def test_weights_of_more_layers_than_the_config_says_are_not_measured(tmp_path):
+    save_tiny(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match=r"says 3 layers, and the weights have 'model.layers.3"):
+        sources.load_any(tmp_path)
+
+
 SHARED = """
 import json, sys, torch
 from tiny import tiny_model, tiny_tokenizer

@@ -221,11 +221,11 @@ def load_plan(path: Path) -> PrunePlan:
     Raises:
         PlanError: a file is missing, broken, of another format, or the two do not agree.
     """
-    folder = path if path.is_dir() else path.parent
-    if path.is_file() and path.name != PLAN_JSON:
+    folder = path.parent if path.name == PLAN_JSON else path
+    if folder.is_file():
         raise PlanError(f"{path} is no plan: give the folder of one, or its {PLAN_JSON}.")
     try:
-        record = json.loads((path if path.suffix == ".json" else folder / PLAN_JSON).read_text(encoding="utf-8"))
+        record = json.loads((folder / PLAN_JSON).read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise ValueError("it holds no object")
         if record.get("format") not in (1, FORMAT):

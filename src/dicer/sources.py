@@ -17,7 +17,7 @@ from torch import nn
 
 from dicer.checkpoint import MemorySource, SafetensorsSource, TensorSource, fingerprint
 from dicer.errors import ModelError
-from dicer.families import Family, family_of
+from dicer.families import FAMILIES, Family, family_of
 from dicer.model_files import as_model_error, find_model, read_config
 
 # Buffers that transformers once saved with all models; those of single classes it knows by itself.
@@ -174,7 +174,9 @@ def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "
         ModelError: it cannot be found or loaded, or weights are missing (transformers would make random ones).
     """
     name, folder = find_model(os.fspath(model))
-    read_config(folder)
+    raw_config = read_config(folder)
+    if raw_config.get("model_type") in FAMILIES and not raw_config.get("quantization_config"):
+        open_model(model)  # whose checks say more than the loading does
     from transformers import AutoModelForCausalLM
 
     with as_model_error(name, "model"):
