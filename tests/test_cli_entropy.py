@@ -12,6 +12,7 @@ from tiny import tiny_model, tiny_tokens
 from dicer import cli, entropy_cache
 from dicer.entropy import layer_forwards, measure
 from dicer.families import family_of
+from dicer.plan import load_plan
 from dicer.profile import read_profile
 from dicer.stores import ResidentStore
 
@@ -142,3 +143,54 @@ def test_a_model_that_overflows_is_one_line(typed, rows, tmp_path):
     assert (code, err.count("\n")) == (2, 1)
     assert "layer 1 gives NaN or infinite values" in err
     assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("search", "method"),
+    [
+        ("independent", ("--method", "let-llm", "--ratio", "0.3")),
+        ("greedy", ("--axis", "block")),
+        ("independent", ("--criterion", "weight-l2", "--allocate", "transfer-entropy")),
+    ],
+)
+def test_a_plan_from_a_profile_is_the_one_that_measures(typed, model, rows, tmp_path, monkeypatch, search, method):
+    text, profile = ("--calib", rows, "--device", "cpu"), tmp_path / "profile.json"
+    assert typed("entropy", model, "-o", profile, "--search", search, *text)[0] == 0
+    flags = ("--entropy-search", search) if search != "independent" else ()
+    assert typed("plan", model, "-o", tmp_path / "measured", *method, *text, *flags)[0] == 0
+    monkeypatch.setattr(entropy_cache, "measure", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setenv("DICER_CACHE", str(tmp_path / "empty"))
+    code, out, err = typed("plan", model, "-o", tmp_path / "given", *method, *text, "--entropy-profile", profile)
+    assert (code, err) == (0, "")
+    assert "not measured on these weights" not in out
+    measured, given = (load_plan(tmp_path / name) for name in ("measured", "given"))
+    assert measured.diff(given) == []
+    assert measured.blocks == given.blocks
+    assert measured.allocation["transfer_entropy"].items() <= given.allocation["transfer_entropy"].items()
+    assert given.recipe["entropy_profile"].startswith("profile.json (sha256 ")
+    if "weight-l2" in method:
+        assert typed("plan", model, "-o", tmp_path / "no-text", *method, "--entropy-profile", profile)[0] == 0
+        assert load_plan(tmp_path / "no-text").calibration == {}, "nothing has to be run"
+
+
+def test_a_profile_that_does_not_fit_is_one_line(typed, model, rows, tmp_path):
+    text, profile = ("--calib", rows, "--device", "cpu"), tmp_path / "profile.json"
+    assert typed("entropy", model, "-o", profile, "--lists", "mlp", *text)[0] == 0
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "short")
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    entropy = ("--allocate", "transfer-entropy", "--entropy-profile", profile)
+    for words, says in (
+        ((model, "--method", "let-llm", "--entropy-profile", profile), "profile.json has no 'blocks': measure them"),
+        ((tmp_path / "short", *entropy), "profile.json is of 4 layers, and the model has 2"),
+        ((model, *entropy, "--entropy-at", "norm"), "was measured already"),
+        ((model, "--entropy-profile", profile), "--entropy-profile needs --allocate transfer-entropy"),
+        ((model, *entropy[:3], tmp_path / "none.json"), "none.json cannot be read: No such file"),
+        ((model, *entropy[:3], rows), "no JSON"),
+    ):
+        code, out, err = typed("plan", *words, "-o", tmp_path / "plan", *text)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert says in err
+        assert not (tmp_path / "plan").exists()
+    code, out, _ = typed("plan", tmp_path / "other", "-o", tmp_path / "plan", *entropy, *text)
+    assert code == 0
+    assert "Note: the profile profile.json was not measured on these weights." in out

@@ -80,7 +80,7 @@ TABLE = {
     },
     3: {
         "entropy_cache": LOW | {"distributed"},
-        "budget": {"presets", "allocation", "ranking", "ratios", "entropy", "errors", "recipe", "sources", "surgery"},
+        "budget": {"presets", "profile", "allocation", "ranking", "ratios", "errors", "recipe", "sources", "surgery"},
         "job": LOW | {"budget"},
         "scoring": LOW | {"budget", "distributed", "entropy_cache", "job"},
         "passes": LOW | {"distributed", "job", "scoring"},

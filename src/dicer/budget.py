@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from dicer.allocation import HAIR, Bounds, Module, most, read_ratios, uniform_units, whole_units
-from dicer.entropy import Profile
 from dicer.errors import RecipeError
 from dicer.presets import Method
+from dicer.profile import Profile, read_profile
 from dicer.ranking import block_removal, global_units
 from dicer.ratios import entropy_ratios
 from dicer.recipe import Recipe, select_layers
@@ -109,13 +109,16 @@ def _parameters(source: ModelSource, axis: str, layer: int) -> int:
     return sum(info.numel for name, info in source.tensors.infos().items() if source.family.locate(name) in places)
 
 
-def decide_beforehand(budget: Budget, method: Method, recipe: Recipe) -> Decision | None:
-    """What can be said before anything is computed: uniform ratios and those of a file; else None.
+def decide_beforehand(source: ModelSource, budget: Budget, method: Method, recipe: Recipe) -> Decision | None:
+    """What can be said before anything is computed: uniform ratios, and those of a file or a profile; else None.
 
     Raises:
         RecipeError: a ratio that leaves nothing, or a file that does not fit the model.
     """
     modules, bounds = budget.modules, budget.bounds
+    if recipe.entropy_profile is not None:
+        profile = _read_profile(Path(recipe.entropy_profile), source, lists_needed(method, recipe.split), budget.layers)
+        return decide_by_entropy(budget, recipe, profile)
     if method.allocate.endswith(".json"):
         return _decide_by_file(Path(method.allocate), budget)
     if method.allocate != "uniform":
@@ -123,6 +126,21 @@ def decide_beforehand(budget: Budget, method: Method, recipe: Recipe) -> Decisio
     eligible = sum(module.parameters for module in modules)
     ratio = recipe.ratio if method.ratio_of == "chosen" else budget.target / eligible
     return _decision(modules, uniform_units(modules, ratio, bounds))
+
+
+def _read_profile(path: Path, source: ModelSource, lists: Sequence[str], layers: int) -> Profile:
+    """A profile of these lists and this number of layers, with a note where it is of another model."""
+    profile = read_profile(path)
+    for name in lists:
+        found = len(getattr(profile, name))
+        if not found:
+            raise RecipeError(f"{path} has no '{name}': measure them with 'dicer entropy --lists {','.join(lists)}'.")
+        if found != layers:
+            raise RecipeError(f"{path} is of {found} layers, and the model has {layers}: measure this one.")
+    model = profile.about.get("model")
+    if isinstance(model, dict) and model.get("fingerprint") == source.fingerprint:
+        return profile
+    return replace(profile, notes=(*profile.notes, f"the profile {path.name} was not measured on these weights"))
 
 
 def _decide_by_file(path: Path, budget: Budget) -> Decision:

@@ -25,6 +25,9 @@ _AXES = {"ratio": "ratios", "seed": "seeds", "samples": "samples", "calib": "cal
 # These change how long a run takes and what it needs, not what it gives.
 _WITHOUT_EFFECT = ("device", "batch_size", "gradient_checkpointing")
 
+# Recipe fields that earlier records do not have: what they held then, so that those runs are still known.
+_LATER = {"entropy_profile": None}
+
 Entry = str | dict[str, Any]
 
 
@@ -223,6 +226,7 @@ def identity(run: Run, recipe: dict[str, Any], evaluation: Evaluation, fingerpri
         fingerprint: of the model.
     """
     decides = {name: value for name, value in recipe.items() if name not in _WITHOUT_EFFECT}
+    decides = {name: value for name, value in decides.items() if name not in _LATER or value != _LATER[name]}
     if run.recipe is not None:
         decides["calib"] = _content(run.recipe.calib)
     measured = portable_evaluation(evaluation)

@@ -73,7 +73,8 @@ class Job:
     @property
     def runs_model(self) -> bool:
         """Whether tokens have to go through the model."""
-        return bool(self.needs) or "gradient" in self.criterion.needs or self.method.allocate == "transfer-entropy"
+        measures = self.method.allocate == "transfer-entropy" and self.recipe.entropy_profile is None
+        return bool(self.needs) or "gradient" in self.criterion.needs or measures
 
     @property
     def notes(self) -> list[str]:
@@ -140,7 +141,7 @@ def prepare(
     if method.axis == "block" and getattr(source.config, "scale_attn_by_inverse_layer_idx", False):
         raise RecipeError(f"{source.name} scales attention by the layer's number, so no layer can go whole.")
     budget = make_budget(source, recipe, method)
-    decision = decide_beforehand(budget, method, recipe)
+    decision = decide_beforehand(source, budget, method, recipe)
     for (axis, index), keep in decision.keep.items() if decision else ():
         if method.groups is not None and method.groups > keep > 0:
             raise RecipeError(
@@ -205,6 +206,8 @@ def portable(recipe: Recipe, method: Method) -> dict[str, Any]:
     calib = Path(recipe.calib).name if recipe.calib.endswith((".txt", ".jsonl", ".gz")) else recipe.calib
     choices = method._asdict()
     named = {"criterion": criterion, "allocate": allocate, "calib": calib}
+    if profile := recipe.entropy_profile:
+        named["entropy_profile"] = f"{Path(profile).name} ({_digest(profile)})"
     return {**recipe.model_dump(), "method": choices.pop("preset"), **choices, **named}
 
 

@@ -123,7 +123,7 @@ def _run_pass(members: list[_Member], model: Any, progress: Progress) -> dict[ob
 
 def _kind(job: Job) -> str:
     """Passes of different cost stay apart, so that the time of each says something about its methods."""
-    if job.method.allocate == "transfer-entropy":
+    if job.method.allocate == "transfer-entropy" and job.decision is None:
         return "entropy"
     if "gradient" in job.criterion.needs:
         return "gradient"

@@ -74,6 +74,9 @@ class Recipe(BaseModel):
         default="independent", description="transfer entropy of each module by itself (independent) or greedy"
     )
     entropy_at: str = Field(default="norm", description="entropy after the final norm (norm) or before it (hidden)")
+    entropy_profile: str | None = Field(
+        default=None, description="transfer entropy from this file of 'dicer entropy'; it is not measured then"
+    )
     layers: str = Field(default="all", description="'all', or indices and ranges as in 5,6,9-12; -1 is the last layer")
     width_multiple: int = Field(default=1, ge=1, description="round the kept width to a multiple of this")
     calib: str = Field(
@@ -205,6 +208,13 @@ def _check_allocation(recipe: Recipe, method: Method) -> None:
                 f"--{name.replace('_', '-')} {value} needs --allocate transfer-entropy, "
                 f"and the allocation is '{method.allocate}'."
             )
+    if recipe.entropy_profile is not None:
+        if method.allocate != "transfer-entropy":
+            raise RecipeError(
+                f"--entropy-profile needs --allocate transfer-entropy, and the allocation is '{method.allocate}'."
+            )
+        if {"entropy_search", "entropy_at"} & recipe.model_fields_set:
+            raise RecipeError(f"{recipe.entropy_profile} was measured already; leave the other --entropy flags out.")
     if recipe.split != "share" and method.axis != "all":
         raise RecipeError(f"--split {recipe.split} is between attention and MLP and needs --axis all.")
     if recipe.drop_threshold is not None and method.allocate not in ("transfer-entropy", "global"):

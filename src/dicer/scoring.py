@@ -74,7 +74,7 @@ class Scores(NamedTuple):
 
 def _informed(job: Job, model: Any, progress: Progress) -> Job:
     """Decide by transfer entropy, where that was asked for."""
-    if job.method.allocate != "transfer-entropy" or job.calibration is None:
+    if job.method.allocate != "transfer-entropy" or job.calibration is None or job.decision is not None:
         return job
     profile = entropy_profile(
         job.source,
