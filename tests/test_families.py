@@ -68,7 +68,6 @@ def test_a_unit_owns_its_block_of_rows_in_every_segment(count, blocks, data):
     owner = [(segment, unit) for segment, block in enumerate(blocks) for unit in range(count) for _ in range(block)]
     expected = [row for s in range(len(blocks)) for unit in units for row, o in enumerate(owner) if o == (s, unit)]
     assert piece.rows(torch.tensor(units, dtype=torch.int64), count).tolist() == expected
-    assert piece.units((len(owner), 3)) == count
 
 
 # the table against transformers

@@ -86,11 +86,6 @@ def too_much(target: float, possible: float, whole: float, what: str = "") -> Re
     )
 
 
-def nothing_left(what: str) -> RecipeError:
-    """The error for what would leave not one module."""
-    return RecipeError(f"{what} removes every module whole: ask for less, or for a higher drop threshold.")
-
-
 def uniform_units(modules: Sequence[Module], ratio: float, bounds: Bounds) -> list[int]:
     """The same ratio everywhere: one width for all MLP modules, and attention on the average over the layers.
 
@@ -100,7 +95,7 @@ def uniform_units(modules: Sequence[Module], ratio: float, bounds: Bounds) -> li
     Args:
         modules: [M], in any order.
         ratio: fraction that goes.
-        bounds: what to keep to.
+        bounds: what to keep to; the drop threshold is for allocations that differ between modules.
 
     Returns:
         K [M].
@@ -108,8 +103,6 @@ def uniform_units(modules: Sequence[Module], ratio: float, bounds: Bounds) -> li
     Raises:
         RecipeError: for a ratio that the bounds do not allow, or that leaves no neuron.
     """
-    if bounds.drop_threshold is not None and ratio >= bounds.drop_threshold:
-        raise nothing_left(f"ratio {ratio}, the same for all,")
     if ratio > bounds.max_ratio + HAIR:
         raise RecipeError(f"ratio {ratio} is more than the {bounds.max_ratio} that any module may lose: ask for less.")
     for axis in AXES:
@@ -171,7 +164,7 @@ def whole_units(modules: Sequence[Module], ratios: Sequence[float], bounds: Boun
     """
     whole = [bounds.drop_threshold is not None and ratio >= 1 for ratio in ratios]
     if all(whole):
-        raise nothing_left("a ratio of 1 everywhere")
+        raise RecipeError("a ratio of 1 everywhere removes every module whole: ask for less.")
     costs = [_step_cost(module, bounds) for module in modules]
     if target > most(modules, bounds) + max(costs):
         raise too_much(target, most(modules, bounds), total(modules))

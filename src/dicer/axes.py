@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,10 +41,6 @@ class Slice:
     def is_output(self) -> bool:
         """Whether the units are this tensor's inputs (the output projection) and not its outputs."""
         return self.roles in (("down",), ("output",))
-
-    def units(self, shape: Sequence[int]) -> int:
-        """How many units a tensor of this shape holds."""
-        return int(shape[self.dim]) // sum(self.blocks)
 
     def rows(self, units: Tensor, count: int) -> Tensor:
         """Indices along ``dim`` that the given units own.

@@ -19,34 +19,29 @@ Floats = NDArray[np.float64]
 Spread = Callable[[Floats, Floats], Floats]  # (lowest, highest ratio of each module [M]) -> ratios [M]
 
 
-def water_fill(
-    weights: Sequence[float], parameters: Sequence[float], target: float, maximum: Sequence[float]
-) -> list[float]:
-    """Ratios in proportion to weights, clipped, that take exactly the target: p_m = min(maximum_m, s * weight_m).
-
-    What clipped modules cannot give is spread over the others; modules of weight 0 give, equally, only what is left
-    when all others are at their maximum.
-
-    Args:
-        weights: [M], from 0.
-        parameters: [M], P_m.
-        target: sum of p_m P_m, in parameters.
-        maximum: [M], fractions.
-
-    Raises:
-        RecipeError: when not even all maxima together reach the target.
-    """
-    high = np.asarray(maximum, dtype=np.float64)
-    ratios = _fill(np.asarray(weights, np.float64), _sizes(parameters), target, np.zeros_like(high), high)
-    return [float(ratio) for ratio in ratios]
-
-
 def _sizes(parameters: Sequence[float]) -> Floats:
     return np.asarray(parameters, dtype=np.float64)
 
 
-def _fill(weights: Floats, sizes: Floats, target: float, low: Floats, high: Floats) -> Floats:
-    """:func:`water_fill` with lowest ratios too: clip(s * weight, low, high)."""
+def water_fill(weights: Floats, sizes: Floats, target: float, low: Floats, high: Floats) -> Floats:
+    """Ratios in proportion to weights, clipped, that take exactly the target: p_m = clip(s * weight_m, low_m, high_m).
+
+    What clipped modules cannot give is spread over the others; modules of weight 0 give, equally, only what is left
+    when all others are at their highest.
+
+    Args:
+        weights: [M], from 0.
+        sizes: [M], P_m in parameters.
+        target: sum of p_m P_m, in parameters.
+        low: [M], the least that goes of each, fractions.
+        high: [M], the most.
+
+    Returns:
+        p [M].
+
+    Raises:
+        RecipeError: when not even the highest ratios together reach the target.
+    """
     if target > high @ sizes * (1 + HAIR):
         raise too_much(target, float(high @ sizes), float(sizes.sum()))
     first = weights > 1e-200 * weights.max(initial=0)  # below, s would overflow
@@ -156,7 +151,7 @@ def entropy_ratios(
     sizes = _sizes([module.parameters for module in modules])
     if block_te is None or split == "module" or len({module.axis for module in modules}) == 1:
         weights = np.array(weights_of(own, schedule))
-        return drop(modules, lambda low, high: _fill(weights, sizes, target, low, high), target, bounds)
+        return drop(modules, lambda low, high: water_fill(weights, sizes, target, low, high), target, bounds)
     layers = np.array([module.layer for module in modules])
     blocks = [(layers == layer).nonzero()[0] for layer in np.unique(layers)]
     block_weights = np.array(weights_of([_checked(block_te, int(layers[block[0]])) for block in blocks], schedule))
@@ -164,10 +159,10 @@ def entropy_ratios(
 
     def spread(low: Floats, high: Floats) -> Floats:
         gone = [np.array([values[b] @ sizes[b] for b in blocks]) for values in (low, high, np.ones_like(low))]
-        whole = _fill(block_weights, gone[2], target, gone[0] / gone[2], gone[1] / gone[2]) * gone[2]
+        whole = water_fill(block_weights, gone[2], target, gone[0] / gone[2], gone[1] / gone[2]) * gone[2]
         ratios = np.empty_like(low)
         for block, part in zip(blocks, whole, strict=True):
-            ratios[block] = _fill(inside[block], sizes[block], part, low[block], high[block])
+            ratios[block] = water_fill(inside[block], sizes[block], part, low[block], high[block])
         return ratios
 
     return drop(modules, spread, target, bounds)
