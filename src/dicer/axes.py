@@ -160,7 +160,7 @@ def legal(width: int, ratio: float, multiple: int) -> int:
     """How many units stay of ``width`` when the fraction ``ratio`` goes.
 
     K = round(width * (1 - ratio)), then the nearest multiple of ``multiple`` that is not more than ``width``
-    (METHODS section 1).
+    (docs/methods.md).
 
     Raises:
         RecipeError: when no unit would stay.

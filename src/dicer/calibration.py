@@ -67,7 +67,7 @@ class Calibration:
 
 
 def load_calibration(recipe: Recipe, tokenize: Tokenize | None) -> Calibration:
-    """Take the samples that a recipe asks for (METHODS section 4).
+    """Take the samples that a recipe asks for (docs/methods.md).
 
     Args:
         recipe: ``calib``, ``samples``, ``seq_len``, ``calib_seed`` and the hub fields are read.

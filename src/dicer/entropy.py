@@ -2,8 +2,8 @@
 
 The estimate is that of Lin et al., "MLP Can Be a Good Transformer Learner" (CVPR 2024): channels of the final hidden
 state are taken as Gaussian, so that ``H(F) = sum_j log std_j(F)`` up to a constant, and
-``TE(m) = |H(F) - H(F | m bypassed)|``. What bypassing means for a language model is our reading (METHODS section 5):
-the residual branch adds nothing.
+``TE(m) = |H(F) - H(F | m bypassed)|``. What bypassing means for a language model is our reading: the residual branch
+adds nothing (docs/what-to-prune.md).
 """
 
 from __future__ import annotations

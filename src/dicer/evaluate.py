@@ -166,7 +166,7 @@ def _summary(protocol: Protocol, prefix: str, result: Mapping[str, Any]) -> dict
 def perplexity(
     model: Any, windows: Tensor, *, batch_size: int = 1, progress: Callable[[int, int], None] = lambda *_: None
 ) -> float:
-    """Exp of the mean next-token cross-entropy over all windows, each seen on its own (METHODS section 5).
+    """Exp of the mean next-token cross-entropy over all windows, each seen on its own (docs/evaluation.md).
 
     Args:
         model: a causal language model; evaluated without dropout, whatever its mode.

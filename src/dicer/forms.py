@@ -57,7 +57,7 @@ def fits_stock(source: ModelSource, shapes: Sequence[LayerShape]) -> bool:
 
 
 def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, Any]:
-    """``config.json`` of a model with the given layers (DESIGN section 4).
+    """``config.json`` of a model with the given layers.
 
     Layers that are all alike give a stock config. Otherwise ``per_layer_config`` says what each is, and ``auto_map``
     names the code that reads it; the global width is the largest.

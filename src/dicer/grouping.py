@@ -1,4 +1,4 @@
-"""Which neurons belong together: none, random, similarity (METHODS section 2)."""
+"""Which neurons belong together: none, random, similarity (docs/methods.md)."""
 
 from __future__ import annotations
 

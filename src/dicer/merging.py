@@ -1,4 +1,4 @@
-"""What a group leaves: the strongest neuron, the mean, or the dominant with all outputs (METHODS section 2)."""
+"""What a group leaves: the strongest neuron, the mean, or the dominant with all outputs (docs/methods.md)."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ def _write(
     tokenizer: Any | None = None,
     perplexity_text: str | None = None,
 ) -> None:
-    """The checkpoint folder of DESIGN section 4, whole or not at all."""
+    """The checkpoint folder, whole or not at all."""
     cut = plan_cut(source, result.plan)
     config = dict(cut.config)
     if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:

@@ -21,7 +21,7 @@ ALLOCATIONS: Mapping[str, str] = MappingProxyType(
 
 
 class Preset(NamedTuple):
-    """A method of a paper: criterion x grouping x merge (METHODS section 2), and what it prunes how much."""
+    """A method of a paper: criterion x grouping x merge (docs/methods.md), and what it prunes how much."""
 
     criterion: str
     activation: Activation | None
@@ -100,6 +100,6 @@ def is_preset(preset: Preset, method: Method) -> bool:
 def complete(
     criterion: str, activation: Activation | None, grouping: str, merge: str
 ) -> tuple[str, Activation, str, Activation | None, str]:
-    """The parts with their default activations: post for criteria, mod for similarity (METHODS section 2)."""
+    """The parts with their default activations: post for criteria, mod for similarity (docs/methods.md)."""
     grouped_by = (activation or "mod") if grouping == "similarity" else None
     return criterion, activation or "post", grouping, grouped_by, merge

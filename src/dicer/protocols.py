@@ -46,13 +46,13 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             },
             None,
             _WINDOW,
-            "The Surprising Effectiveness of Randomness in LLM Pruning (METHODS section 3)",
+            "The Surprising Effectiveness of Randomness in LLM Pruning, ICLR 2025 workshop",
         ),
         "let-llm": Protocol(
             dict.fromkeys(("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"), _NORMALISED),
             "wikitext2",
             2048,
-            "Let LLM Tell What to Prune and How Much to Prune, ICML 2025 (METHODS section 5)",
+            "Let LLM Tell What to Prune and How Much to Prune, ICML 2025",
         ),
     }
 )

@@ -87,7 +87,7 @@ def _standard(values: Floats) -> Floats:
 
 SCHEDULES: Mapping[str, tuple[str, Callable[[Floats], Floats]]] = MappingProxyType(
     {
-        "linear": ("falls linearly with importance, the highest gives nothing (METHODS section 5)", _linear),
+        "linear": ("falls linearly with importance, the highest gives nothing (docs/what-to-prune.md)", _linear),
         "softmax": ("exp(-z), z the standardised importance: all give something (our own)", _softmax),
         "rank": ("falls linearly with the rank, so one outlier does not flatten the rest (our own)", _rank),
     }
@@ -129,7 +129,7 @@ def entropy_ratios(
     schedule: str = "linear",
     split: str = "share",
 ) -> list[float]:
-    """Ratios from transfer entropy: over blocks first, then inside each block (METHODS section 5, item 2).
+    """Ratios from transfer entropy: over blocks first, then inside each block (docs/what-to-prune.md).
 
     One level, each module by its own transfer entropy, where there is only one axis or no ``block_te``.
 

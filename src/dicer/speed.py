@@ -111,7 +111,7 @@ def bench(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Bench:
-    """Generate greedily from random prompts, models in turns (the speed test of METHODS section 5 is batch size 1).
+    """Generate greedily from random prompts, models in turns (the speed test of docs/evaluation.md is batch size 1).
 
     Every run makes exactly ``tokens`` tokens a prompt: nothing ends a text early.
 

@@ -1,4 +1,4 @@
-"""Criteria: one score for each unit, higher = keep (METHODS section 2)."""
+"""Criteria: one score for each unit, higher = keep (docs/methods.md)."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

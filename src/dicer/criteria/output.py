@@ -7,7 +7,7 @@ from dicer.criteria.registry import criterion
 from dicer.layer_statistics import LayerStatistics
 
 
-@criterion("output-l2", needs=("square_sum",), source="our reconstruction of Yang et al. 2025 (METHODS section 5.3)")
+@criterion("output-l2", needs=("square_sum",), source="our reconstruction of Yang et al. 2025 (docs/what-to-prune.md)")
 def output_l2(weights: UnitWeights, statistics: LayerStatistics) -> Tensor:
     """sqrt(sum_t a_i(t)^2) * ||D_:,i||, [U]; for heads over all their channels."""
     norms: Tensor = weights.down.float().square().sum(0).sqrt()  # [U]
