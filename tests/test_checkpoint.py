@@ -292,12 +292,14 @@ def test_what_is_no_folder_is_never_replaced(tmp_path, monkeypatch, make, below,
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_appears_while_it_writes_is_not_replaced(tmp_path, there, overwrite):
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="is no folder|is a file|not empty|did not write it"):  # noqa: SIM117
-        with CheckpointSink(out, overwrite=overwrite) as sink:
-            sink.write_text("config.json", "{}")
-            if there == "folder":
-                out.mkdir()
-            _fifo(out) if there == "fifo" else (out / "mine.txt" if there == "folder" else out).write_text("mine")
+    sink = CheckpointSink(out, overwrite=overwrite)
+    sink.__enter__()
+    sink.write_text("config.json", "{}")
+    if there == "folder":
+        out.mkdir()
+    _fifo(out) if there == "fifo" else (out / "mine.txt" if there == "folder" else out).write_text("mine")
+    with pytest.raises(OutputError, match=r"is no folder|is a file|not empty|did not write it"):
+        sink.__exit__(None, None, None)
     assert list(tmp_path.iterdir()) == [out]
     assert out.is_fifo() if there == "fifo" else out.is_file() or _bytes(out) == {"mine.txt": b"mine"}
 

@@ -170,8 +170,8 @@ def check_output(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> 
         inputs: what the run reads (model folder, plan, recipe, text); none of it may lie in ``out``.
 
     Raises:
-        OutputError: it is no folder, or not empty without ``overwrite``, or was not written by dicer, or holds an input,
-            or lies where nothing can be written.
+        OutputError: it is no folder, or not empty without ``overwrite``, or was not written by dicer, or holds an
+            input, or lies where nothing can be written.
     """
     try:
         _check_output(out.resolve(), out, overwrite, inputs)
