@@ -325,23 +325,14 @@ def main() -> None:
             f"{error.format_message().rstrip('.')}. 'dicer --help' and 'dicer COMMAND --help' list what there is."
         )
     except OSError as error:  # a path that nobody has looked at before: no permission, too long a name, a full disk
-        code = _refuse(_unprinted() or _system(error))
-    sys.exit(code or 0)
-
-
-def _system(error: OSError) -> str:
-    where = "" if error.filename is None else f"{error.filename}: "
-    return f"{where}{error.strerror or error}. Check the path, its permissions and the disk."
-
-
-def _unprinted() -> str | None:
-    """Why printing failed, if that is what did; Python would try it once more at its end, and say so at length."""
+        where = "" if error.filename is None else f"{error.filename}: "
+        code = _refuse(f"{where}{error.strerror or error}. Check the path, its permissions and the disk.")
     try:
         sys.stdout.flush()
-    except OSError as error:
+    except OSError as error:  # Python would try once more at its end, and say so at length
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return f"cannot print: {error.strerror}. Send the output to where there is room."
-    return None
+        code = code or _refuse(f"cannot print: {error.strerror}.")
+    sys.exit(code or 0)
 
 
 def _refuse(reason: str) -> int:

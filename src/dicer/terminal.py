@@ -78,12 +78,19 @@ def show(table: Table) -> None:
                 lines.add_row(column.header, cell)
             lines.add_section()
         table = lines
-    out.print(table)
+    _print(table)
 
 
 def say(text: str) -> None:
     """Print a line as it stands."""
-    console().print(text, markup=False, soft_wrap=True)
+    _print(text)
+
+
+def _print(what: Table | str) -> None:
+    try:
+        console().print(what, markup=False, soft_wrap=isinstance(what, str))
+    except OSError as error:
+        raise OutputError(f"cannot print: {error.strerror}. Send the output to where there is room.") from None
 
 
 def output_path(text: str) -> Path:
