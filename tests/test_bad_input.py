@@ -20,7 +20,16 @@ from tiny import NEURONS, POSITIONS, VOCABULARY, save_tiny, tiny_model, tiny_tok
 
 import dicer
 from dicer import checkpoint, cli
-from dicer.errors import CalibrationError, DicerError, ModelError, OutputError, PlanError, RecipeError, UnknownFamily
+from dicer.errors import (
+    CalibrationError,
+    DicerError,
+    ModelError,
+    OutputError,
+    PlanError,
+    RecipeError,
+    UnknownFamily,
+    unknown,
+)
 from dicer.recipe import Recipe
 from dicer.sources import open_model
 
@@ -172,6 +181,14 @@ def test_ratio_lies_between_0_and_1(prune_refused, ratio):
 )
 def test_what_was_asked_is_held_against_model_and_registries(prune_refused, flags, says):
     prune_refused(*flags, says=says)
+
+
+def test_an_unknown_name_among_thousands_is_told_the_nearest_or_none():
+    known = [f"task_{number}" for number in range(5000)]
+    line = unknown("task", "task_4a99", known)
+    assert "Did you mean 'task_499" in line
+    assert line.endswith(" more.")
+    assert unknown("task", "x", known) == "unknown task 'x', and none of the 5,000 that there are has a name like it."
 
 
 @pytest.mark.parametrize("words", [["prun"], ["prune"], ["prune", "model"], ["info"], ["--rubbish"], ["diff", "one"]])

@@ -143,7 +143,7 @@ def test_bench_prints_and_writes(typed, model, tmp_path):
         (("bench", "MODEL", "-o", "x" * 300), "cannot be written: File name too long"),
         (("eval", "MODEL", "--perplexity", "builtin", "-o", "."), "is a folder; name a file"),
         (("eval", "MODEL", "--tasks", "x", "--include-path", "nowhere"), "no folder nowhere"),
-        (("eval", "MODEL", "--tasks", "x", "--include-path", "x" * 300), "no folder xxx"),
+        (("eval", "MODEL", "--tasks", "x", "--include-path", "x" * 300), "File name too long (--include-path)"),
         (("eval", "MODEL", "--perplexity", "builtin", "--num-fewshot", "0"), "--num-fewshot has no effect without"),
         (
             ("eval", "MODEL", "--perplexity", "builtin", "--limit", "3"),

@@ -6,7 +6,7 @@ import io
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,10 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Any]
 
 
 def _is_folder(path: str) -> bool:
-    with suppress(OSError):  # nobody may look there, or no disk takes the name
+    try:
         return Path(path).is_dir()
-    return False
+    except OSError as error:
+        raise EvaluationError(f"task files cannot be read from {path}: {error.strerror} (--include-path).") from None
 
 
 def run_tasks(
