@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -13,12 +14,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import NEURONS, POSITIONS, VOCABULARY, save_tiny, tiny_model, tiny_tokens
 
 import dicer
-from dicer import cli
-from dicer.errors import CalibrationError, DicerError, ModelError, OutputError, PlanError, RecipeError, UnknownFamily
+from dicer import checkpoint, cli
+from dicer.errors import (
+    CalibrationError,
+    DicerError,
+    ModelError,
+    OutputError,
+    PlanError,
+    RecipeError,
+    UnknownFamily,
+    unknown,
+)
 from dicer.recipe import Recipe
 from dicer.sources import open_model
 
@@ -172,6 +183,14 @@ def test_what_was_asked_is_held_against_model_and_registries(prune_refused, flag
     prune_refused(*flags, says=says)
 
 
+def test_an_unknown_name_among_thousands_is_told_the_nearest_or_none():
+    known = [f"task_{number}" for number in range(5000)]
+    line = unknown("task", "task_4a99", known)
+    assert "Did you mean 'task_499" in line
+    assert line.endswith(" more.")
+    assert unknown("task", "x", known) == "unknown task 'x', and none of the 5,000 that there are has a name like it."
+
+
 @pytest.mark.parametrize("words", [["prun"], ["prune"], ["prune", "model"], ["info"], ["--rubbish"], ["diff", "one"]])
 def test_a_mistyped_command_is_one_line(refused, words):
     refused(*words, says=["--help"])
@@ -209,6 +228,7 @@ def test_cuda_where_there_is_none(prune_refused):
         ("import dicer\n@dicer.criterion('s', source='x')\ndef score(w, s): ...", "scor", ["Did you mean 'score'?"]),
         ("def (:", "score", ["cannot be run", "SyntaxError", "own.py"]),
         ("raise ValueError('first\\nsecond')", "score", ["cannot be run", "ValueError: first second"]),
+        ("import sys\nsys.exit(5)", "score", ["cannot be run", "SystemExit: 5"]),
         ("import no_such_module_here", "score", ["ModuleNotFoundError", "no_such_module_here"]),
         (
             "import dicer\n@dicer.criterion('s', needs=('squares',), source='x')\ndef score(w, s): ...",
@@ -240,6 +260,11 @@ def test_cuda_where_there_is_none(prune_refused):
             "score",
             ["criterion 's' failed: KeyError: 'key'"],
         ),
+        (
+            "import dicer\n@dicer.criterion('s', source='x')\ndef score(w, s): raise SystemExit(3)",
+            "score",
+            ["criterion 's' failed: SystemExit: 3"],
+        ),
     ],
 )
 def test_a_criterion_of_ones_own_that_is_not_one(prune_refused, tmp_path, monkeypatch, content, name, says):
@@ -263,6 +288,7 @@ def test_a_criterion_of_ones_own_that_is_not_one(prune_refused, tmp_path, monkey
         (b"\xff\xfe", ["recipe.toml cannot be read"]),
         (b"method = 'rca'", ["Did you mean 'rc-a'?"]),
         (b"[ratio]\nvalue = 1", ["ratio"]),
+        (b"ratio = " + b"[" * 10**5, ["recipe.toml cannot be read", "recursion"]),
     ],
 )
 def test_a_recipe_file_that_is_wrong(prune_refused, tmp_path, content, says):
@@ -365,11 +391,12 @@ ROWS = "".join(json.dumps({"text": f"{i} {TEXT}"}) + "\n" for i in range(20))
     [
         ("short.txt", b"too short", ["'short.txt' gives 9 tokens", "one sample of 16", "smaller --seq-len"]),
         ("empty.txt", b"", ["'empty.txt' holds no text"]),
-        ("missing.txt", None, ["missing.txt cannot be read", "No such file"]),
+        ("missing.txt", None, ["text file", "missing.txt cannot be read", "No such file"]),
         ("missing.jsonl.gz", None, ["missing.jsonl.gz cannot be read", "No such file"]),
         ("latin.txt", b"caf\xe9 " * 100, ["latin.txt cannot be read", "utf-8"]),
         ("empty.jsonl", b"", ["'empty.jsonl' holds no text"]),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl, line 2: not a JSON object"]),
+        ("deep.jsonl", b"[" * 10**5, ["deep.jsonl, line 1: not a JSON object"]),
         ("list.jsonl", b"[1, 2]\n", ["list.jsonl, line 1: not a JSON object"]),
         ("field.jsonl", b'{"body": "a", "id": 3}\n', ["no text in the field 'text'", "has: body, id"]),
         ("number.jsonl", b'{"text": 3}\n', ["row 1: no text in the field 'text'"]),
@@ -435,7 +462,7 @@ def test_a_corrupt_tokenizer(prune_refused, copy, content):
 
 @pytest.mark.parametrize(
     ("value", "says"),
-    [("no.txt", ["no.txt cannot be read"]), ("c4", ["'c4' is neither 'builtin' nor a .txt"])],
+    [("no.txt", ["text file no.txt cannot be read"]), ("c4", ["'c4' is neither 'builtin' nor a .txt"])],
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_perplexity_text_that_cannot_be_had(prune_refused, value, says, dry):
@@ -513,6 +540,19 @@ def test_an_output_that_is_a_file(refused, models, tmp_path, below):
     refused("prune", models.llama, "-o", out, "--method", "weight-l2", says=["out", "is a file"])
 
 
+def test_an_output_without_a_name(refused, models):
+    refused("prune", models.llama, "-o", "", says=["-o", "the name is empty"])
+
+
+@pytest.mark.parametrize("command", ["prune", "plan"])
+@pytest.mark.parametrize("kind", ["fifo", "loop"])
+def test_an_output_that_is_no_folder(refused, models, tmp_path, command, kind):
+    out = tmp_path / "out"
+    os.mkfifo(out) if kind == "fifo" else out.symlink_to(out)
+    says = ["is no folder" if kind == "fifo" else "leads to itself"]
+    refused(command, models.llama, "-o", out, "--method", "weight-l2", "--overwrite", says=says)
+
+
 @pytest.mark.parametrize("out", [".", "..", "/"])
 def test_an_output_that_holds_the_current_folder(refused, models, tmp_path, monkeypatch, out):
     (tmp_path / "here").mkdir()
@@ -555,6 +595,119 @@ def test_a_model_folder_that_is_missing(prune_refused, tmp_path):
     prune_refused(model=tmp_path / "nowhere", says=["there is no folder", "nowhere", "no hub id (OWNER/NAME)"])
 
 
+def test_a_model_without_a_name(refused):
+    refused("info", "", says=["the name of the model is empty"])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/y", "x" * 300 + ".gguf"])
+def test_a_model_name_that_no_disk_takes(refused, name):
+    refused("info", name, says=[name, "cannot be read: File name too long"])
+
+
+@pytest.mark.parametrize("flag", ["--calib", "--allocate", "--criterion", "--perplexity", "--recipe"])
+def test_a_name_of_an_input_that_no_disk_takes(prune_refused, flag):
+    value = "x" * 300 + {"--criterion": ".py:name", "--allocate": ".json"}.get(flag, ".txt")
+    prune_refused(flag, value, says=["File name too long"])
+
+
+def _closed(monkeypatch, path):
+    """Let nobody open a file; the tests may run as root, who opens everything."""
+    opened = io.open
+
+    def refuse(file, *rest, **named):
+        if not isinstance(file, int) and Path(file) == path:
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *rest, **named)
+
+    def missing(file, **named):
+        if Path(file) == path:
+            raise FileNotFoundError(f"No such file or directory: {file}")  # so safetensors calls it
+        return safe_open(file, **named)
+
+    monkeypatch.setattr(io, "open", refuse)
+    monkeypatch.setattr(checkpoint, "safe_open", missing)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("config.json", "config.json cannot be read: Permission denied."),
+        (WEIGHTS, f"{WEIGHTS} cannot be opened. Check its permissions."),
+        ("generation_config.json", "generation_config.json cannot be read: Permission denied. Check its permissions."),
+    ],
+)
+def test_a_file_of_the_model_that_nobody_may_open(prune_refused, copy, monkeypatch, name, says):
+    folder = copy()
+    _closed(monkeypatch, folder / name)
+    line = prune_refused("--method", "weight-l2", model=folder, says=[folder / name, says])
+    assert "missing" not in line
+
+
+def test_an_index_that_nobody_may_open(prune_refused, copy, monkeypatch):
+    folder = copy("shards")
+    _closed(monkeypatch, folder / INDEX)
+    prune_refused(model=folder, says=[folder / INDEX, "cannot be read: Permission denied. Check its permissions."])
+
+
+def test_a_gguf_file_that_nobody_may_open(refused, tmp_path, monkeypatch):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    _closed(monkeypatch, tmp_path / "x.gguf")
+    refused("info", tmp_path / "x.gguf", says=[tmp_path / "x.gguf", "cannot be read: Permission denied. Check"])
+
+
+@pytest.fixture
+def converted(copy, tmp_path_factory, monkeypatch):
+    """A .gguf file whose conversion is quick; its path, the folder of converted ones, and one entry a conversion."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, cache = copy(), tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DICER_CACHE", str(cache))
+    times = []
+
+    def loaded(gguf):
+        times.append(gguf)
+        return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    monkeypatch.setattr("dicer.model_files._loaded", loaded)
+    (folder / "x.gguf").write_bytes(b"GGUF")
+    return folder / "x.gguf", cache / "gguf", times
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda made: _cut_short(made / WEIGHTS),
+        lambda made: (made / WEIGHTS).unlink(),
+        lambda made: (made / "config.json").unlink(),
+        lambda made: (made / "tokenizer.json").write_bytes(b""),
+        lambda made: (made / ".sizes.json").write_text("[1]"),
+        lambda made: shutil.rmtree(made),
+        lambda made: [file.unlink() for file in made.iterdir()],
+    ],
+)
+def test_a_converted_model_that_was_damaged_is_made_again(run, converted, damage):
+    gguf, cache, times = converted
+    first = run("info", gguf)
+    (made,) = cache.iterdir()
+    files = {path.name: path.read_bytes() for path in made.iterdir()}
+    assert run("info", gguf) == first
+    assert len(times) == 1
+    damage(made)
+    assert run("info", gguf) == first
+    assert (first[0], len(times)) == (0, 2)
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == files
+    assert list(cache.iterdir()) == [made]
+
+
+def test_a_cache_without_room(refused, converted, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    refused("info", converted[0], says=["cannot keep the converted weights", "No space left", "Set DICER_CACHE"])
+    assert not list(converted[1].iterdir())
+
+
 def test_a_model_that_is_a_file(prune_refused, text):
     prune_refused(model=text, says=["text.txt is neither a folder nor a .gguf file"])
 
@@ -569,6 +722,7 @@ def test_a_folder_without_config(prune_refused, tmp_path):
     [
         (b"{", ["config.json cannot be read"]),
         (b"\xff", ["config.json cannot be read", "utf-8"]),
+        (b'{"a": ' + b"[" * 10**5, ["config.json cannot be read", "recursion"]),
         (b"[]", ["does not say a model_type"]),
         (b"{}", ["does not say a model_type"]),
         (b'{"model_type": null}', ["is not supported"]),
@@ -695,6 +849,7 @@ def _swap_files(folder):
         (lambda folder: _cut_short(sorted(folder.glob("model-*"))[1]), ["model-00002-of-", "truncated"]),
         (_swap_files, ["the index says that", "different versions"]),
         (lambda folder: (folder / INDEX).write_text("garbage"), ["is not a weight index"]),
+        (lambda folder: (folder / INDEX).write_text("[" * 10**5), ["is not a weight index", "Recursion"]),
         (lambda folder: (folder / INDEX).write_text("[]"), ["is not a weight index"]),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": []}'), ["is not a weight index"]),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": {}}'), ["is missing from the weights"]),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,6 +250,69 @@ def test_what_an_output_folder_may_hold(tmp_path, there, overwrite):
     _write(out, overwrite=overwrite)
     assert sorted(_bytes(out)) == ["config.json", WEIGHTS]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _fifo(path):
+    os.mkfifo(path)
+
+
+def _socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def _loop(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "below", "says"),
+    [
+        (_fifo, "", "is no folder"),
+        (_socket, "", "is no folder"),
+        (_fifo, "deeper", "Not a directory|is a file"),
+        (_loop, "", "leads to itself"),
+        (_loop, "deeper", "leads to itself"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_folder_is_never_replaced(tmp_path, monkeypatch, make, below, says, overwrite):
+    monkeypatch.chdir(tmp_path)  # the names of sockets are short
+    out = Path("out")
+    make(out)
+    before = out.lstat()
+    for write in (check_output, _write):
+        with pytest.raises(OutputError, match=says):
+            write(out / below, overwrite=overwrite)
+    assert out.lstat() == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize("there", ["fifo", "file", "folder"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_while_it_writes_is_not_replaced(tmp_path, there, overwrite):
+    out = tmp_path / "out"
+    sink = CheckpointSink(out, overwrite=overwrite)
+    sink.__enter__()
+    sink.write_text("config.json", "{}")
+    if there == "folder":
+        out.mkdir()
+    _fifo(out) if there == "fifo" else (out / "mine.txt" if there == "folder" else out).write_text("mine")
+    with pytest.raises(OutputError, match=r"is no folder|is a file|not empty|did not write it"):
+        sink.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.is_fifo() if there == "fifo" else out.is_file() or _bytes(out) == {"mine.txt": b"mine"}
+
+
+def test_what_was_set_aside_and_is_no_folder_stays(tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".dicer-partial").touch()
+    _fifo(partial / "old")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="not empty"):
+        _write(tmp_path / "out")
+    assert (partial / "old").is_fifo()
 
 
 @pytest.mark.parametrize("place", ["out", "out/text.txt", "out/deep/model", "link"])

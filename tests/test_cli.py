@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokens
 
 import dicer
 from dicer import cli, terminal
+from dicer.criteria import CRITERIA
+from dicer.grouping import GROUPINGS
+from dicer.merging import MERGES
+from dicer.presets import ALLOCATIONS
 from dicer.recipe import PRESETS, Recipe
 
 COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "entropy", "eval", "bench")
@@ -163,7 +170,7 @@ def test_plans_and_checkpoints_are_overwritten_only_when_asked(run, model, tmp_p
 def test_diff_names_the_layers_that_differ(run, model, tmp_path):
     run("plan", model, "-o", tmp_path / "a", *FAST, "--layers", "0-2")
     run("plan", model, "-o", tmp_path / "b", "--method", "random", "--layers", "1-3")
-    assert run("diff", tmp_path / "a", tmp_path / "a") == "The two plans keep the same neurons.\n"
+    assert run("diff", tmp_path / "a", tmp_path / "a") == "The two plans keep the same.\n"
     lines = run("diff", tmp_path / "a", tmp_path / "b").splitlines()
     assert lines[0] == "layer 0 mlp: only in the first plan"
     assert lines[-1] == "layer 3 mlp: only in the second plan"
@@ -221,7 +228,7 @@ def test_prune_by_other_ways_prints_what_went(run, model, rows, tmp_path, way):
     assert not list(tmp_path.iterdir())
     assert f"Would prune llama into {tmp_path / 'out'}; nothing was computed or written." in dry
     told = f"About {target:,.0f} parameters would go; from where, only a run of the model can tell."
-    assert (told in dry) == (way != "heads")
+    assert (told in dry) == ("before" not in dry) == (way != "heads")
     printed = run("prune", *words)
     assert f"Pruned llama with {name}." in printed
     before, after = _parts(model, ""), _parts(tmp_path / "out", "")
@@ -360,16 +367,10 @@ def test_info_of_widths_that_differ(run, model, tmp_path):
 def test_methods_lists_every_preset_and_part(run):
     printed = run("methods")
     for name, preset in PRESETS.items():
-        shown = [
-            name,
-            preset.criterion,
-            preset.activation or "-",
-            preset.grouping,
-            preset.merge,
-            preset.axis,
-            preset.paper,
-        ]
-        assert _row(printed, name)[: len(shown)] == shown
+        shown = [name, preset.criterion, preset.activation or "-", preset.grouping, preset.merge, preset.axis]
+        assert _row(printed, name) == shown
+        papers = printed[printed.index("paper") :]
+        assert _row(papers, name) == [name, preset.paper, preset.seed_code_name or "-"]
     for part in (
         "transfer-entropy",
         "FILE.json",
@@ -385,6 +386,42 @@ def test_methods_lists_every_preset_and_part(run):
     ):
         assert part in printed
     assert max(map(len, printed.splitlines())) <= 160
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A terminal of 80 columns."""
+    monkeypatch.setattr(terminal, "console", lambda: Console(width=80, highlight=False, emoji=False))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_no_name_is_cut_on_a_narrow_terminal(run):
+    printed = run("methods")
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    for name in (*PRESETS, *CRITERIA, *GROUPINGS, *MERGES, *ALLOCATIONS):
+        assert f"│ {name} " in printed
+
+
+@pytest.mark.usefixtures("narrow")
+def test_no_number_is_cut_on_a_narrow_terminal(run, model):
+    flags = ("--tokens", 2, "--batch-sizes", "1,2", "--prompt-length", 4, "--rounds", 1)
+    printed = run("bench", model, *flags)
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
+    assert [row for row in rows if row[0] == "batch"] == [["batch", "1"], ["batch", "2"]]
+    assert all(re.fullmatch(r"[\d,.]+ \([\d,.]+ to [\d,.]+\)", value) for name, value in rows if "tokens/s" in name)
+
+
+def test_the_version(run):
+    assert run("--version") == f"dicer {importlib.metadata.version('dicer')}\n"
+
+
+def test_the_home_folder_is_put_in_where_no_shell_did(run, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run("prune", model, "--output=~/out", *FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_perplexity_is_measured_printed_and_put_into_the_card(run, model, rows, tmp_path):
@@ -475,6 +512,56 @@ def test_bars_of_downloads_stay_on_a_terminal(monkeypatch, on_terminal):
         assert utils.are_progress_bars_disabled() != on_terminal
     finally:
         utils.disable_progress_bars()
+
+
+CLOSED = "standard output is closed"
+
+
+@pytest.mark.parametrize(
+    ("shell", "says"),
+    [('exec "$@" >&-', CLOSED), ('exec "$@" > full', "cannot print: File too large. Send the output")],
+)
+def test_a_place_that_cannot_be_printed_to_is_one_line(tmp_path, shell, says):
+    def no_file_may_grow_long():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # bytes
+
+    words = ["sh", "-c", shell, "sh", sys.executable, "-B", "-m", "dicer.cli", "methods"]
+    limits = None if says == CLOSED else no_file_may_grow_long
+    done = subprocess.run(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=limits)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"dicer: {says}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_stderr_is_no_reason_to_fail(model):
+    words = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "dicer.cli", "info", str(model)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    assert "parameters" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(13, "Permission denied", "no/x"), "no/x: Permission denied. Check the path"),
+        (OSError(28, "No space left on device"), "No space left on device. Check"),
+        (OSError("several\nlines"), "several lines. Check"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(monkeypatch, capfd, model, tmp_path, error, says):
+    from dicer import pipeline
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pipeline, "prune", fail)
+    monkeypatch.setattr(sys, "argv", ["dicer", "prune", str(model), "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"dicer: {says}")
+    assert err.count("\n") == 1
 
 
 def test_anything_else_keeps_its_traceback(monkeypatch, model, tmp_path):

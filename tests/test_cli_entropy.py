@@ -92,13 +92,39 @@ def test_a_text_is_tokenized_and_few_tokens_are_told(typed, model, tmp_path):
 
 
 def test_a_profile_is_overwritten_only_when_asked(typed, model, rows, tmp_path):
-    file = tmp_path / "profile.json"
-    file.write_text("mine")
-    words = ("entropy", model, "-o", file, "--calib", rows, "--lists", "blocks")
-    assert typed(*words) == (2, "", f"dicer: {file} exists; choose another name or pass --overwrite.\n")
-    assert file.read_text() == "mine"
-    assert typed(*words, "--overwrite")[0] == 0
+    file = tmp_path / "deep" / "er" / "profile.json"
+    words = ("entropy", model, "-o", file, "--calib", rows, "--lists")
+    assert typed(*words, "mlp")[0] == 0
+    first = file.read_text()
+    assert typed(*words, "blocks") == (2, "", f"dicer: {file} exists; choose another name or pass --overwrite.\n")
+    assert file.read_text() == first
+    assert typed(*words, "blocks", "--overwrite")[0] == 0
     assert read_profile(file).blocks
+
+
+def test_a_file_that_is_no_profile_is_never_overwritten(typed, model, rows, tmp_path):
+    own = tmp_path / "rows.jsonl"
+    own.write_bytes(rows.read_bytes())
+    for file, says in (
+        (own, "is what this run reads"),
+        (model / "config.json", "is no result of this command"),
+        (model / "model.safetensors", "is no result of this command"),
+    ):
+        before = file.read_bytes()
+        code, out, err = typed("entropy", model, "-o", file, "--calib", own, "--overwrite")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert says in err
+        assert file.read_bytes() == before
+
+
+def test_a_stopped_run_says_how_to_go_on(typed, model, rows, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entropy_cache, "measure", stop)
+    code, _, err = typed("entropy", model, "-o", tmp_path / "p.json", "--calib", rows)
+    assert (code, err) == (130, "dicer: stopped. The same command goes on where it stopped.\n")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +139,8 @@ def test_a_profile_is_overwritten_only_when_asked(typed, model, rows, tmp_path):
         (("--dtype", "int8"), "dtype: "),
         (("--ratio", "0.5"), "No such option: --ratio"),
         (("--device", "cuda:99"), "device 'cuda:99' cannot be used"),
-        (("-o", "nowhere/p.json"), "there is no folder"),
+        (("-o", "x" * 300), "cannot be written: File name too long"),
+        (("-o", ""), "the name is empty"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_on_disk(typed, monkeypatch, model, tmp_path, words, says):

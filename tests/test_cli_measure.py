@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 
 import pytest
 from tiny import save_tiny
 from tiny_tasks import CHOICES, write_choice
 
-from dicer import cli, terminal
+from dicer import cli, cli_measure, terminal
 from dicer.errors import OutputError
 
 TEXT = "a text that is long enough for some windows of a tiny model, " * 8
@@ -136,9 +138,21 @@ def test_bench_prints_and_writes(typed, model, tmp_path):
         (("eval", "MODEL", "--perplexity", "builtin", "--dtype", "int8"), "dtype 'int8' is none of"),
         (("eval", "MODEL", "--perplexity", "builtin", "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
         (("eval", "nowhere/at/all", "--perplexity", "builtin"), "there is no folder nowhere/at/all"),
-        (("eval", "MODEL", "--perplexity", "builtin", "-o", "nowhere/r.json"), "there is no folder"),
+        (("eval", "MODEL", "--perplexity", "builtin", "-o", "x" * 300), "cannot be written: File name too long"),
+        (("eval", "MODEL", "--perplexity", "builtin", "-o", ""), "the name is empty"),
+        (("bench", "MODEL", "-o", "x" * 300), "cannot be written: File name too long"),
         (("eval", "MODEL", "--perplexity", "builtin", "-o", "."), "is a folder; name a file"),
         (("eval", "MODEL", "--tasks", "x", "--include-path", "nowhere"), "no folder nowhere"),
+        (("eval", "MODEL", "--tasks", "x", "--include-path", "x" * 300), "File name too long (--include-path)"),
+        (("eval", "MODEL", "--perplexity", "builtin", "--num-fewshot", "0"), "--num-fewshot has no effect without"),
+        (
+            ("eval", "MODEL", "--perplexity", "builtin", "--limit", "3"),
+            "--limit has no effect without --tasks or --pro",
+        ),
+        (("eval", "MODEL", "--perplexity", "builtin", "--limits", "a=3"), "--limits has no effect without --tasks"),
+        (("eval", "MODEL", "--perplexity", "builtin", "--include-path", "."), "--include-path has no effect without"),
+        (("eval", "MODEL", "--tasks", "x", "--task-prefix", "a"), "--task-prefix has no effect without --protocol"),
+        (("eval", "MODEL", "--tasks", "x", "--windows", "3"), "--windows has no effect without --perplexity or"),
         (("bench",), "Missing argument"),
         (("bench", "MODEL", "--batch-sizes", "1,many"), "batch sizes '1,many' cannot be read"),
         (("bench", "MODEL", "--tokens", "500"), "too few for"),
@@ -153,6 +167,98 @@ def test_bad_input_is_one_line_and_nothing_on_disk(typed, monkeypatch, model, tm
     assert err.count("\n") == 1
     assert says in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def words(text):
+    """A measurement of a second."""
+    return ("--perplexity", text, "--window", 16, "--windows", 1)
+
+
+def _fifo(path):
+    os.mkfifo(path)
+
+
+def _socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (_fifo, "is no regular file"),
+        (_socket, "is no regular file"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+        (lambda path: path.write_text("mine"), "is no result of this command"),
+        (lambda path: path.write_bytes(b"\xff"), "is no result of this command"),
+        (lambda path: path.write_text("[]"), "is no result of this command"),
+        (lambda path: path.write_text("[" * 10**5), "is no result of this command"),
+        (lambda path: path.write_text('{"model": "mine", "evaluation": {}}'), "is no result of this command"),
+    ],
+)
+def test_what_is_no_result_is_never_replaced(typed, monkeypatch, model, words, tmp_path, make, says):
+    monkeypatch.chdir(tmp_path)  # the names of sockets are short
+    file = tmp_path / "result.json"
+    make(file)
+    before = file.lstat()
+    for command in (("eval", model, *words), ("bench", model)):
+        code, out, err = typed(*command, "-o", file, "--overwrite")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert says in err
+    assert file.lstat() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "text.txt"]
+
+
+def test_a_large_file_is_not_read_to_know_that_it_is_no_result(tmp_path, monkeypatch):
+    file = tmp_path / "large.json"
+    file.write_text('{"a": 1}')
+    terminal.check_file(file, overwrite=True, keys=["a"])
+    monkeypatch.setattr(terminal, "_LARGEST_RESULT", 7)
+    with pytest.raises(OutputError, match="is no result"):
+        terminal.check_file(file, overwrite=True, keys=["a"])
+
+
+def test_what_a_run_reads_is_never_replaced(typed, model, words, text):
+    before = text.read_bytes()
+    code, _, err = typed("eval", model, *words, "-o", text, "--overwrite")
+    assert (code, err) == (2, f"dicer: {text} is what this run reads; choose another name.\n")
+    assert text.read_bytes() == before
+
+
+def test_results_of_bench_are_overwritten_and_those_of_eval_are_not(typed, model, words, tmp_path):
+    speed = ("bench", model, "--tokens", 2, "--batch-sizes", 1, "--prompt-length", 4, "--rounds", 1)
+    files = {"bench": tmp_path / "bench.json", "eval": tmp_path / "eval.json"}
+    for _ in range(2):
+        assert typed(*speed, "-o", files["bench"], "--overwrite")[0] == 0
+        assert typed("eval", model, *words, "-o", files["eval"], "--overwrite")[0] == 0
+    assert typed(*speed, "-o", files["eval"], "--overwrite")[0] == 2
+    assert typed("eval", model, *words, "-o", files["bench"], "--overwrite")[0] == 2
+
+
+def test_the_folder_of_a_result_is_made_and_a_link_kept(typed, model, words, tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "deep" / "result.json")
+    assert typed("eval", model, *words, "-o", tmp_path / "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(("place", "says"), [("text.txt/r.json", "Not a directory"), ("no/r.json", "no permission")])
+def test_a_folder_that_cannot_be_made(typed, monkeypatch, model, words, tmp_path, place, says):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+    code, _, err = typed("eval", model, *words, "-o", tmp_path / place)
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
+
+
+def test_a_result_is_written_before_it_is_printed(typed, monkeypatch, model, words, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli_measure, "say", full)
+    code, _, err = typed("eval", model, *words, "-o", tmp_path / "result.json")
+    assert (code, err.count("\n")) == (2, 1)
+    assert json.loads((tmp_path / "result.json").read_text())["perplexity"]
 
 
 def test_a_result_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):

@@ -136,7 +136,7 @@ def _lines(path: Path) -> Iterator[str]:
             yield from file
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"calibration file {path} cannot be read: {reason}.") from None
+        raise CalibrationError(f"text file {path} cannot be read: {reason}.") from None
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -145,7 +145,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise CalibrationError(f"{path}, line {number}: not a JSON object.")

@@ -149,10 +149,14 @@ class SafetensorsSource:
         try:
             with safe_open(path, framework="pt") as shard:
                 yield shard
-        except FileNotFoundError:
+        except FileNotFoundError:  # so safetensors also calls a file that may not be opened
+            if path.exists():
+                raise ModelError(f"{path} cannot be opened. Check its permissions.") from None
             raise ModelError(
                 f"{self._folder}: weight file {file} is missing. Fetch the model again, or finish the download."
             ) from None
+        except PermissionError:
+            raise ModelError(f"{path} cannot be opened. Check its permissions.") from None
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{path} cannot be read: {error}. The file is truncated or corrupt; fetch it again."
@@ -166,7 +170,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except OSError as error:
+            raise ModelError(f"{index} cannot be read: {error.strerror}. Check its permissions.") from None
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ModelError(f"{index} is not a weight index: {error!r}. Fetch the model again.") from None
         for file in files.values():
             if Path(file).name != file or not file.endswith(".safetensors"):

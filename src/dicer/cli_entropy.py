@@ -11,19 +11,32 @@ from rich.table import Table
 
 from dicer.recipe import make_recipe
 from dicer.recipe_flags import recipe_flags
-from dicer.terminal import Bar, ModelArgument, check_file, console, quiet_transformers, say, write_result
+from dicer.terminal import (
+    Bar,
+    ModelArgument,
+    check_file,
+    output_path,
+    quiet_transformers,
+    say,
+    show,
+    write_result,
+)
 
 app = typer.Typer()
 
 _FIELDS = ("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len", "calib_seed", "batch_size")
 _MACHINE = ("device", "dtype")
+_KEYS = ("entropy", "search", "at", "tokens", "channels")  # of a profile
 
 
 @app.command(name="entropy")
 @recipe_flags((*_FIELDS, *_MACHINE))
 def entropy_command(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.json", help="Where the profile goes.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", parser=output_path, metavar="FILE.json", help="Where the profile goes."),
+    ],
     search: Annotated[
         str,
         typer.Option(help="independent: each module bypassed alone; greedy: the earlier picks stay bypassed (slow)."),
@@ -32,7 +45,7 @@ def entropy_command(
         str, typer.Option(help="The final state: behind the final norm (norm) or before it (hidden).")
     ] = "norm",
     lists: Annotated[str, typer.Option(metavar="A,B", help="What to measure, of blocks, attention, mlp.")] = "all",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the profile that is there.")] = False,
     *,
     flags: dict[str, Any],
 ) -> None:
@@ -45,7 +58,7 @@ def entropy_command(
 
     chosen = LISTS if lists.strip() == "all" else tuple(name.strip() for name in lists.split(","))
     check_choices(chosen, search, at)
-    check_file(output, overwrite=overwrite)
+    check_file(output, overwrite=overwrite, keys=_KEYS, inputs=[recipe.calib])
     from dicer.calibration import load_calibration
     from dicer.entropy_cache import entropy_profile
     from dicer.job import check_tokens
@@ -58,17 +71,21 @@ def entropy_command(
     check_tokens(calibration.tokens, source)
     loaded = source.load_model(recipe.dtype, pick_device(recipe.device))
     _show_cost(len(source.family.widths(source.config)), chosen, search, calibration.tokens.shape)
-    with Bar() as progress:
-        profile = entropy_profile(
-            source,
-            loaded,
-            calibration.tokens,
-            lists=chosen,
-            search=search,
-            at=at,
-            batch_size=recipe.batch_size,
-            progress=progress,
-        )
+    try:
+        with Bar() as progress:
+            profile = entropy_profile(
+                source,
+                loaded,
+                calibration.tokens,
+                lists=chosen,
+                search=search,
+                at=at,
+                batch_size=recipe.batch_size,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        typer.echo("dicer: stopped. The same command goes on where it stopped.", err=True)
+        raise
     profile = replace(profile, about=_about(source, calibration, loaded.dtype))
     write_result(output, profile.to_json())
     _show(profile, [*calibration.notes, *profile.notes])
@@ -112,7 +129,7 @@ def _show(profile: Any, notes: list[str]) -> None:
     for row in zip(*profile.lists.values(), strict=True):
         cells = (f"{entry.te:.4f}" + (f" ({entry.pick + 1})" if greedy else "") for entry in row)
         table.add_row(str(row[0].layer), *cells)
-    console().print(table)
+    show(table)
     say(f"H of the model: {profile.entropy:.4f} nats over {profile.tokens:,} tokens and {profile.channels:,} channels.")
     for note in notes:
         say(f"Note: {note}.")

