@@ -55,7 +55,8 @@ def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
 
 def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path]:
     """What is there on the disk of the things that a run reads."""
-    named = (model, recipe.calib, (recipe.criterion or "").rpartition(":")[0], recipe.allocate, recipe.entropy_profile, *files)
+    criterion = (recipe.criterion or "").rpartition(":")[0]
+    named = (model, recipe.calib, criterion, recipe.allocate, recipe.entropy_profile, *files)
     return [Path(name) for name in named if name and is_there(name)]
 
 
