@@ -416,10 +416,12 @@ def test_records_of_another_format_and_other_files_are_one_line(model, rows, tmp
 
 
 def test_numbers_that_are_not_finite_are_written_as_json(tmp_path):
-    parts = {"id": "a", "status": "done", "method": "m", "model": {}, "recipe": {}, "evaluation": {}}
-    write_record(tmp_path / "a.json", {**parts, "metrics": {"x": [float("inf"), 1.5]}})
+    parts = {"id": "a", "status": "done", "method": "original", "text": "", "model": {"name": "m", "fingerprint": "f"}}
+    parts |= dict.fromkeys(("recipe", "evaluation", "environment", "versions", "seconds", "memory"), {})
+    summary = {"perplexity": float("inf"), "average": float("nan")}
+    write_record(tmp_path / "a.json", {**parts, "git": None, "metrics": {"summary": summary, "x": [1.5]}})
     json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert float(read_record(tmp_path / "a.json")["metrics"]["x"][0]) == float("inf")
+    assert float(read_record(tmp_path / "a.json")["metrics"]["summary"]["perplexity"]) == float("inf")
 
 
 RUNNER = """
