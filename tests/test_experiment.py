@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from tiny_tasks import write_choice
 
 from dicer import cli, passes
+from dicer.cli_experiments import describe
 from dicer.errors import DicerError, ExperimentError, RecipeError
 from dicer.experiment import run_experiment
 from dicer.grid import make_experiment, method_name, read_experiment
@@ -134,22 +136,94 @@ def test_a_run_that_fails_is_recorded_tried_again_and_stops_no_other(model, rows
     assert run_experiment(asked, tmp_path, evaluate=again) == {"done": 0, "skipped": 3, "failed": 0}
 
 
-def test_a_recipe_that_has_no_meaning_for_the_model_fails_alone(model, rows, tmp_path):
-    methods = [{"method": "rc-a", "layers": "99"}, {"method": "rc-a", "criterion": "no-such"}, "rc-a"]
-    asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25], original=False))
-    assert run_experiment(asked, tmp_path, evaluate=Measure()) == {"done": 1, "skipped": 0, "failed": 2}
-    errors = sorted(record["error"] for record in read_records(tmp_path) if record["error"])
-    assert errors[0].startswith("layer 99 does not exist")
-    assert errors[1].startswith("unknown criterion 'no-such'")
+BEFOREHAND = [
+    ({"methods": [{"method": "rc-a", "layers": "99"}]}, "llama rc-a: layer 99 does not exist: the model has layers 0"),
+    ({"methods": [{"method": "rc-a", "criterion": "no-such"}]}, "unknown criterion 'no-such'"),
+    ({"methods": [{"method": "rc-a", "max_ratio": 0.1}]}, "llama rc-a-max0.1: ratio 0.25 is more than the 0.1"),
+    ({"methods": [{"method": "let-llm", "max_ratio": 0.1}]}, "ask for less, or choose more"),
+    ({"methods": [{"method": "rc-a", "groups": 50}]}, "--groups 50 is more than the 30 neurons"),
+    ({"methods": [{"method": "rc-a", "allocate": "BAD.json"}]}, "BAD.json holds no object"),
+    ({"methods": [{"method": "rc-a", "allocate": "gone.json"}]}, "gone.json cannot be read: No such file"),
+    ({"calib": ["gone.txt"]}, "calibration text gone.txt cannot be read: No such file or directory."),
+    ({"calib": ["folder.txt"]}, "calibration text folder.txt cannot be read: Is a directory."),
+    ({"calib": ["bookcorpos"]}, "unknown calibration text 'bookcorpos'. Did you mean 'bookcorpus'?"),
+    ({"evaluation": {"perplexity": "gone.txt"}}, "perplexity text gone.txt cannot be read: No such file or directory."),
+    ({"evaluation": {"perplexity": "builtim"}}, "unknown perplexity text 'builtim'. Did you mean 'builtin'?"),
+    ({"recipe": {"device": "cuda:77"}}, "device 'cuda:77' cannot be used here"),
+]
 
 
-def test_one_bad_member_of_a_pass_does_not_take_the_others_along(model, rows, tmp_path):
-    own = tmp_path / "own.py"
+@pytest.mark.parametrize(("values", "says"), BEFOREHAND, ids=lambda part: str(part)[-40:])
+def test_what_is_known_before_a_model_is_loaded_stops_all_runs(model, rows, tmp_path, monkeypatch, capfd, values, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BAD.json").write_text("[]")
+    (tmp_path / "folder.txt").mkdir()
+    monkeypatch.setattr(ModelSource, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    asked = _values(model, rows, methods=["weight-l2"], ratios=[0.25], recipe={}) | values
+    asked["methods"] = ["weight-l2", "rc-a", *asked["methods"]]  # a good run in front
+    monkeypatch.setattr("dicer.grid.read_experiment", lambda _: make_experiment(asked))
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", "grid.toml", "-o", "results"])
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where no table may flash up first
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
+def test_what_needs_no_text_runs_where_there_is_none(model, tmp_path):
+    asked = make_experiment(_values(model, "gone.txt", methods=["weight-l2"], ratios=[0.25], original=False))
+    assert run_experiment(asked, tmp_path, evaluate=Measure())["done"] == 1
+
+
+def test_what_is_done_is_not_looked_at_again(model, rows, tmp_path):
+    """A text that has gone meanwhile, or a device of another machine, is no reason to refuse what is there."""
+    text = tmp_path / "rows.jsonl"
+    text.write_bytes(rows.read_bytes())
+    asked = make_experiment(_values(model, rows, methods=["rc-a"], ratios=[0.25]))
+    run_experiment(asked, tmp_path / "r", evaluate=Measure())
+    moved = make_experiment(_values(model, text, methods=["rc-a"], ratios=[0.25], recipe={"layers": "1-2"}))
+    far = [run._replace(loading=run.loading.model_copy(update={"device": "cuda:77"})) for run in moved.runs]
+    counts = run_experiment(replace(moved, runs=far), tmp_path / "r", evaluate=Measure())
+    assert counts == {"done": 0, "skipped": 2, "failed": 0}
+
+
+def test_a_file_of_ratios_is_one_point_and_says_what_it_comes_to(model, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    ratios = tmp_path / "my alloc.json"
+    ratios.write_text(json.dumps({"mlp": {"1": 0.5, "2": 0.25}}))
+    method = {"method": "act-l2", "allocate": "${PLACE}/my alloc.json"}
+    values = _values(model, rows, methods=["act-l2", method], original=False, seeds=[1, 2])
+    asked = make_experiment(values)
+    assert [run.method for run in asked.runs] == ["act-l2"] * 4 + ["act-l2-my_alloc"] * 2
+    measure, seen = Measure(), []
+    run_experiment(asked, tmp_path / "r", evaluate=measure, watch=seen.append)
+    assert len(measure.widths) == 6
+    found = [r for r in read_records(tmp_path / "r") if r["method"] == "act-l2-my_alloc"]
+    assert {r["recipe"]["ratio"] for r in found} == {0.375}
+    assert all(r["recipe"]["allocate"].startswith("my alloc.json (sha256 ") for r in found)
+    assert str(tmp_path) not in json.dumps(found)
+    assert "llama act-l2-my_alloc seed 1, rows.jsonl 10 x 128" in {describe(e.task) for e in seen if e.task}
+    assert run_experiment(asked, tmp_path / "r", evaluate=measure)["skipped"] == 6
+    ratios.write_text(json.dumps({"mlp": {"1": 0.25, "2": 0.5}}))  # its content makes the run
+    assert run_experiment(asked, tmp_path / "r", evaluate=measure)["done"] == 2
+    everywhere = make_experiment({**values, "methods": ["act-l2", "rc-a"], "recipe": {"allocate": str(ratios)}})
+    assert len(everywhere.runs) == 4
+
+
+def _nan(folder):
+    """A criterion's file whose scores are no numbers, which shows only when it runs."""
+    own = folder / "own.py"
     own.write_text(
         'import dicer\n@dicer.criterion("nan", needs=("square_sum",), source="a test")\n'
         'def nan(w, s):\n    return s.square_sum * float("nan")\n'
     )
-    methods = ["act-l2", {"criterion": f"{own}:nan"}]
+    return own
+
+
+def test_one_bad_member_of_a_pass_does_not_take_the_others_along(model, rows, tmp_path):
+    methods = ["act-l2", {"criterion": f"{_nan(tmp_path)}:nan"}]
     asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25], original=False))
     assert run_experiment(asked, tmp_path / "r", evaluate=Measure()) == {"done": 1, "skipped": 0, "failed": 1}
     (failed,) = (record for record in read_records(tmp_path / "r") if record["status"] == "failed")
@@ -172,7 +246,7 @@ def test_one_bad_recipe_does_not_keep_the_dense_model_alive(model, rows, tmp_pat
         return _half(model, tokenizer, evaluation)
 
     monkeypatch.setattr(ModelSource, "load_model", noted)
-    methods = [{"method": "rc-a", "layers": "99"}, "weight-l2"]
+    methods = [{"criterion": f"{_nan(tmp_path)}:nan"}, "weight-l2"]
     asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25]))
     assert run_experiment(asked, tmp_path, evaluate=measure)["failed"] == 1
     assert alive == [1, 0]
@@ -284,7 +358,17 @@ def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):
         ('models = ["a"]\nmethods = ["rc-a"]\n[recipe]\nratio = 0.5\n', "write ratios = [0.5] above it."),
         ('models = ["a"]\nmethods = ["rc-a"]\n', "nothing to measure: name --tasks"),
         ('models = ["a"]\nmethods = []\n', "methods: expected at least one value, got none."),
+        (
+            'models = ["a"]\nmethods = [{method="rc-a", allocate="x.json", ratios=[0.5]}]\n',
+            "methods.ratios: x.json says the ratios; leave them out.",
+        ),
+        ('models = ["a"]\nmethods = [{method="rc-a", allocate="x.json", ratio=0.5}]\n', "leave --ratio out."),
+        ('models = ["a"]\nmethods = [{criterion="${NO_SUCH}/x.py:own"}]\n', "environment variable NO_SUCH"),
+        ('models = ["a\\u0000b"]\nmethods = ["rc-a"]\n', "models: 'a\\x00b' is no path."),
         ("models = [", "cannot be read:"),
+        (f"models = {'[' * 10_000}", "cannot be read: its tables or lists are nested too deeply."),
+        (f"a{'.a' * 10_000} = 1", "cannot be read: its tables or lists are nested too deeply."),
+        (f"models = {'1' * 5_000}", "cannot be read: "),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path, monkeypatch, capfd, text, says):
@@ -417,7 +501,7 @@ def test_records_of_another_format_and_other_files_are_one_line(model, rows, tmp
 
 def test_numbers_that_are_not_finite_are_written_as_json(tmp_path):
     parts = {"id": "a", "status": "done", "method": "original", "text": "", "model": {"name": "m", "fingerprint": "f"}}
-    parts |= dict.fromkeys(("recipe", "evaluation", "environment", "versions", "seconds", "memory"), {})
+    parts |= {name: {} for name in ("recipe", "evaluation", "environment", "versions", "seconds", "memory")}
     summary = {"perplexity": float("inf"), "average": float("nan")}
     write_record(tmp_path / "a.json", {**parts, "git": None, "metrics": {"summary": summary, "x": [1.5]}})
     json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -512,6 +596,24 @@ def test_on_a_terminal_there_is_a_live_table(model, rows, tmp_path, monkeypatch,
     out, _ = capfd.readouterr()
     assert "3 runs: 3 done" in out
     assert "llama weight-l2 0.25 seed 42" in out
+
+
+def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("dicer.evaluate.evaluate", Measure())
+    toml = tmp_path / "grid.toml"
+    toml.write_text(
+        f'models = ["{model}"]\nmethods = ["random"]\ncalib = ["{rows}"]\n[evaluation]\nperplexity = "builtin"\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
+    for says in ("2 runs: 2 done", "0 done, 2 skipped, 0 failed. Records: "):
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, _ = capfd.readouterr()
+        assert end.value.code == 0
+        assert says in out
+    assert len(out.splitlines()) == 2
 
 
 def test_the_live_table_moves_while_the_harness_is_silenced(tmp_path):

@@ -51,7 +51,7 @@ class _Record(_Part):
     format: Literal[1]
     id: str
     status: Literal["done", "failed"]
-    method: str = Field(pattern=r"^[\w.-]+$")
+    method: str = Field(pattern=r"^[^$\s/]+$")  # a folder's name, and text in figures, where $ begins a formula
     text: str
     model: _Model
     recipe: dict[str, Any]
