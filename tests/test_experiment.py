@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,9 +26,10 @@ from dicer import cli, passes
 from dicer.cli_experiments import describe
 from dicer.errors import DicerError, ExperimentError, RecipeError
 from dicer.experiment import run_experiment
-from dicer.grid import make_experiment, method_name, read_experiment
+from dicer.grid import Grid, make_experiment, method_name, read_experiment
 from dicer.passes import score_all
 from dicer.pipeline import make_plan
+from dicer.protocols import Evaluation
 from dicer.recipe import Recipe
 from dicer.records import pack, read_record, read_records, unpack, write_record
 from dicer.sources import ModelSource, open_model
@@ -389,11 +391,24 @@ def test_a_bad_file_is_one_line(tmp_path, monkeypatch, capfd, text, says):
 
 def test_variables_are_put_into_paths_only(monkeypatch):
     monkeypatch.setenv("DICER_DATA", "/texts")
-    values = {"models": ["${DICER_DATA}/m"], "methods": [{"method": "rc-a", "calib": {"calib": "${DICER_DATA}/a.txt"}}]}
+    own = {"criterion": "${DICER_DATA}/c.py:own", "allocate": "${DICER_DATA}/r.json"}
+    method = {"method": "rc-a", "calib": {"calib": "${DICER_DATA}/a.txt"}, **own}
+    values = {"models": ["${DICER_DATA}/m"], "methods": [method]}
     asked = make_experiment({**values, "evaluation": {"perplexity": "${DICER_DATA}/b.txt"}})
     assert [run.model for run in asked.runs] == ["/texts/m"] * 2
-    assert asked.runs[1].recipe.calib == "/texts/a.txt"
+    recipe = asked.runs[1].recipe
+    assert (recipe.calib, recipe.criterion, recipe.allocate) == ("/texts/a.txt", "/texts/c.py:own", "/texts/r.json")
     assert asked.evaluation.perplexity == "/texts/b.txt"
+
+
+def test_every_key_of_an_experiment_file_is_in_its_table():
+    text = (EXPERIMENTS.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `\[?(\w+)\]?` \| (.*?) \|", text, flags=re.MULTILINE)
+    fields = {**Grid.model_fields, **Evaluation.model_fields}
+    assert [name for name, _ in rows if name in fields] == [*Grid.model_fields, *(n for n, _ in rows[9:])]
+    assert {name for name, _ in rows if name in fields} == set(fields)
+    for name, default in rows[2:7]:
+        assert json.loads(default) == fields[name].default
 
 
 LET_LLM = sorted((EXPERIMENTS / "smollm2").glob("let_llm_*.toml"))

@@ -566,7 +566,9 @@ DAMAGES = [
     ("layers.5.keep", "?", "(layers.5: "),
     ("layers.5.keep", "AAAA", "(layers.5: Value error, keep must have one bit for each unit"),
     ("layers.five", {"units": 1, "keep": "AA=="}, "(layers.five."),
-    ("kept", {"mlp": {"5": [0, 0]}}, "(kept.mlp.5.0: "),
+    ("kept", {"mlp": {"5": [0, 0]}}, "(kept: Value error, more is kept than there is"),
+    ("kept", {"mlp": {"5": [4, 5]}}, "(kept: Value error, more is kept than there is"),
+    ("kept", {"mlp": {"5": [4]}}, "('kept.mlp.5.1' is missing)"),
     ("allocation", {"transfer_entropy": {"mlp": 1}}, "(allocation.transfer_entropy.mlp: "),
 ]
 

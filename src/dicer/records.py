@@ -24,6 +24,7 @@ LOCK = ".dicer-lock"
 
 _Number = float | Literal["inf", "-inf", "nan"]  # as :func:`finite` writes them
 _Index = Annotated[str, Field(pattern="^[0-9]{1,6}$")]  # of a layer
+_Units = Annotated[int, Field(ge=0)]
 
 
 class _Part(BaseModel):
@@ -138,9 +139,15 @@ class _Layer(_Part):
 
 
 class _Kept(_Part):
-    attention: dict[_Index, tuple[Annotated[int, Field(ge=1)], int]] = {}
-    mlp: dict[_Index, tuple[Annotated[int, Field(ge=1)], int]] = {}
+    attention: dict[_Index, tuple[_Units, _Units]] = {}
+    mlp: dict[_Index, tuple[_Units, _Units]] = {}
     blocks: list[int] = []
+
+    @model_validator(mode="after")
+    def _kept_of_units(self) -> _Kept:
+        if any(not kept <= units > 0 for layers in (self.attention, self.mlp) for units, kept in layers.values()):
+            raise ValueError("more is kept than there is")
+        return self
 
 
 class _Allocation(_Part):
