@@ -7,12 +7,14 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import tomllib
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,13 @@ import torch
 from tiny_tasks import write_choice
 
 from dicer import cli, passes
+from dicer.cli_experiments import describe
 from dicer.errors import DicerError, ExperimentError, RecipeError
 from dicer.experiment import run_experiment
-from dicer.grid import make_experiment, method_name, read_experiment
+from dicer.grid import Grid, Run, identity, make_experiment, method_name, read_experiment
 from dicer.passes import score_all
 from dicer.pipeline import make_plan
+from dicer.protocols import Evaluation
 from dicer.recipe import Recipe
 from dicer.records import pack, read_record, read_records, unpack, write_record
 from dicer.sources import ModelSource, open_model
@@ -134,22 +138,94 @@ def test_a_run_that_fails_is_recorded_tried_again_and_stops_no_other(model, rows
     assert run_experiment(asked, tmp_path, evaluate=again) == {"done": 0, "skipped": 3, "failed": 0}
 
 
-def test_a_recipe_that_has_no_meaning_for_the_model_fails_alone(model, rows, tmp_path):
-    methods = [{"method": "rc-a", "layers": "99"}, {"method": "rc-a", "criterion": "no-such"}, "rc-a"]
-    asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25], original=False))
-    assert run_experiment(asked, tmp_path, evaluate=Measure()) == {"done": 1, "skipped": 0, "failed": 2}
-    errors = sorted(record["error"] for record in read_records(tmp_path) if record["error"])
-    assert errors[0].startswith("layer 99 does not exist")
-    assert errors[1].startswith("unknown criterion 'no-such'")
+BEFOREHAND = [
+    ({"methods": [{"method": "rc-a", "layers": "99"}]}, "llama rc-a: layer 99 does not exist: the model has layers 0"),
+    ({"methods": [{"method": "rc-a", "criterion": "no-such"}]}, "unknown criterion 'no-such'"),
+    ({"methods": [{"method": "rc-a", "max_ratio": 0.1}]}, "llama rc-a-max0.1: ratio 0.25 is more than the 0.1"),
+    ({"methods": [{"method": "let-llm", "max_ratio": 0.1}]}, "ask for less, or choose more"),
+    ({"methods": [{"method": "rc-a", "groups": 50}]}, "--groups 50 is more than the 30 neurons"),
+    ({"methods": [{"method": "rc-a", "allocate": "BAD.json"}]}, "BAD.json holds no object"),
+    ({"methods": [{"method": "rc-a", "allocate": "gone.json"}]}, "gone.json cannot be read: No such file"),
+    ({"calib": ["gone.txt"]}, "calibration text gone.txt cannot be read: No such file or directory."),
+    ({"calib": ["folder.txt"]}, "calibration text folder.txt cannot be read: Is a directory."),
+    ({"calib": ["bookcorpos"]}, "unknown calibration text 'bookcorpos'. Did you mean 'bookcorpus'?"),
+    ({"evaluation": {"perplexity": "gone.txt"}}, "perplexity text gone.txt cannot be read: No such file or directory."),
+    ({"evaluation": {"perplexity": "builtim"}}, "unknown perplexity text 'builtim'. Did you mean 'builtin'?"),
+    ({"recipe": {"device": "cuda:77"}}, "device 'cuda:77' cannot be used here"),
+]
 
 
-def test_one_bad_member_of_a_pass_does_not_take_the_others_along(model, rows, tmp_path):
-    own = tmp_path / "own.py"
+@pytest.mark.parametrize(("values", "says"), BEFOREHAND, ids=lambda part: str(part)[-40:])
+def test_what_is_known_before_a_model_is_loaded_stops_all_runs(model, rows, tmp_path, monkeypatch, capfd, values, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BAD.json").write_text("[]")
+    (tmp_path / "folder.txt").mkdir()
+    monkeypatch.setattr(ModelSource, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    asked = _values(model, rows, methods=["weight-l2"], ratios=[0.25], recipe={}) | values
+    asked["methods"] = ["weight-l2", "rc-a", *asked["methods"]]  # a good run in front
+    monkeypatch.setattr("dicer.grid.read_experiment", lambda _: make_experiment(asked))
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", "grid.toml", "-o", "results"])
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where no table may flash up first
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
+def test_what_needs_no_text_runs_where_there_is_none(model, tmp_path):
+    asked = make_experiment(_values(model, "gone.txt", methods=["weight-l2"], ratios=[0.25], original=False))
+    assert run_experiment(asked, tmp_path, evaluate=Measure())["done"] == 1
+
+
+def test_what_is_done_is_not_looked_at_again(model, rows, tmp_path):
+    """A text that has gone meanwhile, or a device of another machine, is no reason to refuse what is there."""
+    text = tmp_path / "rows.jsonl"
+    text.write_bytes(rows.read_bytes())
+    asked = make_experiment(_values(model, rows, methods=["rc-a"], ratios=[0.25]))
+    run_experiment(asked, tmp_path / "r", evaluate=Measure())
+    moved = make_experiment(_values(model, text, methods=["rc-a"], ratios=[0.25], recipe={"layers": "1-2"}))
+    far = [run._replace(loading=run.loading.model_copy(update={"device": "cuda:77"})) for run in moved.runs]
+    counts = run_experiment(replace(moved, runs=far), tmp_path / "r", evaluate=Measure())
+    assert counts == {"done": 0, "skipped": 2, "failed": 0}
+
+
+def test_a_file_of_ratios_is_one_point_and_says_what_it_comes_to(model, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    ratios = tmp_path / "my alloc.json"
+    ratios.write_text(json.dumps({"mlp": {"1": 0.5, "2": 0.25}}))
+    method = {"method": "act-l2", "allocate": "${PLACE}/my alloc.json"}
+    values = _values(model, rows, methods=["act-l2", method], original=False, seeds=[1, 2])
+    asked = make_experiment(values)
+    assert [run.method for run in asked.runs] == ["act-l2"] * 4 + ["act-l2-my_alloc"] * 2
+    measure, seen = Measure(), []
+    run_experiment(asked, tmp_path / "r", evaluate=measure, watch=seen.append)
+    assert len(measure.widths) == 6
+    found = [r for r in read_records(tmp_path / "r") if r["method"] == "act-l2-my_alloc"]
+    assert {r["recipe"]["ratio"] for r in found} == {0.375}
+    assert all(r["recipe"]["allocate"].startswith("my alloc.json (sha256 ") for r in found)
+    assert str(tmp_path) not in json.dumps(found)
+    assert "llama act-l2-my_alloc seed 1, rows.jsonl 10 x 128" in {describe(e.task) for e in seen if e.task}
+    assert run_experiment(asked, tmp_path / "r", evaluate=measure)["skipped"] == 6
+    ratios.write_text(json.dumps({"mlp": {"1": 0.25, "2": 0.5}}))  # its content makes the run
+    assert run_experiment(asked, tmp_path / "r", evaluate=measure)["done"] == 2
+    everywhere = make_experiment({**values, "methods": ["act-l2", "rc-a"], "recipe": {"allocate": str(ratios)}})
+    assert len(everywhere.runs) == 4
+
+
+def _nan(folder):
+    """A criterion's file whose scores are no numbers, which shows only when it runs."""
+    own = folder / "own.py"
     own.write_text(
         'import dicer\n@dicer.criterion("nan", needs=("square_sum",), source="a test")\n'
         'def nan(w, s):\n    return s.square_sum * float("nan")\n'
     )
-    methods = ["act-l2", {"criterion": f"{own}:nan"}]
+    return own
+
+
+def test_one_bad_member_of_a_pass_does_not_take_the_others_along(model, rows, tmp_path):
+    methods = ["act-l2", {"criterion": f"{_nan(tmp_path)}:nan"}]
     asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25], original=False))
     assert run_experiment(asked, tmp_path / "r", evaluate=Measure()) == {"done": 1, "skipped": 0, "failed": 1}
     (failed,) = (record for record in read_records(tmp_path / "r") if record["status"] == "failed")
@@ -172,7 +248,7 @@ def test_one_bad_recipe_does_not_keep_the_dense_model_alive(model, rows, tmp_pat
         return _half(model, tokenizer, evaluation)
 
     monkeypatch.setattr(ModelSource, "load_model", noted)
-    methods = [{"method": "rc-a", "layers": "99"}, "weight-l2"]
+    methods = [{"criterion": f"{_nan(tmp_path)}:nan"}, "weight-l2"]
     asked = make_experiment(_values(model, rows, methods=methods, ratios=[0.25]))
     assert run_experiment(asked, tmp_path, evaluate=measure)["failed"] == 1
     assert alive == [1, 0]
@@ -284,7 +360,17 @@ def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):
         ('models = ["a"]\nmethods = ["rc-a"]\n[recipe]\nratio = 0.5\n', "write ratios = [0.5] above it."),
         ('models = ["a"]\nmethods = ["rc-a"]\n', "nothing to measure: name --tasks"),
         ('models = ["a"]\nmethods = []\n', "methods: expected at least one value, got none."),
+        (
+            'models = ["a"]\nmethods = [{method="rc-a", allocate="x.json", ratios=[0.5]}]\n',
+            "methods.ratios: x.json says the ratios; leave them out.",
+        ),
+        ('models = ["a"]\nmethods = [{method="rc-a", allocate="x.json", ratio=0.5}]\n', "leave --ratio out."),
+        ('models = ["a"]\nmethods = [{criterion="${NO_SUCH}/x.py:own"}]\n', "environment variable NO_SUCH"),
+        ('models = ["a\\u0000b"]\nmethods = ["rc-a"]\n', "models: 'a\\x00b' is no path."),
         ("models = [", "cannot be read:"),
+        (f"models = {'[' * 10_000}", "cannot be read: its tables or lists are nested too deeply."),
+        (f"a{'.a' * 10_000} = 1", "cannot be read: its tables or lists are nested too deeply."),
+        (f"models = {'1' * 5_000}", "cannot be read: "),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path, monkeypatch, capfd, text, says):
@@ -305,11 +391,24 @@ def test_a_bad_file_is_one_line(tmp_path, monkeypatch, capfd, text, says):
 
 def test_variables_are_put_into_paths_only(monkeypatch):
     monkeypatch.setenv("DICER_DATA", "/texts")
-    values = {"models": ["${DICER_DATA}/m"], "methods": [{"method": "rc-a", "calib": {"calib": "${DICER_DATA}/a.txt"}}]}
+    own = {"criterion": "${DICER_DATA}/c.py:own", "allocate": "${DICER_DATA}/r.json"}
+    method = {"method": "rc-a", "calib": {"calib": "${DICER_DATA}/a.txt"}, **own}
+    values = {"models": ["${DICER_DATA}/m"], "methods": [method]}
     asked = make_experiment({**values, "evaluation": {"perplexity": "${DICER_DATA}/b.txt"}})
     assert [run.model for run in asked.runs] == ["/texts/m"] * 2
-    assert asked.runs[1].recipe.calib == "/texts/a.txt"
+    recipe = asked.runs[1].recipe
+    assert (recipe.calib, recipe.criterion, recipe.allocate) == ("/texts/a.txt", "/texts/c.py:own", "/texts/r.json")
     assert asked.evaluation.perplexity == "/texts/b.txt"
+
+
+def test_every_key_of_an_experiment_file_is_in_its_table():
+    text = (EXPERIMENTS.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `\[?(\w+)\]?` \| (.*?) \|", text, flags=re.MULTILINE)
+    fields = {**Grid.model_fields, **Evaluation.model_fields}
+    assert [name for name, _ in rows if name in fields] == [*Grid.model_fields, *(n for n, _ in rows[9:])]
+    assert {name for name, _ in rows if name in fields} == set(fields)
+    for name, default in rows[2:7]:
+        assert json.loads(default) == fields[name].default
 
 
 WHAT_TO_PRUNE = sorted(p for p in (EXPERIMENTS / "smollm2").glob("*.toml") if not p.stem.startswith("table"))
@@ -362,6 +461,7 @@ def test_there_is_a_file_for_each_of_the_nine_tables():
         ({"criterion": "own/file.py:mine"}, "file-mine"),
         ({"criterion": "weight-l2", "grouping": "similarity", "merge": "mean"}, "weight-l2-post-similarity-mean"),
         ({"method": "let-llm"}, "let-llm"),
+        ({"method": "let-llm", "entropy_profile": "some/where.json"}, "let-llm-where"),
         ({"method": "let-llm", "schedule": "rank", "drop_threshold": 0.8}, "let-llm-rank-drop0.8"),
         ({"method": "let-llm", "split": "equal", "max_ratio": 0.5}, "let-llm-max0.5-splitequal"),
         ({"axis": "attention", "compensate": "bias"}, "rc-a-attention-bias"),
@@ -416,10 +516,12 @@ def test_records_of_another_format_and_other_files_are_one_line(model, rows, tmp
 
 
 def test_numbers_that_are_not_finite_are_written_as_json(tmp_path):
-    parts = {"id": "a", "status": "done", "method": "m", "model": {}, "recipe": {}, "evaluation": {}}
-    write_record(tmp_path / "a.json", {**parts, "metrics": {"x": [float("inf"), 1.5]}})
+    parts = {"id": "a", "status": "done", "method": "original", "text": "", "model": {"name": "m", "fingerprint": "f"}}
+    parts |= {name: {} for name in ("recipe", "evaluation", "environment", "versions", "seconds", "memory")}
+    summary = {"perplexity": float("inf"), "average": float("nan")}
+    write_record(tmp_path / "a.json", {**parts, "git": None, "metrics": {"summary": summary, "x": [1.5]}})
     json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert float(read_record(tmp_path / "a.json")["metrics"]["x"][0]) == float("inf")
+    assert float(read_record(tmp_path / "a.json")["metrics"]["summary"]["perplexity"]) == float("inf")
 
 
 RUNNER = """
@@ -512,6 +614,24 @@ def test_on_a_terminal_there_is_a_live_table(model, rows, tmp_path, monkeypatch,
     assert "llama weight-l2 0.25 seed 42" in out
 
 
+def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("dicer.evaluate.evaluate", Measure())
+    toml = tmp_path / "grid.toml"
+    toml.write_text(
+        f'models = ["{model}"]\nmethods = ["random"]\ncalib = ["{rows}"]\n[evaluation]\nperplexity = "builtin"\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
+    for says in ("2 runs: 2 done", "0 done, 2 skipped, 0 failed. Records: "):
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, _ = capfd.readouterr()
+        assert end.value.code == 0
+        assert says in out
+    assert len(out.splitlines()) == 2
+
+
 def test_the_live_table_moves_while_the_harness_is_silenced(tmp_path):
     """The harness takes hours and its output is caught; the table must not be."""
     pty = pytest.importorskip("pty")
@@ -567,3 +687,12 @@ def test_the_commit_is_recorded_where_there_is_one(tmp_path, monkeypatch):
     revision = surroundings()["git"]
     assert len(revision) == 40
     assert os.environ.get("HOSTNAME", "no-host") not in json.dumps(surroundings())
+
+
+def test_runs_of_versions_that_knew_no_profile_are_still_known():
+    """A field that is new must not make a run of every earlier record."""
+    run = Run("model", Recipe(), "text", Recipe())
+    without = Recipe().model_dump(exclude={"entropy_profile"})
+    same = [identity(run, recipe, Evaluation(), "f") for recipe in (without, {**without, "entropy_profile": None})]
+    assert same[0] == same[1]
+    assert identity(run, {**without, "entropy_profile": "a.json"}, Evaluation(), "f") != same[0]

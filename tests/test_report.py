@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import copy
 import csv
 import html
 import json
+import os
 import re
 import struct
 import subprocess
@@ -16,18 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dicer import cli
+from dicer import cli, report
 from dicer.errors import ExperimentError, OutputError
 from dicer.measured import measures
 from dicer.paper import FULL, PERPLEXITY, QWEN, SHORT, TABLES, TASKS
 from dicer.plots import one_each, ordered, pictures
-from dicer.records import pack, record_path, write_record
+from dicer.records import pack, read_record, record_path, write_record
 from dicer.report import write_report
 from dicer.tables import Cell, Row, cell, full_table, mark_best, paper_tables, settings, text_tables
 
 CHROMIUM = Path("/usr/bin/chromium")
 METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a", "sim-mean", "sim-dominant")
 ACCURACIES = ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "winogrande", "average")
+RECORDS = Path(__file__).parents[1] / "docs" / "results"
 LAYERS, UNITS = (5, 6, 7, 8), 64
 
 
@@ -406,18 +409,19 @@ def test_the_command_says_where_the_report_is(tmp_path, monkeypatch, capfd):
 
 def test_nothing_to_report_is_one_line(tmp_path):
     with pytest.raises(ExperimentError, match="holds no finished run; 'dicer run"):
-        write_report(tmp_path, tmp_path / "out")
-    _save([_record("rc-a", 0.25, status="failed", error="x")], tmp_path)
+        write_report(tmp_path / "results", tmp_path / "out")
+    _save([_record("rc-a", 0.25, status="failed", error="x")], tmp_path / "results")
     with pytest.raises(ExperimentError, match=r"holds no finished run \(1 failed\)"):
-        write_report(tmp_path, tmp_path / "out")
+        write_report(tmp_path / "results", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_older_record_is_one_line(tmp_path):
-    (path,) = _save([_record("original")], tmp_path).rglob("*.json")
+    results = tmp_path / "results"
+    (path,) = _save([_record("original")], results).rglob("*.json")
     path.write_text(json.dumps({"format": 0}))
     with pytest.raises(ExperimentError, match="has format 0, and this version of dicer reads 1"):
-        write_report(tmp_path, tmp_path / "out")
+        write_report(results, tmp_path / "out")
 
 
 @pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
@@ -434,6 +438,176 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(OutputError, match="cannot be written to"):
         write_report(_save([_record("original")], tmp_path / "results"), tmp_path / "out")
+
+
+def _refused(tmp_path, monkeypatch, capfd, out, results="results"):
+    """The one line that ``dicer report`` ends with, before anything is drawn."""
+    monkeypatch.setattr("dicer.report.pictures", lambda *_: pytest.fail("a figure was drawn"))
+    monkeypatch.setattr(sys, "argv", ["dicer", "report", str(tmp_path / results), "-o", str(tmp_path / out)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    written, line = capfd.readouterr()
+    assert (end.value.code, written, line.count("\n")) == (2, "", 1)
+    return line
+
+
+@pytest.mark.parametrize(
+    ("out", "there", "says"),
+    [
+        ("out", {"report.html": "my thesis"}, "is not empty and holds no earlier report"),
+        ("out", {"notes.txt": "mine"}, "is not empty and holds no earlier report"),
+        ("out", {"report.html": "mine", "report.md": "{}"}, "is not empty and holds no earlier report"),
+        ("out", {"report.md/inside": "mine"}, "cannot be written to"),
+        ("results", {}, "lies within the results"),
+        ("results/deep/report", {}, "lies within the results"),
+        ("other/../results/report", {}, "lies within the results"),
+        ("link", {}, "lies within the results"),
+    ],
+)
+def test_what_others_wrote_is_left_alone(tmp_path, monkeypatch, capfd, out, there, says):
+    _save([_record("original"), _record("rc-a", 0.25)], tmp_path / "results")
+    (tmp_path / "link").symlink_to(tmp_path / "results")
+    for name, text in there.items():
+        (tmp_path / out / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / out / name).write_text(text)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert says in _refused(tmp_path, monkeypatch, capfd, out)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_report_is_made_again_over_an_earlier_one(tmp_path):
+    results, out = _save([_record("original")], tmp_path / "results"), tmp_path / "out"
+    out.mkdir()
+    (out / "report.html.partial").write_text("<half")  # of a first report that was killed
+    for more in ([], [_record("rc-a", 0.25)]):
+        write_report(_save(more, results), out)
+        (out / "notes.txt").write_text("mine")
+    assert "2 finished runs" in (out / "report.html").read_text()
+    (out / "report.html").unlink()  # as in docs/results, where the page is too large to keep
+    write_report(results, out)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not list(out.glob("*.partial"))
+
+
+def test_the_committed_reports_are_known_as_such():
+    for folder in (RECORDS / "paper-tables", RECORDS / "what-to-prune"):
+        assert report._is_report(folder, {path.name for path in folder.iterdir()})
+
+
+def test_a_place_without_permission_is_told_before_anything_is_drawn(tmp_path, monkeypatch, capfd):
+    _save([_record("original")], tmp_path / "results")
+    monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)  # root is denied nothing
+    assert f"no permission in {tmp_path}" in _refused(tmp_path, monkeypatch, capfd, "out/deep")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["is_dir", "iterdir"])
+def test_results_that_may_not_be_read_are_one_line(tmp_path, monkeypatch, capfd, name):
+    _save([_record("original")], tmp_path / "closed" / "results")
+    found = getattr(Path, name)
+
+    def denied(path, *rest, **more):
+        if "closed" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return found(path, *rest, **more)
+
+    monkeypatch.setattr(Path, name, denied)  # root is denied nothing
+    assert "Permission denied" in _refused(tmp_path, monkeypatch, capfd, "out", "closed/results")
+
+
+def test_a_folder_of_records_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch, capfd):
+    _save([_record("original"), _record("rc-a", 0.25)], tmp_path / "results")
+    found = Path.iterdir
+
+    def denied(path):
+        if path.parts[-2:] == ("rc-a", "logs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return found(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    assert "rc-a/logs cannot be read: Permission denied." in _refused(tmp_path, monkeypatch, capfd, "out")
+
+
+def _changed(record, where, value):
+    """A record with another value at a dotted place; without it for ``...``."""
+    changed = copy.deepcopy(record)
+    *way, last = where.split(".")
+    inner = changed
+    for name in way:
+        inner = inner[name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return changed
+
+
+ALWAYS = ("id", "status", "method", "text", "model", "recipe", "evaluation", "environment", "versions", "git")
+DAMAGES = [
+    *((name, ..., f"('{name}' is missing)") for name in (*ALWAYS, "metrics", "seconds", "memory", "layers")),
+    *((name, 5, f"({name}: ") for name in (*ALWAYS, "metrics", "seconds", "memory", "layers")),
+    *((name, None, f"({name}: ") for name in (*ALWAYS, "metrics", "seconds", "memory", "layers") if name != "git"),
+    ("method", "$\\frac$", "(method: "),
+    ("status", "odd", "(status: "),
+    ("recipe.ratio", ..., "('recipe.ratio' is missing)"),
+    ("recipe.ratio", "0.25", "(recipe.ratio: "),
+    ("recipe.seed", [], "(recipe.seed: "),
+    ("recipe.samples", ..., "('recipe.samples' is missing)"),
+    ("recipe.calib", {}, "(recipe.calib: "),
+    ("model.name", 1, "(model.name: "),
+    ("evaluation.tasks", 1, "(evaluation.tasks: "),
+    ("metrics.summary", [], "(metrics.summary: "),
+    ("metrics.summary.average", "high", "(metrics.summary.average."),
+    ("metrics.tasks", {"a": {}}, "('metrics.tasks.a.metrics' is missing)"),
+    ("metrics.perplexity", {"text": "a"}, "('metrics.perplexity.window' is missing)"),
+    ("seconds.score", "long", "(seconds.score: "),
+    ("memory.score", 1, "(memory.score: "),
+    ("layers.5", [], "(layers.5: "),
+    ("layers.5.keep", "?", "(layers.5: "),
+    ("layers.5.keep", "AAAA", "(layers.5: Value error, keep must have one bit for each unit"),
+    ("layers.five", {"units": 1, "keep": "AA=="}, "(layers.five."),
+    ("kept", {"mlp": {"5": [0, 0]}}, "(kept: Value error, more is kept than there is"),
+    ("kept", {"mlp": {"5": [4, 5]}}, "(kept: Value error, more is kept than there is"),
+    ("kept", {"mlp": {"5": [4]}}, "('kept.mlp.5.1' is missing)"),
+    ("allocation", {"transfer_entropy": {"mlp": 1}}, "(allocation.transfer_entropy.mlp: "),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "says"), DAMAGES, ids=lambda part: str(part)[:30])
+def test_a_damaged_record_is_one_line_that_says_where(tmp_path, monkeypatch, capfd, where, value, says):
+    _save([_record("original")], tmp_path / "results")
+    path = tmp_path / "results" / "a" / "rc-a" / "logs" / "b.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(_changed(_record("rc-a", 0.25), where, value)))
+    line = _refused(tmp_path, monkeypatch, capfd, "out")
+    assert f"{path} is no whole record of a run {says}" in line
+    assert line.endswith("; move it out of the results folder.\n")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5_000 + "1" + "}" * 5_000, '"\\ud800"', "\0", ""])
+def test_what_is_no_json_object_is_one_line(tmp_path, monkeypatch, capfd, text):
+    path = tmp_path / "results" / "a" / "b" / "logs" / "c.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert f"{path} is no record of a run" in _refused(tmp_path, monkeypatch, capfd, "out")
+
+
+def test_odd_records_that_are_whole_make_a_report(tmp_path):
+    """Numbers that are none, layers that keep nothing or that only one method has, integers beyond any float."""
+    first, second = _record("rc-a", 0.25), _record("act-l2", 0.25)
+    nothing = {"units": UNITS, "keep": pack(np.arange(0), UNITS), "norm": {"kept": "nan", "dropped": "inf"}}
+    first["layers"], second["layers"] = {"5": nothing}, {"6": {**nothing, "norm": None}}
+    first["metrics"]["summary"]["average"] = 10**400
+    kept, short = {"mlp": {"5": [4, 0], "6": [4, 2]}}, {"transfer_entropy": {"mlp": ["nan"], "blocks": []}}
+    first |= {"kept": kept, "allocation": short}
+    write_report(_save([first, second], tmp_path / "results"), tmp_path / "out")
+    rows = (tmp_path / "out" / "setting1-overlap-25.csv").read_text().splitlines()
+    assert rows[1:] == ["rc-a,rc-a,1.0", "rc-a,act-l2,nan", "act-l2,rc-a,nan", "act-l2,act-l2,1.0"]
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*/records/*/*/logs/*.json")), ids=lambda path: path.stem)
+def test_the_committed_records_are_whole(path):
+    assert read_record(path) == json.loads(path.read_bytes())
 
 
 PROBE = """<script>

@@ -35,9 +35,6 @@ class Board:
         self._live: Live | None = None
 
     def __enter__(self) -> Board:
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4)
-            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,8 +53,16 @@ class Board:
             self._took[0] += time.monotonic() - self._began
             self._took[1] += 1
         self._rows[event.task.name] = (describe(event.task), event.kind, event.text)
-        if self._live is None and event.kind in ("done", "failed"):
+        if self._console.is_terminal:
+            self._start(event)
+        elif event.kind in ("done", "failed"):
             self._line(event)
+
+    def _start(self, event: Event) -> None:
+        """Show the table with the first run that is not done yet: where all are, it would have no rows."""
+        if self._live is None and event.kind != "skipped":
+            self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4)
+            self._live.start()
 
     def _line(self, event: Event) -> None:
         ended = sum(state in ("done", "failed", "skipped") for _, state, _ in self._rows.values())
@@ -96,7 +101,8 @@ def describe(task: Task) -> str:
     if recipe is None:
         return f"{task.source.name} {task.run.method}"
     text = f"{task.run.text} {recipe.samples} x {recipe.seq_len}"
-    return f"{task.source.name} {task.run.method} {recipe.ratio:g} seed {recipe.seed}, {text}"
+    ratio = "" if (recipe.allocate or "").endswith(".json") else f" {recipe.ratio:g}"
+    return f"{task.source.name} {task.run.method}{ratio} seed {recipe.seed}, {text}"
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,10 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
+from dicer.calibration import HUB_TEXTS, Calibration
 from dicer.distributed import from_first, rank, world_size
-from dicer.errors import DicerError, ExperimentError
+from dicer.errors import DicerError, ExperimentError, unknown
 from dicer.grid import Experiment, Run, identity, portable_evaluation
-from dicer.job import portable
+from dicer.job import portable, prepare
 from dicer.machine import peak_memory, pick_device, reset_peak_memory
 from dicer.passes import Scored, score_all
 from dicer.pipeline import build_model
@@ -25,6 +29,8 @@ from dicer.records import locked, read_records, record_path, run_id, write_recor
 from dicer.run_record import facts_of, surroundings
 from dicer.sources import ModelSource, open_model
 from dicer.stores import Progress, silent
+
+_FILES = (".txt", ".jsonl", ".jsonl.gz")
 
 
 class Evaluate(Protocol):
@@ -115,8 +121,8 @@ def run_experiment(
         How many runs were ``done``, ``skipped`` and ``failed``.
 
     Raises:
-        DicerError: a model cannot be opened, another run holds the folder, it holds records of another format, or what
-            ``check`` raises.
+        DicerError: a model cannot be opened, another run holds the folder, it holds records of another format, a run
+            is known to fail before its model is loaded, or what ``check`` raises.
     """
     bench = Bench(experiment.evaluation, evaluate, watch)
     sources = {model: open_model(model) for model in dict.fromkeys(run.model for run in experiment.runs)}
@@ -125,13 +131,19 @@ def run_experiment(
     with ExitStack() as stack:
         finished = _on_first(lambda: _finished(stack, results))
         for task in tasks:
-            bench.tell("skipped" if task.name in finished else "waiting", task)
+            if task.name in finished:
+                bench.tell("skipped", task)
         groups: dict[object, list[Task]] = {}
         for task in tasks:
             if task.name not in finished:
                 groups.setdefault((task.run.model, task.run.loading), []).append(task)
         if groups:
+            _check_evaluation(experiment.evaluation)
+            for group in groups.values():
+                _check_runs(group)
             check(experiment.evaluation)
+        for task in itertools.chain.from_iterable(groups.values()):
+            bench.tell("waiting", task)
         for group in groups.values():
             _run_model(group, bench)
     return bench.counts
@@ -167,6 +179,38 @@ def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path) 
     return Task(run, name, source, recipe, record_path(results, source.name, run.method, name))
 
 
+def _check_evaluation(evaluation: Evaluation) -> None:
+    """See to it that the perplexity text is there, before any model is loaded."""
+    if (text := evaluation.text()) is not None:
+        _check_text("perplexity text", text, ("builtin", "wikitext2"))
+
+
+def _check_runs(tasks: list[Task]) -> None:
+    """Hold the runs of one model against it, its device and the files that they read; the hub is not asked."""
+    pick_device(tasks[0].run.loading.device)
+    stand_in = Calibration(torch.zeros(1, 2, dtype=torch.int64), {})  # the text itself is read when its turn comes
+    for task in tasks:
+        if (recipe := task.run.recipe) is None:
+            continue
+        try:
+            if prepare(task.source, recipe, calibration=stand_in).runs_model:
+                named = (recipe.calib,) if recipe.calib.count("/") == 1 else ("OWNER/NAME",)
+                _check_text("calibration text", recipe.calib, ("builtin", *HUB_TEXTS, *named))
+        except DicerError as error:
+            raise ExperimentError(f"{task.source.name} {task.run.method}: {error}") from None
+
+
+def _check_text(what: str, text: str, known: Sequence[str]) -> None:
+    if text.endswith(_FILES):
+        try:
+            if not Path(text).is_fifo():  # which can be opened once only
+                Path(text).open("rb").close()
+        except OSError as error:
+            raise ExperimentError(f"{what} {text} cannot be read: {error.strerror or error}.") from None
+    elif text not in known:
+        raise ExperimentError(unknown(what, text, (*known, *(f"FILE{ending}" for ending in _FILES))))
+
+
 def _run_model(tasks: list[Task], bench: Bench) -> None:
     """All runs of one model: it is loaded once, measured if asked, scored for all, and gone before the first cut."""
     source, loading = tasks[0].source, tasks[0].run.loading
@@ -187,7 +231,11 @@ def _run_model(tasks: list[Task], bench: Bench) -> None:
     for task, found in scored:
         gc.collect()  # a model that is gone but not collected would double the peak
         build = partial(build_model, source, found.plan, dtype, device)
-        _measure(task, bench, build, tokenizer, {**load, "score": found.seconds}, facts_of(found))
+        facts = facts_of(found)
+        if found.job.method.allocate.endswith(".json"):  # the file said it; reports go by what it comes to
+            told = facts["allocation"]
+            facts["recipe"] = {**task.recipe, "ratio": round(told["target"] / told["whole"], 4)}
+        _measure(task, bench, build, tokenizer, {**load, "score": found.seconds}, facts)
 
 
 def _score(tasks: list[Task], model: Any, tokenizer: Any, bench: Bench) -> list[tuple[Task, Scored]]:

@@ -20,7 +20,7 @@ from dicer.protocols import Evaluation
 from dicer.recipe import Recipe, make_recipe
 
 ORIGINAL = "original"
-_PATHS = ("calib", "include_path", "perplexity", "models")
+_PATHS = ("allocate", "calib", "criterion", "entropy_profile", "include_path", "models", "perplexity")
 _AXES = {"ratio": "ratios", "seed": "seeds", "samples": "samples", "calib": "calib"}  # recipe value -> key of the grid
 # These change how long a run takes and what it needs, not what it gives.
 _WITHOUT_EFFECT = ("device", "batch_size", "gradient_checkpointing")
@@ -89,13 +89,21 @@ def read_experiment(path: Path) -> Experiment:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ExperimentError(f"experiment {path} cannot be read: {reason}.") from None
+    except RecursionError:
+        raise _too_deep(path) from None
     try:
         return make_experiment(values)
     except (ExperimentError, RecipeError) as error:
         raise ExperimentError(f"experiment {path}: {error}") from None
+    except RecursionError:  # dotted keys are read without recursion, however many parts they have
+        raise _too_deep(path) from None
+
+
+def _too_deep(path: Path) -> ExperimentError:
+    return ExperimentError(f"experiment {path} cannot be read: its tables or lists are nested too deeply.")
 
 
 def make_experiment(values: Mapping[str, Any]) -> Experiment:
@@ -132,10 +140,16 @@ def _points(grid: Grid) -> Iterator[tuple[dict[str, Any], str]]:
     """Recipe values and text name of every point; what a method's or a text's own table says goes before the grid."""
     for method, calib in itertools.product(grid.methods, grid.calib):
         own = dict(method) if isinstance(method, dict) else {"method": method}
+        own_ratios = "ratios" in own
         seeds, ratios = (_own_list(own, name, getattr(grid, name)) for name in ("seeds", "ratios"))
         chosen = own.pop("calib", calib)  # a method may have a text of its own
         text: dict[str, Any] = dict(chosen) if isinstance(chosen, dict) else {"calib": chosen}
         name = text.pop("name", None)
+        allocate = str({**grid.recipe, **text, **own}.get("allocate"))
+        if allocate.endswith(".json"):
+            if own_ratios:
+                raise ExperimentError(f"methods.ratios: {allocate} says the ratios; leave them out.")
+            ratios = [None]  # one point, and its recipe names no ratio
         for ratio, seed, samples in itertools.product(ratios, seeds, grid.samples):
             point = {**grid.recipe, "ratio": ratio, "seed": seed, "samples": samples, **text, **own}
             yield point, str(name or _base(str(text.get("calib", "builtin"))))
@@ -159,6 +173,8 @@ def _expand(values: Any, key: str = "") -> Any:
     if isinstance(values, list):
         return [_expand(value, key) for value in values]
     if isinstance(values, str) and key in _PATHS:
+        if "\0" in values:
+            raise ExperimentError(f"{key}: {values!r} is no path.")
         return re.sub(r"\$\{(\w+)\}", lambda found: _variable(found[1], key), values)
     return values
 
@@ -191,12 +207,15 @@ def method_name(recipe: Recipe) -> str:
     """A preset's name, or the parts of a combination that is none, with what else was chosen; fit for a folder."""
     method = recipe.resolve()
     how = _how(recipe, method)
+    parts: list[str | None]
     if method.preset is not None or method.axis == "block":
-        return "-".join([method.preset or "block", *how])
-    reads = method.criterion.startswith("act-") or method.grouping == "similarity"
-    parts = [Path(method.criterion).name.replace(".py:", "-"), method.activation if reads else None]
-    parts += [method.grouping if method.grouping != "none" else None, method.merge if method.merge != "prune" else None]
-    parts += [f"{method.groups}-groups" if method.groups else None, *how]
+        parts = [method.preset or "block"]
+    else:
+        reads = method.criterion.startswith("act-") or method.grouping == "similarity"
+        parts = [Path(method.criterion).name.replace(".py:", "-"), method.activation if reads else None]
+        parts += [name if name not in ("none", "prune") else None for name in (method.grouping, method.merge)]
+        parts += [f"{method.groups}-groups" if method.groups else None]
+    parts += how
     return re.sub(r"[^\w.-]", "_", "-".join(part for part in parts if part))
 
 
@@ -210,6 +229,7 @@ def _how(recipe: Recipe, method: Method) -> list[str]:
     usual = "transfer-entropy" if method.axis == "block" else preset.allocate
     words: list[str] = [method.axis] if method.axis not in (preset.axis, "block") else []
     words += [Path(method.allocate).stem] if method.allocate != usual else []
+    words += [Path(recipe.entropy_profile).stem] if recipe.entropy_profile else []
     fields = Recipe.model_fields
     changed = {name: v for name in fields if (v := getattr(recipe, name)) != fields[name].default}
     words += [str(changed[name]) for name in _SAID_BY_VALUE if name in changed]

@@ -22,7 +22,10 @@ def _kept(record: Record) -> dict[int, Any]:
 
 
 def _jaccard(a: Any, b: Any) -> float:
-    return float((a & b).sum() / (a | b).sum())
+    """Of two masks; NaN where a method lacks the layer, 1 where both keep nothing of it."""
+    if a is None or b is None or len(a) != len(b):
+        return math.nan
+    return float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0
 
 
 def overlap(chosen: dict[str, Record], name: str) -> Picture | None:
@@ -45,7 +48,7 @@ def overlap(chosen: dict[str, Record], name: str) -> Picture | None:
 
 
 def _mean_jaccard(a: dict[int, Any], b: dict[int, Any]) -> float:
-    both = [_jaccard(a[i], b[i]) for i in a if i in b]
+    both = [value for i in a if not math.isnan(value := _jaccard(a[i], b.get(i)))]
     return statistics.fmean(both) if both else math.nan
 
 
@@ -62,13 +65,7 @@ def overlap_by_layer(chosen: dict[str, Record], name: str) -> Picture | None:
     if not 0 < len(pairs) <= _PAIRS:
         return None
     layers = sorted(set.union(*(set(masks) for masks in kept.values())))
-    shared = [[i in kept[a] and i in kept[b] for i in layers] for a, b in pairs]
-    matrix = np.array(
-        [
-            [_jaccard(kept[a][i], kept[b][i]) if there else math.nan for i, there in zip(layers, line, strict=True)]
-            for (a, b), line in zip(pairs, shared, strict=True)
-        ]
-    )
+    matrix = np.array([[_jaccard(kept[a].get(i), kept[b].get(i)) for i in layers] for a, b in pairs])
     drawn = figure(0.28 * len(layers) + 4.6, 0.24 * len(pairs) + 1.6)
     axis = drawn.subplots()
     _heat(drawn, axis, matrix, [f"{a} / {b}" for a, b in pairs], [str(i) for i in layers], turn=len(layers) > 40)
@@ -79,7 +76,7 @@ def overlap_by_layer(chosen: dict[str, Record], name: str) -> Picture | None:
 
 
 def _lowest(matrix: Any) -> float:
-    return min(0.9, math.floor(float(np.nanmin(matrix)) * 10) / 10)
+    return min([0.9, *(math.floor(float(value) * 10) / 10 for value in matrix.flat if not math.isnan(value))])
 
 
 def _heat(drawn: Any, axis: Any, matrix: Any, down: Sequence[str], across: Sequence[str], turn: bool = True) -> None:
@@ -92,10 +89,10 @@ def _heat(drawn: Any, axis: Any, matrix: Any, down: Sequence[str], across: Seque
 def norms(chosen: dict[str, Record], name: str) -> Picture | None:
     """Mean activation norm of kept and of dropped neurons in each layer."""
     rows = [
-        (method, int(i), layer["norm"]["kept"], layer["norm"]["dropped"])
+        (method, int(i), float(layer["norm"]["kept"]), float(layer["norm"]["dropped"]))
         for method, record in chosen.items()
         for i, layer in sorted(record["layers"].items(), key=lambda item: int(item[0]))
-        if "norm" in layer
+        if layer.get("norm")
     ]
     methods = list(dict.fromkeys(row[0] for row in rows))
     if not rows:
@@ -155,12 +152,10 @@ def allocation(chosen: dict[str, Record], name: str) -> Picture | None:
 
 def _allocated(method: str, record: Record) -> list[tuple[str, str, int, float, float | None]]:
     """(method, part, layer, fraction removed, transfer entropy) of every module that could go."""
-    entropy = record.get("allocation", {}).get("transfer_entropy", {})
+    told = record.get("allocation", {}).get("transfer_entropy", {})
+    entropy = {part: dict(enumerate(map(float, values))) for part, values in told.items()}
     kept = record.get("kept", {})
     removed = {(axis, int(i)): 1 - k / n for axis in ("attention", "mlp") for i, (n, k) in kept.get(axis, {}).items()}
     removed |= {("blocks", i): 0.0 for i in range(len(entropy.get("blocks", ())))}
     removed |= {("blocks", i): 1.0 for i in kept.get("blocks", ())}
-    return [
-        (method, part, i, share, entropy[part][i] if part in entropy else None)
-        for (part, i), share in sorted(removed.items())
-    ]
+    return [(method, part, i, share, entropy.get(part, {}).get(i)) for (part, i), share in sorted(removed.items())]

@@ -10,17 +10,157 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import filelock
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from dicer.errors import ExperimentError, OutputError
 
 FORMAT = 1
 PARTIAL = ".partial"
 LOCK = ".dicer-lock"
-_FIELDS = ("id", "status", "method", "model", "recipe", "evaluation")
+
+_Number = float | Literal["inf", "-inf", "nan"]  # as :func:`finite` writes them
+_Index = Annotated[str, Field(pattern="^[0-9]{1,6}$")]  # of a layer
+_Units = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    """What the readers of records rely on; more keys may stand beside."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Model(_Part):
+    name: str
+    fingerprint: str
+
+
+class _Evaluation(_Part):
+    protocol: str | None = None
+    tasks: list[str] = []
+    task_prefix: str = ""
+    limit: int | None = None
+    limits: dict[str, int] = {}
+
+
+class _Record(_Part):
+    """Every record."""
+
+    format: Literal[1]
+    id: str
+    status: Literal["done", "failed"]
+    method: str = Field(pattern=r"^[^$\s/]+$")  # a folder's name, and text in figures, where $ begins a formula
+    text: str
+    model: _Model
+    recipe: dict[str, Any]
+    evaluation: _Evaluation
+    environment: dict[str, Any]
+    versions: dict[str, Any]
+    git: str | None
+    computed_on: str | None = None
+
+
+class _Failed(_Part):
+    error: str
+
+
+class _Value(_Part):
+    value: _Number
+
+
+class _Entry(_Part):
+    metrics: dict[str, _Value]
+
+
+class _Window(_Part):
+    window: int
+    value: _Number
+
+
+class _Perplexity(_Part):
+    text: str
+    window: int
+    value: _Number
+    also: _Window | None = None
+
+
+class _Metrics(_Part):
+    summary: dict[str, _Number | None] = {}
+    tasks: dict[str, _Entry] = {}
+    groups: dict[str, _Entry] = {}
+    perplexity: _Perplexity | None = None
+
+
+class _Memory(_Part):
+    score: dict[str, FiniteFloat] = {}
+
+
+class _Done(_Part):
+    """What was measured."""
+
+    metrics: _Metrics
+    seconds: dict[str, FiniteFloat]
+    memory: _Memory
+
+
+class _Recipe(_Part):
+    ratio: float = Field(ge=0, le=1)
+    seed: int
+    samples: int
+    seq_len: int
+    dtype: str
+    layers: str = "all"
+    axis: str | None = None
+    ratio_of: str = "chosen"
+    calib: str | None = None
+    calib_config: str | None = None
+    calib_split: str | None = None
+    calib_field: str | None = None
+
+
+class _Sides(_Part):
+    kept: _Number
+    dropped: _Number
+
+
+class _Layer(_Part):
+    units: int
+    keep: str
+    norm: _Sides | None = None
+
+    @model_validator(mode="after")
+    def _one_bit_a_unit(self) -> _Layer:
+        if len(base64.b64decode(self.keep, validate=True)) != -(-self.units // 8):
+            raise ValueError("keep must have one bit for each unit")
+        return self
+
+
+class _Kept(_Part):
+    attention: dict[_Index, tuple[_Units, _Units]] = {}
+    mlp: dict[_Index, tuple[_Units, _Units]] = {}
+    blocks: list[int] = []
+
+    @model_validator(mode="after")
+    def _kept_of_units(self) -> _Kept:
+        if any(not kept <= units > 0 for layers in (self.attention, self.mlp) for units, kept in layers.values()):
+            raise ValueError("more is kept than there is")
+        return self
+
+
+class _Allocation(_Part):
+    transfer_entropy: dict[str, list[_Number]] = {}
+
+
+class _Pruned(_Part):
+    """What was cut, of a run that is done."""
+
+    recipe: _Recipe
+    layers: dict[_Index, _Layer]
+    kept: _Kept = _Kept()
+    allocation: _Allocation = _Allocation()
 
 
 def run_id(parts: Mapping[str, Any]) -> str:
@@ -63,36 +203,64 @@ def finite(value: Any) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """One record.
+    """One record, whole: whoever reads it on finds every key that it should have, and a value of the right kind there.
 
     Raises:
-        ExperimentError: it cannot be read, or is of another format.
+        ExperimentError: it cannot be read, is of another format, or is damaged; the line says where.
     """
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = record.get("format")
-        complete = all(name in record for name in _FIELDS)
+        text = path.read_bytes()
+        record = _Record.model_validate_json(text)
+        pruned = (_Pruned,) if record.method != "original" else ()
+        for part in (_Done, *pruned) if record.status == "done" else (_Failed,):
+            part.model_validate_json(text)
     except OSError as error:
         raise ExperimentError(f"the record {path} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, AttributeError):
-        raise ExperimentError(f"{path} is no record of a run; move it out of the results folder.") from None
-    if found != FORMAT:
-        raise ExperimentError(
-            f"the record {path} has format {found}, and this version of dicer reads {FORMAT}; use another results "
-            "folder, or move it away."
+    except ValidationError as error:
+        raise ExperimentError(_first_fault(path, error)) from None
+    # An integer that no float can hold would break sums later.
+    found: dict[str, Any] = json.loads(text, parse_int=lambda digits: (int if len(digits) < 20 else float)(digits))
+    return found
+
+
+def _first_fault(path: Path, error: ValidationError) -> str:
+    first = error.errors()[0]
+    where, missing = ".".join(map(str, first["loc"])), first["type"] == "missing"
+    if not where:  # no JSON object, or one nested without end
+        return f"{path} is no record of a run; move it out of the results folder."
+    if where == "format":
+        return (
+            f"the record {path} has format {None if missing else first['input']}, and this version of dicer reads "
+            f"{FORMAT}; use another results folder, or move it away."
         )
-    if not complete:
-        raise ExperimentError(f"{path} is no whole record of a run; move it out of the results folder.")
-    return record
+    wrong = f"'{where}' is missing" if missing else f"{where}: {first['msg']}, got {first['input']!r:.60}"
+    return f"{path} is no whole record of a run ({wrong}); move it out of the results folder."
 
 
 def read_records(results: Path) -> list[dict[str, Any]]:
-    """Every record of a results folder, in the order of their paths.
+    """Every record of a results folder, in the order of their paths; none where there is no such folder.
 
     Raises:
-        ExperimentError: one of them cannot be read, or is of another format.
+        ExperimentError: the folder or a record cannot be read, or a record is of another format or damaged.
     """
-    return [read_record(path) for path in sorted(results.glob("*/*/logs/*.json"))]
+    try:
+        logs = [own / "logs" for model in _folders(results) for own in _folders(model)]
+        paths = [path for folder in logs for path in _inside(folder) if path.suffix == ".json"]
+    except OSError as error:
+        raise ExperimentError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    return [read_record(path) for path in sorted(paths)]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _inside(folder) if path.is_dir()]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder; ``Path.glob`` passes over folders that may not be read, with all their records."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 @contextmanager

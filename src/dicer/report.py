@@ -6,6 +6,8 @@ import base64
 import csv
 import importlib.resources
 import io
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from dicer.records import read_records
 from dicer.tables import TableView, done, full_table, paper_tables, settings, shown, text_tables
 
 TITLE = "Pruning experiments"
+# How every report begins, below the style of the page: what tells an earlier report from a file of the user's.
+_EARLIER = re.compile(rf"{TITLE}\W.*?\d+ finished runs, \d+ failed; settings: \d+\.", re.DOTALL)
+_BEGINNING = 8192  # characters
 
 
 def write_report(results: Path, out: Path) -> list[Path]:
@@ -26,15 +31,16 @@ def write_report(results: Path, out: Path) -> list[Path]:
 
     Args:
         results: the folder of ``dicer run``.
-        out: where ``report.html``, ``report.md`` and each figure's PNG and CSV go; older ones are replaced.
+        out: where ``report.html``, ``report.md`` and each figure's PNG and CSV go; an earlier report is replaced.
 
     Returns:
         The files that were written.
 
     Raises:
         ExperimentError: there is no record, one cannot be read, or matplotlib or jinja2 is missing.
-        OutputError: a file cannot be written.
+        OutputError: ``out`` has other things in it, lies within ``results``, or cannot be written.
     """
+    check_place(results, out)
     records = read_records(results)
     if not done(records):
         failed = f" ({len(records)} failed)" if records else ""
@@ -48,12 +54,48 @@ def write_report(results: Path, out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            partial = out / f"{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(out / name)
+            _write(out / name, content)
     except OSError as error:
         raise OutputError(f"the report cannot be written to {out}: {error.strerror or error}.") from error
     return [out / name for name in files]
+
+
+def check_place(results: Path, out: Path) -> None:
+    """See to it that a report can be written and takes nothing away, before it is drawn.
+
+    Raises:
+        OutputError: it lies within the results, holds other things than an earlier report, or cannot be written.
+    """
+    try:
+        target = out.resolve()
+        if target.is_relative_to(results.resolve()):
+            raise OutputError(f"{out} lies within the results {results}; give -o a folder outside them.")
+        held = {path.name for path in out.iterdir()} - {"report.html.partial"} if out.exists() else set()
+        if held and not _is_report(out, held):
+            raise OutputError(f"{out} is not empty and holds no earlier report; give -o a new or an empty folder.")
+        parent = next(path for path in (target, *target.parents) if path.exists())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"the report cannot be written to {out}: no permission in {parent}.")
+    except OSError as error:
+        raise OutputError(f"the report cannot be written to {out}: {error.strerror or error}.") from error
+
+
+def _is_report(folder: Path, names: set[str]) -> bool:
+    """Whether each page that a report would replace was written by one, and there is one."""
+    beginnings = []
+    for name in names & {"report.html", "report.md"}:
+        with (folder / name).open(encoding="utf-8", errors="replace") as file:
+            beginnings.append(file.read(_BEGINNING))
+    return bool(beginnings) and all(_EARLIER.search(text) for text in beginnings)
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _values(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
