@@ -428,6 +428,10 @@ def test_perplexity_is_measured_printed_and_put_into_the_card(run, model, rows, 
     text = tmp_path / "text.txt"
     text.write_text("a text that is long enough for two windows of a tiny model, " * 8)
     printed = run("prune", model, "-o", tmp_path / "out", "--calib", rows, "--perplexity", text)
+    assert "calibration text itself" not in printed
+    same = ("--calib", text, "--perplexity", text, "--seq-len", "32")
+    note = "Note: the perplexity is that of the calibration text itself; another would tell more."
+    assert note in run("prune", model, "-o", tmp_path / "same", *same)
     before, after = map(float, re.search(r"^Perplexity: (\S+) before, (\S+) after\.$", printed, re.M).groups())
     card = (tmp_path / "out" / "README.md").read_text()
     in_card = re.search(r"on `text.txt`.*?: (\S+) before, (\S+) after", card).groups()

@@ -147,7 +147,7 @@ def prune(
     out = Path(output) if output is not None else None
     in_memory = not isinstance(model, str | os.PathLike)
     if out is not None:
-        read = [recipe.calib, recipe.allocate, perplexity_text, None if in_memory else model]
+        read = [recipe.calib, recipe.allocate, recipe.entropy_profile, perplexity_text, None if in_memory else model]
         check_output(out, overwrite=overwrite, inputs=[Path(p) for p in read if p is not None and Path(p).exists()])
     source = from_memory(model) if in_memory else open_model(model)
     if in_memory:
@@ -167,6 +167,8 @@ def prune(
     result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*job.notes, *plan.notes])
     if windows is not None:
         with _timed(result, "perplexity"):
+            if job.calibration is not None and perplexity_text == recipe.calib != "builtin":  # which keeps blocks apart
+                result.notes.append("the perplexity is that of the calibration text itself; another would tell more")
             result.perplexities["before"] = _perplexity(dense, windows, "perplexity before", progress)
     where = (dense.dtype, dense.device)
     del dense
