@@ -161,6 +161,9 @@ def test_a_recipe_does_not_change():
         ("2--2", 4, [2]),
         ("-30", 30, [0]),
         ("3-3", 4, [3]),
+        ("2-", 4, [2, 3]),
+        ("-2-", 4, [2, 3]),
+        ("0,3-", 4, [0, 3]),
         ("3,1,2", 4, [1, 2, 3]),
         ("1,1,0-2,-3", 4, [0, 1, 2]),
         (" 1 , 2-3 ", 4, [1, 2, 3]),
@@ -173,7 +176,7 @@ def test_layers_are_read(text, count, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", ",", "1,", "1-", "1-2-3", "a", "1:3", "1 2", "--1", "1.0", "all,1", "1--", "0x1", "1e1", "9999999"]
+    "text", ["", ",", "1,", "-", "1-2-3", "a", "1:3", "1 2", "--1", "1.0", "all,1", "1--", "0x1", "1e1", "9999999"]
 )
 def test_layers_that_cannot_be_read_are_refused_at_once(text):
     with pytest.raises(RecipeError, match="cannot be read"):
