@@ -77,7 +77,9 @@ class Recipe(BaseModel):
     entropy_profile: str | None = Field(
         default=None, description="transfer entropy from this file of 'dicer entropy'; it is not measured then"
     )
-    layers: str = Field(default="all", description="'all', or indices and ranges as in 5,6,9-12 or 5-; -1 is the last layer")
+    layers: str = Field(
+        default="all", description="'all', or indices and ranges as in 5,6,9-12 or 5-; -1 is the last layer"
+    )
     width_multiple: int = Field(default=1, ge=1, description="round the kept width to a multiple of this")
     calib: str = Field(
         default="builtin", description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a .txt/.jsonl(.gz)"
@@ -287,7 +289,9 @@ def _layer_ranges(text: str) -> list[tuple[int, int]]:
     for piece in text.split(","):
         match = re.fullmatch(r"\s*(-?\d{1,6})(-(-?\d{1,6})?)?\s*", piece)
         if match is None:
-            raise RecipeError(f"layers '{text}' cannot be read at '{piece}'; write 'all', or as in 5,6,9-12, 5- or -4--1.")
+            raise RecipeError(
+                f"layers '{text}' cannot be read at '{piece}'; write 'all', or as in 5,6,9-12,15- or -4--1."
+            )
         last = match[3] or "-1" if match[2] else match[1]
         ranges.append((int(match[1]), int(last)))
     return ranges
