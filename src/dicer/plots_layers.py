@@ -135,6 +135,8 @@ def allocation(chosen: dict[str, Record], name: str) -> Picture | None:
         beside = axis.twinx() if any(row[0] == method and row[4] is not None for row in rows) else None
         for place, part in enumerate(("attention", "mlp", "blocks")):
             own = [row for row in rows if row[:2] == (method, part)]
+            if not own:  # no bars have no colour, and the legend would show another part's
+                continue
             layers, look = [row[2] for row in own], {"color": COLOURS[place], "label": part}
             axis.bar([i + 0.28 * (place - 1) for i in layers], [row[3] for row in own], width=0.28, alpha=0.75, **look)
             told = [(row[2], row[4]) for row in own if row[4] is not None]
@@ -144,8 +146,8 @@ def allocation(chosen: dict[str, Record], name: str) -> Picture | None:
         if beside:
             beside.set_ylabel("transfer entropy (line)")
         axis.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    handles, labels = drawn.axes[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside right upper", frameon=False)
+    named = {label: bars for axis in drawn.axes for bars, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    drawn.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
     caption = "Fraction of each layer's heads, neurons and of the layer itself that goes (bars), and transfer entropy."
     return Picture(name, caption, png(drawn), ("method", "part", "layer", "removed", "transfer_entropy"), rows)
 
