@@ -49,6 +49,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def calib(rows: Path) -> str:
+    """The same, as a recipe names them."""
+    return str(rows)
+
+
+@pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of transfer entropies that no other test and no user has."""
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ from operator import attrgetter
 import pytest
 import torch
 from test_contracts import CASES, run_without_dicer
-from tiny import FAMILIES, LAYERS, NEURONS, save_tiny, tiny_model, tiny_tokens
+from tiny import FAMILIES, LAYERS, NEURONS, PLACES, save_tiny, tiny_model, tiny_tokens
 
 import dicer
 from dicer.errors import PlanError
@@ -17,13 +17,6 @@ from dicer.plan import LayerPlan, PrunePlan, load_plan
 from dicer.sources import from_memory, open_model
 from dicer.surgery import plan_cut
 
-# Where each family keeps things, written down apart from the library's own table:
-# decoder layers, attention's output projection, the MLP's.
-_LLAMA = ("model.layers", "self_attn.o_proj", "mlp.down_proj")
-PLACES = dict.fromkeys(FAMILIES, _LLAMA) | {
-    "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj"),
-    "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2"),
-}
 GROUPED = dict.fromkeys(FAMILIES, 2) | {"gpt2": 4, "opt": 4}  # key-value heads of the tiny models; 4 heads of 8
 EMPTY = torch.empty(0, dtype=torch.int64)
 

@@ -9,7 +9,7 @@ from operator import attrgetter
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, tiny_model, tiny_tokens
+from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, PLACES, tiny_model, tiny_tokens
 
 import dicer
 from dicer.errors import RecipeError
@@ -18,18 +18,6 @@ from dicer.job import prepare
 from dicer.sources import from_memory
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-# Decoder layers and both output projections, written down apart from the library's own table.
-_LLAMA = ("model.layers", "self_attn.o_proj", "mlp.down_proj")
-PLACES = dict.fromkeys(FAMILIES, _LLAMA) | {
-    "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj"),
-    "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2"),
-}
-
-
-@pytest.fixture(scope="module")
-def calib(rows):
-    return str(rows)
 
 
 @pytest.fixture(scope="module")

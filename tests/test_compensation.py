@@ -8,25 +8,14 @@ from operator import attrgetter
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, save_tiny, tiny_model, tiny_tokens
+from tiny import HIDDEN, LAYERS, NEURONS, PLACES, save_tiny, tiny_model, tiny_tokens
 
 import dicer
 from dicer.errors import RecipeError
 
-# Decoder layers and both output projections, written down apart from the library's own table.
-_LLAMA = ("model.layers", "self_attn.o_proj", "mlp.down_proj")
-PLACES = dict.fromkeys(FAMILIES, _LLAMA) | {
-    "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj"),
-    "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2"),
-}
 SOME = ("llama", "phi3", "gpt2", "opt", "gemma2")
 every_family = pytest.mark.parametrize("family", SOME)
 both_axes = pytest.mark.parametrize("axis", ["attention", "mlp"])
-
-
-@pytest.fixture(scope="module")
-def calib(rows):
-    return str(rows)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,9 @@ from dicer.errors import RecipeError
 from dicer.grouping import GROUPINGS
 from dicer.merging import MERGES
 from dicer.presets import DEFAULT_METHOD, PRESETS, Method
-from dicer.recipe import Recipe, make_recipe, read_recipe, select_layers
+from dicer.profile import PLACES, SEARCHES
+from dicer.ratios import SCHEDULES, SPLITS
+from dicer.recipe import CHOICES, Recipe, make_recipe, read_recipe, select_layers
 
 # A value of each field that is not its default.
 OTHER = {
@@ -408,3 +410,9 @@ def test_the_help_of_a_field_says_every_value_of_a_choice():
     assert all(value in activation.description for value in values)
     assert all(name in Recipe.model_fields["grouping"].description for name in GROUPINGS)
     assert all(name in Recipe.model_fields["merge"].description for name in MERGES)
+
+
+def test_a_recipe_knows_all_choices_and_no_others_the_default_first():
+    done = {"schedule": SCHEDULES, "split": SPLITS, "entropy_search": SEARCHES, "entropy_at": PLACES}
+    assert {name: set(known) for name, known in CHOICES.items()} == {name: set(known) for name, known in done.items()}
+    assert {name: known[0] for name, known in CHOICES.items()} == {name: getattr(Recipe(), name) for name in CHOICES}

@@ -10,6 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "opt")
+# Decoder layers, attention's output projection, the MLP's: written down apart from the library's own table.
+PLACES = dict.fromkeys(FAMILIES, ("model.layers", "self_attn.o_proj", "mlp.down_proj")) | {
+    "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_proj"),
+    "opt": ("model.decoder.layers", "self_attn.out_proj", "fc2"),
+}
 LAYERS, HIDDEN, NEURONS, VOCABULARY, POSITIONS = 4, 32, 40, 264, 128
 
 

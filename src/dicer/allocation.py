@@ -77,12 +77,13 @@ def total(modules: Sequence[Module]) -> int:
     return sum(module.parameters for module in modules)
 
 
-def too_much(target: float, possible: float, whole: float, what: str = "") -> RecipeError:
-    """The error for a target out of reach; all three in parameters, ``what`` says of what if not of all."""
-    last = ", as every layer keeps one key-value head" if what == " of heads" else " within the bounds"
+def too_much(
+    target: float, possible: float, whole: float, what: str = "parameters", why: str = "within the bounds"
+) -> RecipeError:
+    """The error for a target out of reach; all three in parameters, of ``what``; ``why`` no more can go."""
     return RecipeError(
-        f"{target:,.0f} of {whole:,.0f} parameters{what} ({target / whole:.1%}) are to go, but at most {possible:,.0f} "
-        f"({possible / whole:.1%}) can{last}: ask for less, or for wider bounds."
+        f"{target:,.0f} of {whole:,.0f} {what} ({target / whole:.1%}) are to go, but at most {possible:,.0f} "
+        f"({possible / whole:.1%}) can {why}: ask for less, or for wider bounds."
     )
 
 
@@ -135,8 +136,9 @@ def _check_reach(modules: Sequence[Module], ratio: float, bounds: Bounds) -> Non
     stays, steps = replace(bounds, drop_threshold=None), [_step_cost(module, bounds) for module in modules]
     rounding = sum(steps) if modules and modules[0].axis == "mlp" else max(steps, default=0) / 2
     if ratio * total(modules) > most(modules, stays) + rounding:
-        what = " of heads" if modules[0].axis == "attention" else " of neurons"
-        raise too_much(ratio * total(modules), most(modules, stays), total(modules), what)
+        heads = ("parameters of heads", "within the bounds, every layer keeping a key-value head")
+        said = heads if modules[0].axis == "attention" else ("parameters of neurons",)
+        raise too_much(ratio * total(modules), most(modules, stays), total(modules), *said)
 
 
 def _step_cost(module: Module, bounds: Bounds) -> int:

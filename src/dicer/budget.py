@@ -149,11 +149,12 @@ def _decide_by_file(path: Path, budget: Budget) -> Decision:
     if not any(asked.values()):
         raise RecipeError(f"every ratio in {path} is 0, so nothing would go.")
     bounds = replace(budget.bounds, drop_threshold=None)
-    for module, ratio in asked.items():
+    cut = {module: ratio for module, ratio in asked.items() if 0 < ratio < 1}
+    for module, ratio in cut.items():
         least = min(bounds.min_width, module.units) if module.axis == "mlp" else 1
-        if 0 < ratio < 1 and ratio > bounds.max_ratio + HAIR:
+        if ratio > bounds.max_ratio + HAIR:
             broken = f"--max-ratio is {bounds.max_ratio}"
-        elif 0 < ratio < 1 and least > max(round(module.units * (1 - ratio)), 1):
+        elif least > max(round(module.units * (1 - ratio)), 1):
             broken = f"--min-width is {bounds.min_width}"
         else:
             continue
@@ -161,9 +162,9 @@ def _decide_by_file(path: Path, budget: Budget) -> Decision:
             f"{path}: {module.axis} of layer {module.layer} is to lose {ratio}, and {broken}: change one."
         )
     keep = {module: 0 if ratio == 1 else module.units for module, ratio in asked.items()}
-    if cut := [module for module, ratio in asked.items() if 0 < ratio < 1]:
-        part = sum(asked[module] * module.parameters for module in cut)
-        keep |= dict(zip(cut, whole_units(cut, [asked[module] for module in cut], bounds, part), strict=True))
+    if cut:
+        part = sum(ratio * module.parameters for module, ratio in cut.items())
+        keep |= dict(zip(cut, whole_units(list(cut), list(cut.values()), bounds, part), strict=True))
     told = {"target": sum(ratio * module.parameters for module, ratio in asked.items())}
     return _decision(budget.modules, [keep[module] for module in budget.modules], told)
 

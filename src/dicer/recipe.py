@@ -192,16 +192,20 @@ def _check_axis(recipe: Recipe, method: Method) -> None:
         raise RecipeError("--axis block leaves no projection to put a bias on; leave --compensate out.")
 
 
+# What transfer entropy leaves open, the default first; ratios.py and profile.py say what each means.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "schedule": ("linear", "softmax", "rank"),
+    "split": ("share", "model", "equal", "module"),
+    "entropy_search": ("independent", "greedy"),
+    "entropy_at": ("norm", "hidden"),
+}
+
+
 def _check_allocation(recipe: Recipe, method: Method) -> None:
     """Refuse an allocation that is not known, and options that it does not read."""
     if method.allocate not in ALLOCATIONS and not method.allocate.endswith(".json"):
         raise RecipeError(unknown("allocation", method.allocate, ALLOCATIONS))
-    for name, known in (
-        ("schedule", ("linear", "softmax", "rank")),
-        ("split", ("share", "model", "equal", "module")),
-        ("entropy_search", ("independent", "greedy")),
-        ("entropy_at", ("norm", "hidden")),
-    ):
+    for name, known in CHOICES.items():
         value = getattr(recipe, name)
         if value not in known:
             raise RecipeError(unknown(name.replace("_", " "), value, known))

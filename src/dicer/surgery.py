@@ -152,10 +152,13 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             cut.infos[name], cut.origin[name] = info, name
         elif place[0] in number:
             _inside(cut, axes, plan, name, number[place[0]])
+    places = _places(family, before)
     for old, new in number.items():
         for axis in AXES:
-            if axis in after[new].output_bias:
-                _output_bias(cut, axes[axis], plan.axes.get(axis, {}).get(old), old, new)
+            layer = plan.axes.get(axis, {}).get(old)
+            if axis in after[new].output_bias and layer is not None and layer.means is not None:
+                piece = next(piece for piece in axes[axis].slices if piece.is_output)
+                _output_bias(cut, axes[axis], piece, layer, places[old, piece.name], new)
     if fits_stock(source, after):
         _zero_biases(cut, [axes[axis] for axis in AXES if any(axis in shape.output_bias for shape in after)])
     return cut
@@ -231,12 +234,9 @@ def _biased(source: ModelSource, axis: Axis, layer: LayerPlan, bias_name: str) -
     return (own.float().cpu() + compensation(weight, piece, layer)).to(own.dtype)
 
 
-def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan | None, old: int, new: int) -> None:
+def _output_bias(cut: Cut, axis: Axis, piece: Slice, layer: LayerPlan, weight_name: str, new: int) -> None:
     """A bias that the stock class does not have, unless it was copied or added to already."""
-    source, piece = cut.source, next(piece for piece in axis.slices if piece.is_output)
-    if layer is None or layer.means is None:
-        return
-    weight_name = _places(source.family, cut.before)[old, piece.name]
+    source = cut.source
     bias_name = weight_name.removesuffix("weight") + "bias"
     name = source.family.renumbered(bias_name, new)
     if not len(layer.keep):
