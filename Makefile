@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test check format clean-env bench install
+.PHONY: demo test check format golden clean-env bench install
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Writes the table of hashes anew that tests/test_golden.py holds every plan and every weight against.
+golden: install
+	$(BIN)/python tests/golden.py --write
 
 # A pruned checkpoint must load where only torch, transformers and safetensors are installed: builds such a place.
 clean-env: install
