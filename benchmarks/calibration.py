@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
-from dicer.distributed import BATCH_TOKENS
-from dicer.job import prepare
+from dicer.ask.recipe import make_recipe
+from dicer.decide.decide import score
+from dicer.decide.task import prepare
 from dicer.machine import pick_device
-from dicer.recipe import make_recipe
-from dicer.scoring import score
-from dicer.sources import open_model
+from dicer.model.source import open_model
+from dicer.processes import BATCH_TOKENS
 
 
 def main() -> None:

@@ -16,14 +16,14 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
-from dicer.calibration import load_calibration
-from dicer.distributed import own_batches
-from dicer.entropy import layer_forwards, measure
+from dicer.ask.recipe import make_recipe
 from dicer.machine import pick_device
-from dicer.profile import LISTS
-from dicer.recipe import make_recipe
-from dicer.sources import open_model, tokenize_with
-from dicer.stores import ResidentStore
+from dicer.measure.entropy.profile import LISTS
+from dicer.measure.entropy.transfer import layer_forwards, measure
+from dicer.measure.stores.resident import ResidentStore
+from dicer.measure.text import load_calibration
+from dicer.model.source import open_model, tokenize_with
+from dicer.processes import own_batches
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 import dicer
-from dicer.calibration import load_windows
-from dicer.presets import PRESETS
-from dicer.sources import open_model, tokenize_with
+from dicer.ask.methods import PRESETS
+from dicer.measure.text import load_windows
+from dicer.model.source import open_model, tokenize_with
 
 DRAWN = ("random", "rc-a")  # the methods whose result depends on the seed beyond the choice of samples
 

@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 from transformers.utils import logging
 
-from dicer.job import prepare
-from dicer.passes import score_all
+from dicer.ask.recipe import make_recipe
+from dicer.decide.decide import score
+from dicer.decide.task import prepare
+from dicer.decide.together import score_all
+from dicer.model.source import open_model
 from dicer.pipeline import build_model
-from dicer.recipe import make_recipe
-from dicer.scoring import score
-from dicer.sources import open_model
 
 METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import transformers
 
 import dicer
+from dicer.cli.terminal import Bar
 from dicer.machine import peak_memory
+from dicer.model.source import open_model
 from dicer.pipeline import PERPLEXITY_LENGTH, PERPLEXITY_WINDOWS
-from dicer.sources import open_model
-from dicer.terminal import Bar
 
 MODEL = "builtin:smollm2"
 OUT = Path("build/smollm2-rc-a-25")

@@ -16,10 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dicer.distributed import rank
+from dicer.ask.methods import PRESETS
+from dicer.cli.terminal import quiet_transformers
 from dicer.errors import DicerError, RecipeError, unknown
-from dicer.presets import PRESETS
-from dicer.terminal import quiet_transformers
+from dicer.processes import rank
 
 # --method -> --apply-mode -> dicer's preset; "" where the mode is not asked for.
 SEED_METHODS: dict[str, dict[str, str]] = {
@@ -105,9 +105,9 @@ def main() -> int:
     flags = parse(sys.argv[1:])
     try:
         values = values_of(flags)
-        from dicer.evaluate import evaluate, load_all_tasks
-        from dicer.experiment import Event, run_experiment
-        from dicer.grid import make_experiment
+        from dicer.evaluate.quality import evaluate, load_all_tasks
+        from dicer.study.grid import make_experiment
+        from dicer.study.run import Event, run_experiment
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState

@@ -22,12 +22,7 @@ _PLAIN = {
 }
 _MORE = {  # what no preset has
     "rc-a, 3 groups": {"method": "rc-a", "groups": 3},
-    "act-l2, heads and neurons, bias": {
-        "criterion": "act-l2",
-        "activation": "mod",
-        "axis": "all",
-        "compensate": "bias",
-    },
+    "act-l2, all, bias": {"criterion": "act-l2", "activation": "mod", "axis": "all", "compensate": "bias"},
     "sim-dominant, bias, multiple of 8": {"method": "sim-dominant", "compensate": "bias", "width_multiple": 8},
     "taylor, global": {"method": "taylor", "allocate": "global"},
     "blocks": {"axis": "block"},
@@ -39,7 +34,7 @@ def compute() -> dict[str, dict[str, dict[str, str]]]:
     from tiny import FAMILIES, save_tiny, tiny_tokens
 
     import dicer
-    from dicer.presets import PRESETS
+    from dicer.ask.methods import PRESETS
 
     recipes = {name: {"method": name} for name in PRESETS} | _MORE
     found: dict[str, dict[str, dict[str, str]]] = {}

@@ -9,8 +9,8 @@ import pytest
 from tiny import NEURONS, save_tiny
 
 import dicer
-from dicer.families import FAMILIES
-from dicer.presets import PRESETS
+from dicer.ask.methods import PRESETS
+from dicer.model.families import FAMILIES
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

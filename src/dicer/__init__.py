@@ -12,42 +12,42 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from dicer.axes import UnitWeights as UnitWeights
-    from dicer.criteria import CRITERIA as CRITERIA
-    from dicer.criteria import Criterion as Criterion
-    from dicer.criteria import criterion as criterion
+    from dicer.ask.evaluation import Evaluation as Evaluation
+    from dicer.ask.recipe import Recipe as Recipe
+    from dicer.decide.plan import PrunePlan as PrunePlan
+    from dicer.decide.plan import load_plan as load_plan
     from dicer.errors import DicerError as DicerError
-    from dicer.evaluate import perplexity as perplexity
-    from dicer.layer_statistics import LayerStatistics as LayerStatistics
+    from dicer.evaluate.quality import perplexity as perplexity
+    from dicer.evaluate.speed import bench as bench
+    from dicer.measure.criteria import CRITERIA as CRITERIA
+    from dicer.measure.criteria import Criterion as Criterion
+    from dicer.measure.criteria import criterion as criterion
+    from dicer.measure.statistics import LayerStatistics as LayerStatistics
+    from dicer.model.units import UnitWeights as UnitWeights
     from dicer.pipeline import Result as Result
     from dicer.pipeline import apply_plan as apply_plan
     from dicer.pipeline import load as load
     from dicer.pipeline import make_plan as make_plan
     from dicer.pipeline import prune as prune
-    from dicer.plan import PrunePlan as PrunePlan
-    from dicer.plan import load_plan as load_plan
-    from dicer.protocols import Evaluation as Evaluation
-    from dicer.recipe import Recipe as Recipe
-    from dicer.speed import bench as bench
 
 _WHERE = {
-    "CRITERIA": "criteria",
-    "Criterion": "criteria",
-    "criterion": "criteria",
+    "CRITERIA": "measure.criteria",
+    "Criterion": "measure.criteria",
+    "criterion": "measure.criteria",
     "DicerError": "errors",
-    "perplexity": "evaluate",
-    "UnitWeights": "axes",
-    "LayerStatistics": "layer_statistics",
+    "perplexity": "evaluate.quality",
+    "UnitWeights": "model.units",
+    "LayerStatistics": "measure.statistics",
     "Result": "pipeline",
     "apply_plan": "pipeline",
     "load": "pipeline",
     "make_plan": "pipeline",
     "prune": "pipeline",
-    "PrunePlan": "plan",
-    "load_plan": "plan",
-    "Evaluation": "protocols",
-    "Recipe": "recipe",
-    "bench": "speed",
+    "PrunePlan": "decide.plan",
+    "load_plan": "decide.plan",
+    "Evaluation": "ask.evaluation",
+    "Recipe": "ask.recipe",
+    "bench": "evaluate.speed",
 }
 
 __all__ = [*_WHERE]
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _register(_: Any) -> None:
-    importlib.import_module("dicer.export.registration").register()
+    importlib.import_module("dicer.write.export.registration").register()
 
 
 # Not on the auto classes' own module: transformers imports that one half-way through others, too early to add to it.

@@ -14,21 +14,21 @@ from typing import Any
 
 from torch import Tensor
 
-from dicer.calibration import load_windows
-from dicer.card import model_card
+from dicer.ask.recipe import Recipe
+from dicer.decide.decide import score
+from dicer.decide.plan import PrunePlan, load_plan
+from dicer.decide.task import Job, prepare
 from dicer.errors import ModelError, RecipeError
-from dicer.evaluate import perplexity
-from dicer.forms import MODELING_FILE
-from dicer.job import Job, prepare
+from dicer.evaluate.quality import perplexity
 from dicer.machine import pick_device
-from dicer.model_files import copy_side_files
-from dicer.plan import PrunePlan, load_plan
-from dicer.recipe import Recipe
-from dicer.scoring import score
-from dicer.sink import CheckpointSink, check_output, check_space
-from dicer.sources import ModelSource, from_memory, open_model, tokenize_with
-from dicer.stores import Progress, silent
-from dicer.surgery import Sizes, plan_cut
+from dicer.measure.stores.resident import Progress, silent
+from dicer.measure.text import load_windows
+from dicer.model.find import copy_side_files
+from dicer.model.source import ModelSource, from_memory, open_model, tokenize_with
+from dicer.write.card import model_card
+from dicer.write.config import MODELING_FILE
+from dicer.write.sink import CheckpointSink, check_output, check_space
+from dicer.write.surgery import Sizes, plan_cut
 
 PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024
@@ -229,7 +229,7 @@ def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", devic
     """
     import transformers
 
-    from dicer.export import modeling_pruned
+    from dicer.write.export import modeling_pruned
 
     family = source.family
     cut = plan_cut(source, plan)
@@ -275,7 +275,7 @@ def _write(
             tokenizer.save_pretrained(sink.folder)
         result.plan.save(sink.folder)
         if "auto_map" in config:
-            code = importlib.resources.files("dicer.export").joinpath(MODELING_FILE)
+            code = importlib.resources.files("dicer.write.export").joinpath(MODELING_FILE)
             sink.write_text(MODELING_FILE, code.read_text(encoding="utf-8"))
         sink.write_tensors(cut.infos, cut.read, lambda done: progress("write", done, len(cut.infos)))
         sink.write_json("config.json", config)

@@ -1,0 +1,5 @@
+"""``python -m dicer.cli`` is ``dicer``."""
+
+from dicer.cli.main import main
+
+main()

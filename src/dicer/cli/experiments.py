@@ -1,0 +1,143 @@
+"""The commands of experiments: run and report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dicer.cli.terminal import console, quiet_transformers, say
+
+if TYPE_CHECKING:
+    from dicer.study.run import Event, Task
+
+app = typer.Typer()
+
+_SHOWN = 12  # rows of the live table besides what is going on; a terminal has no more room
+_RUNNING = ("scoring", "evaluating")
+
+
+class Board:
+    """What an experiment does: a live table on a terminal, a line for each run that ends elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = console()
+        self._console.file = sys.stdout  # today's: what silences libraries puts another one in its place
+        self._rows: dict[str, tuple[str, str, str]] = {}  # run id -> what, state, detail
+        self._stage, self._began, self._took = "", time.monotonic(), [0.0, 0]
+        self._live: Live | None = None
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def watch(self, event: Event) -> None:
+        """Take in one event."""
+        if event.task is None:
+            self._stage = f"{event.text} {event.done}/{event.total}"
+            return
+        self._stage = ""
+        if event.kind == "evaluating":
+            self._began = time.monotonic()
+        elif event.kind == "done":
+            self._took[0] += time.monotonic() - self._began
+            self._took[1] += 1
+        self._rows[event.task.name] = (describe(event.task), event.kind, event.text)
+        if self._console.is_terminal:
+            self._start(event)
+        elif event.kind in ("done", "failed"):
+            self._line(event)
+
+    def _start(self, event: Event) -> None:
+        """Show the table with the first run that is not done yet: where all are, it would have no rows."""
+        if self._live is None and event.kind != "skipped":
+            self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4)
+            self._live.start()
+
+    def _line(self, event: Event) -> None:
+        ended = sum(state in ("done", "failed", "skipped") for _, state, _ in self._rows.values())
+        assert event.task is not None
+        why = f": {event.text}" if event.text else ""
+        left = f", {self.time_left()}" if self.time_left() else ""
+        self._console.print(
+            f"[{ended}/{len(self._rows)}] {event.kind} {describe(event.task)}{why}{left}", markup=False, soft_wrap=True
+        )
+
+    def time_left(self) -> str:
+        """From the mean time of an evaluation, once there is one."""
+        waiting = sum(state in ("waiting", *_RUNNING) for _, state, _ in self._rows.values())
+        if not self._took[1] or not waiting:
+            return ""
+        seconds = int(self._took[0] / self._took[1] * waiting)
+        hours, minutes = seconds // 3600, seconds % 3600 // 60
+        return f"about {f'{hours} h {minutes} min' if hours else f'{minutes} min' if minutes else f'{seconds} s'} left"
+
+    def _table(self) -> Group:
+        states = [state for _, state, _ in self._rows.values()]
+        counts = ", ".join(f"{states.count(s)} {s}" for s in ("done", "skipped", "failed", "waiting") if s in states)
+        table = Table("run", "state", "", title=f"{len(states)} runs: {counts or 'starting'}", title_justify="left")
+        ended = [row for row in self._rows.values() if row[1] in ("done", "failed")]
+        going = [row for row in self._rows.values() if row[1] == "evaluating"]
+        coming = [row for row in self._rows.values() if row[1] in ("waiting", "scoring")]
+        for what, state, detail in [*ended[-_SHOWN // 2 :], *going, *coming[: _SHOWN // 2]]:
+            table.add_row(what, state, self._stage if state == "evaluating" else Text(detail, overflow="ellipsis"))
+        stage = self._stage if not going else ""
+        return Group(table, Text(" ".join(part for part in (stage, self.time_left()) if part)))
+
+
+def describe(task: Task) -> str:
+    """A run in a few words."""
+    recipe = task.run.recipe
+    if recipe is None:
+        return f"{task.source.name} {task.run.method}"
+    text = f"{task.run.text} {recipe.samples} x {recipe.seq_len}"
+    ratio = "" if (recipe.allocate or "").endswith(".json") else f" {recipe.ratio:g}"
+    return f"{task.source.name} {task.run.method}{ratio} seed {recipe.seed}, {text}"
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="A grid of runs; see experiments/.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="RESULTS", help="Folder of the records, one JSON file a run.")
+    ] = Path("results"),
+) -> None:
+    """Prune and measure every point of a grid; what RESULTS already has is not done again.
+
+    Stop it whenever you like and start it again: finished runs are kept, failed ones are tried again.
+    """
+    from dicer.study.grid import read_experiment
+
+    asked = read_experiment(experiment)
+    from dicer.evaluate.quality import evaluate, load_all_tasks
+    from dicer.study.run import run_experiment
+
+    quiet_transformers()
+    with Board() as board:
+        counts = run_experiment(asked, output, evaluate=evaluate, check=load_all_tasks, watch=board.watch)
+    say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
+    say(f"Next: dicer report {output} -o FOLDER")
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Folder that 'dicer run' wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the report.")],
+) -> None:
+    """Make tables, figures and report.html (one file that needs no network) from the records of RESULTS."""
+    from dicer.study.report.pages import write_report
+
+    files = write_report(results, output)
+    say(f"{len(files)} files in {output}; open {output / 'report.html'}")

@@ -1,0 +1,201 @@
+"""What the commands share: printing, a progress bar, a result file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dicer.errors import OutputError
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
+
+_SHOW_AFTER = 2.0  # seconds; a bar for less is noise
+_LARGEST_RESULT = 64 * 1024**2  # bytes; whatever is larger is no result of ours, and need not be read to know it
+
+
+class Bar:
+    """A progress bar with the time left, on a terminal, for whatever takes longer than two seconds."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # Bound to today's stderr, and never put in its place: libraries whose own bars are silenced redirect it.
+        console = Console(file=sys.stderr)
+        self._progress = Progress(
+            *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+        )
+        self._stage, self._began = "", 0.0
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        return self._update
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress.live.is_started:  # else rich ends a line that was never begun
+            self._progress.stop()
+
+    def _update(self, stage: str, done: int, total: int) -> None:
+        if not self._progress.console.is_terminal:
+            return
+        if stage != self._stage or done == 0:  # a stage that comes again begins anew
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._stage, self._began, self._task = stage, time.monotonic(), None
+        if self._task is None and time.monotonic() - self._began > _SHOW_AFTER:
+            self._task = self._progress.add_task(stage, total=total)
+            self._progress.start()
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+
+def console() -> Console:
+    """Where tables go; as wide as the terminal."""
+    # A pipe has no width; without one rich would fold tables at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
+
+
+def show(table: Table) -> None:
+    """Print a table; where rich would have to cut its words, every row as lines of its own."""
+    out = console()
+    with out.capture() as drawn:
+        out.print(table)
+    if "…" in drawn.get():
+        lines = Table(show_header=False, title=table.title)
+        lines.add_column(no_wrap=True)
+        lines.add_column(overflow="fold")
+        for row in zip(*(column.cells for column in table.columns), strict=True):
+            for column, cell in zip(table.columns, row, strict=True):
+                lines.add_row(column.header, cell)
+            lines.add_section()
+        table = lines
+    _print(table)
+
+
+def say(text: str) -> None:
+    """Print a line as it stands."""
+    _print(text)
+
+
+def _print(what: Table | str) -> None:
+    try:
+        console().print(what, markup=False, soft_wrap=isinstance(what, str))
+    except OSError as error:
+        raise OutputError(f"cannot print: {error.strerror}. Send the output to where there is room.") from None
+
+
+def output_path(text: str) -> Path:
+    """What follows ``-o``; ``~`` is the user's home also where no shell has put it in.
+
+    Raises:
+        typer.BadParameter: it is empty, or names the home of a user that is not there.
+    """
+    if not text:
+        raise typer.BadParameter("the name is empty.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise typer.BadParameter(f"'{text}' begins with the home folder of a user that is not known.") from None
+
+
+def is_there(name: str | Path) -> bool:
+    """Whether a path is there; not, where nobody may look or no disk takes the name."""
+    with suppress(OSError):
+        return Path(name).exists()
+    return False
+
+
+def quiet_transformers() -> None:
+    """Its bars and warnings speak to programmers; dicer has its own. Bars of downloads stay, on a terminal."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # those of huggingface_hub, too
+    if sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
+
+
+def check_file(path: Path | None, *, overwrite: bool, keys: Collection[str], inputs: Iterable[str | None] = ()) -> None:
+    """See to it that a result file can be written, before hours go into the result.
+
+    Args:
+        path: the file.
+        overwrite: whether an earlier result may be replaced.
+        keys: what a result has at its top level; nothing else is replaced.
+        inputs: what the run reads, as it was typed; no path, where that is a name.
+
+    Raises:
+        OutputError: it is there already, or no earlier result, or nothing may be written there.
+    """
+    if path is None:
+        return
+    try:
+        _check_file(path, overwrite, keys, inputs)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _check_file(path: Path, overwrite: bool, keys: Collection[str], inputs: Iterable[str | None]) -> None:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        parent = next(p for p in path.resolve().parents if p.exists())
+        if not parent.is_dir():
+            raise OutputError(f"{path} cannot be written: {parent} is a file.") from None
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{path} cannot be written: no permission in {parent}.") from None
+        return
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file.")
+    if not path.is_file():
+        raise OutputError(f"{path} is no regular file; choose another name.")
+    if not overwrite:
+        raise OutputError(f"{path} exists; choose another name or pass --overwrite.")
+    if any(path.samefile(name) for name in inputs if name and is_there(name)):
+        raise OutputError(f"{path} is what this run reads; choose another name.")
+    if not _is_result(path, keys):
+        raise OutputError(f"{path} is no result of this command, so --overwrite leaves it; choose another name.")
+    if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: no permission in its folder.")
+
+
+def _is_result(path: Path, keys: Collection[str]) -> bool:
+    if path.stat().st_size > _LARGEST_RESULT:
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() >= set(keys)
+
+
+def write_result(path: Path, value: object) -> None:
+    """Write a JSON file that appears whole or not at all, and its folder where there is none.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from dicer.study.records import finite  # brings numpy, which the start of the program does without
+
+    target = path.resolve()  # of a link, the file that it points to is replaced
+    partial = target.with_name(f".dicer-{os.getpid()}.partial")  # not the whole name once more: that may be too long
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()

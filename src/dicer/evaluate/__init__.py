@@ -1,0 +1,5 @@
+"""What is a model worth?"""
+
+from dicer.evaluate.quality import Evaluation, evaluate, perplexity
+
+__all__ = ["Evaluation", "evaluate", "perplexity"]

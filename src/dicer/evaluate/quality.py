@@ -1,0 +1,190 @@
+"""What a model is worth: token perplexity, and the tasks of lm-evaluation-harness under the papers' protocols."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dicer.ask.evaluation import PROTOCOLS as PROTOCOLS
+from dicer.ask.evaluation import Evaluation as Evaluation
+from dicer.ask.evaluation import Protocol
+from dicer.errors import CalibrationError, ModelError, RecipeError
+from dicer.evaluate.harness import load_tasks, run_tasks
+from dicer.measure.stores.resident import Progress, evaluating, silent
+from dicer.measure.text import HUB_TEXTS, load_windows
+from dicer.model.source import tokenize_with
+
+
+def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent) -> dict[str, Any]:
+    """Measure a model in memory.
+
+    ``word_perplexity`` and accuracies are those of the harness's command line on the same checkpoint. In several
+    processes (``accelerate launch``) the tasks are shared; perplexity is the first one's work.
+
+    Args:
+        model: a causal language model; evaluated without dropout, whatever its mode.
+        tokenizer: its tokenizer.
+        evaluation: what to measure.
+        progress: called with (stage, done, total).
+
+    Returns:
+        Plain values: ``perplexity`` (text, window, windows, tokens predicted, value, and the same under ``also`` for
+        another window) or None, ``tasks`` and ``groups``
+        (see :func:`dicer.evaluate.harness.run_tasks`), ``summary`` (the protocol's numbers by short names, and their
+        ``average``), ``versions``. Nothing at all ({}) in every process but the first.
+
+    Raises:
+        DicerError: anything that the user can mend; all but a failing model is found before anything is measured.
+    """
+    evaluation.require_something()
+    text = evaluation.text()
+    if tokenizer is None:
+        raise ModelError("the model has no tokenizer, so it cannot be measured on text.")
+    lengths = (None, evaluation.also_window) if evaluation.also_window else (None,)
+    windows = [] if text is None else [_windows(model, tokenizer, evaluation, text, length) for length in lengths]
+    tasks = load_all_tasks(evaluation)
+    result: dict[str, Any] = {"perplexity": None, "tasks": {}, "groups": {}, "summary": {}, "versions": {}}
+    with evaluating(model):
+        for limit, members in tasks.items():
+            found = run_tasks(
+                model,
+                tokenizer,
+                members,
+                num_fewshot=0 if evaluation.protocol else evaluation.num_fewshot,
+                limit=limit,
+                batch_size=evaluation.batch_size,
+                progress=lambda done, total: progress("tasks", done, total),
+            )
+            for kind in ("tasks", "groups"):
+                result[kind] |= (found or {}).get(kind, {})
+            result["versions"] = {"lm_eval": importlib.metadata.version("lm_eval")}
+        if int(os.environ.get("RANK", "0")):
+            return {}
+        measured = [_measure(model, one, Path(str(text)).name, evaluation, progress) for one in windows]
+        if measured:
+            result["perplexity"] = {**measured[0], **({"also": measured[1]} if len(measured) > 1 else {})}
+    if evaluation.protocol:
+        result["summary"] = _summary(PROTOCOLS[evaluation.protocol], evaluation.task_prefix, result)
+    return result
+
+
+def load_all_tasks(evaluation: Evaluation) -> dict[int | None, dict[str, Any]]:
+    """Documents a task -> the tasks that it holds for, with their documents (:func:`dicer.evaluate.harness.load_tasks`).
+
+    Raises:
+        EvaluationError: there is no such task, or its data cannot be had.
+    """
+    return {limit: load_tasks(names, evaluation.include_path) for limit, names in evaluation.by_limit().items()}
+
+
+def _windows(model: Any, tokenizer: Any, evaluation: Evaluation, text: str, other: int | None = None) -> Tensor:
+    """Windows side by side, int64 [W, T]; as long as was asked for, else the protocol's, else what the model can.
+
+    ``other`` is another length, of which as many windows are taken as cover the same text.
+    """
+    protocol = PROTOCOLS.get(evaluation.protocol or "")
+    own = protocol.window if protocol and "window" not in evaluation.model_fields_set else evaluation.window
+    length = other or own
+    count = evaluation.windows and max(1, evaluation.windows * own // length)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if length > positions:
+        if protocol or other or "window" in evaluation.model_fields_set:
+            raise RecipeError(
+                f"a window of {length} tokens is longer than the model's {positions} positions; "
+                f"use --window {positions}."
+            )
+        length = int(positions)
+    tokenize = tokenize_with(tokenizer)
+    assert tokenize is not None
+    if text == "wikitext2":
+        rows = _hub_rows()
+    elif protocol and protocol.text and text.endswith(".txt"):
+        rows = _file_rows(Path(text))
+    else:
+        return load_windows(text, tokenize, length, count)
+    ids = torch.tensor(tokenize("\n\n".join(rows)))
+    if len(ids) < length:
+        raise CalibrationError(f"'{text}' is shorter than one window of {length} tokens; use a longer text.")
+    return ids[: len(ids) // length * length].view(-1, length)[:count]  # [W, T]
+
+
+def _file_rows(path: Path) -> list[str]:
+    """A text's lines as the hub has them: a blank line is an empty row, any other keeps its newline."""
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    return [f"{line}\n" if line.strip() else "" for line in lines]
+
+
+def _hub_rows() -> list[str]:
+    known = HUB_TEXTS["wikitext2"]
+    try:
+        import datasets
+
+        return list(datasets.load_dataset(known.path, known.config, split="test")[known.field])
+    except Exception as error:  # not installed, or one of the dozen kinds for: offline
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise CalibrationError(
+            f"the test split of '{known.path}' cannot be had: {reason}. Give a file with --perplexity."
+        ) from None
+
+
+def _measure(model: Any, windows: Tensor, text: str, evaluation: Evaluation, progress: Progress) -> dict[str, Any]:
+    size = 1 if evaluation.batch_size == "auto" else evaluation.batch_size
+    value = perplexity(
+        model, windows, batch_size=size, progress=lambda done, total: progress("perplexity", done, total)
+    )
+    count, length = windows.shape
+    return {"text": text, "window": length, "windows": count, "tokens": count * (length - 1), "value": value}
+
+
+def _summary(protocol: Protocol, prefix: str, result: Mapping[str, Any]) -> dict[str, float | None]:
+    """A paper's row; None where a task of one's own does not give the metric, rather than losing what was measured."""
+    values = {"perplexity": result["perplexity"]["value"]} if protocol.text else {}
+    accuracies: dict[str, Any] = {}
+    measured = {**result["tasks"], **result["groups"]}
+    for name, preferred in protocol.tasks.items():
+        metrics = measured.get(prefix + name, {}).get("metrics", {})
+        value = next((metrics[metric]["value"] for metric in preferred if metric in metrics), None)
+        if preferred == ("word_perplexity",):
+            values["word_perplexity"] = value
+        else:
+            accuracies[name] = value
+    whole = None not in accuracies.values()
+    return {**values, **accuracies, "average": sum(accuracies.values()) / len(accuracies) if whole else None}
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any, windows: Tensor, *, batch_size: int = 1, progress: Callable[[int, int], None] = lambda *_: None
+) -> float:
+    """Exp of the mean next-token cross-entropy over all windows, each seen on its own (docs/evaluation.md).
+
+    Args:
+        model: a causal language model; evaluated without dropout, whatever its mode.
+        windows: int64 [W, T]; the T - 1 last tokens of each are predicted.
+        batch_size: windows in a forward pass.
+        progress: called with (windows done, windows).
+
+    Returns:
+        Perplexity per token; inf where the loss overflows.
+    """
+    total, done = 0.0, 0
+    with evaluating(model):
+        for batch in windows.split(batch_size):
+            ids = batch.to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T-1, V]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+            total += float(loss)
+            done += len(batch)
+            progress(done, len(windows))
+    mean = total / windows[:, 1:].numel()
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,1 @@
+"""What does the text do in the model?"""

@@ -1,0 +1,17 @@
+"""Criteria: one score for each unit, higher = keep (docs/methods.md)."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from dicer.measure.criteria.activation import act_l2, act_mean
+from dicer.measure.criteria.output import output_l2
+from dicer.measure.criteria.random import random
+from dicer.measure.criteria.registry import Criterion, criterion, find_criterion
+from dicer.measure.criteria.taylor import taylor
+from dicer.measure.criteria.weight import weight_l2
+
+CRITERIA: Mapping[str, Criterion] = MappingProxyType(
+    {c.name: c for c in (random, act_l2, act_mean, output_l2, weight_l2, taylor)}
+)
+
+__all__ = ["CRITERIA", "Criterion", "criterion", "find_criterion"]

@@ -1,0 +1,1 @@
+"""How much the output's entropy hangs on each module."""

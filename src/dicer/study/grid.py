@@ -1,0 +1,270 @@
+"""An experiment file: a grid of models, methods, ratios, seeds, texts and sample counts, and the runs that it names."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dicer.ask.evaluation import Evaluation
+from dicer.ask.methods import PRESETS, Method
+from dicer.ask.recipe import Recipe, make_recipe
+from dicer.errors import ExperimentError, RecipeError, unknown
+
+ORIGINAL = "original"
+_PATHS = ("allocate", "calib", "criterion", "entropy_profile", "include_path", "models", "perplexity")
+_AXES = {"ratio": "ratios", "seed": "seeds", "samples": "samples", "calib": "calib"}  # recipe value -> key of the grid
+# These change how long a run takes and what it needs, not what it gives.
+_WITHOUT_EFFECT = ("device", "batch_size", "gradient_checkpointing")
+
+# Recipe fields that earlier records do not have: what they held then, so that those runs are still known.
+_LATER = {"entropy_profile": None}
+
+Entry = str | dict[str, Any]
+
+
+class Grid(BaseModel):
+    """The keys of an experiment file; lists multiply, tables in them name more recipe values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    models: list[str] = Field(min_length=1)
+    methods: list[Entry] = Field(min_length=1)
+    ratios: list[float] = Field(default=[0.25], min_length=1)
+    seeds: list[int] = Field(default=[42], min_length=1)
+    calib: list[Entry] = Field(default=["builtin"], min_length=1)
+    samples: list[int] = Field(default=[10], min_length=1)
+    original: bool = True
+    recipe: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+
+
+class Run(NamedTuple):
+    """One recipe for one model.
+
+    Attributes:
+        model: as it is typed.
+        recipe: what to do; None for the model as it is.
+        text: what the calibration text is called; for stand-ins, what they stand in for.
+        loading: dtype and device that the model is loaded with.
+    """
+
+    model: str
+    recipe: Recipe | None
+    text: str
+    loading: Recipe
+
+    @property
+    def method(self) -> str:
+        """The name of its folder."""
+        return ORIGINAL if self.recipe is None else method_name(self.recipe)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment file comes to.
+
+    Attributes:
+        runs: every run once; the models as they are come before their pruned forms.
+        evaluation: what is measured of each.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+def read_experiment(path: Path) -> Experiment:
+    """An experiment file, checked.
+
+    Raises:
+        ExperimentError: one line with the file, the key and what was expected there.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ExperimentError(f"experiment {path} cannot be read: {reason}.") from None
+    except RecursionError:
+        raise _too_deep(path) from None
+    try:
+        return make_experiment(values)
+    except (ExperimentError, RecipeError) as error:
+        raise ExperimentError(f"experiment {path}: {error}") from None
+    except RecursionError:  # dotted keys are read without recursion, however many parts they have
+        raise _too_deep(path) from None
+
+
+def _too_deep(path: Path) -> ExperimentError:
+    return ExperimentError(f"experiment {path} cannot be read: its tables or lists are nested too deeply.")
+
+
+def make_experiment(values: Mapping[str, Any]) -> Experiment:
+    """The runs that the values of an experiment file name.
+
+    Raises:
+        ExperimentError: a key that is not known, or a value of the wrong kind.
+        RecipeError: a recipe that has no meaning.
+    """
+    try:
+        grid = Grid(**_expand(values))
+        evaluation = Evaluation(**grid.evaluation)
+    except ValidationError as error:
+        raise ExperimentError(_first_line(error)) from None
+    for key, plural in _AXES.items():
+        if key in grid.recipe:
+            raise ExperimentError(
+                f"recipe.{key} is the grid's to say: write {plural} = [{grid.recipe[key]!r}] above it."
+            )
+    runs: dict[Run, None] = {}
+    for model in grid.models:
+        for values_, text in _points(grid):
+            recipe = make_recipe(values_)
+            recipe.resolve()
+            loading = Recipe(dtype=recipe.dtype, device=recipe.device)
+            if grid.original:
+                runs[Run(model, None, "", loading)] = None
+            runs[Run(model, recipe, text, loading)] = None
+    evaluation.require_something()
+    return Experiment(sorted(runs, key=lambda run: (grid.models.index(run.model), run.recipe is not None)), evaluation)
+
+
+def _points(grid: Grid) -> Iterator[tuple[dict[str, Any], str]]:
+    """Recipe values and text name of every point; what a method's or a text's own table says goes before the grid."""
+    for method, calib in itertools.product(grid.methods, grid.calib):
+        own = dict(method) if isinstance(method, dict) else {"method": method}
+        own_ratios = "ratios" in own
+        seeds, ratios = (_own_list(own, name, getattr(grid, name)) for name in ("seeds", "ratios"))
+        chosen = own.pop("calib", calib)  # a method may have a text of its own
+        text: dict[str, Any] = dict(chosen) if isinstance(chosen, dict) else {"calib": chosen}
+        name = text.pop("name", None)
+        allocate = str({**grid.recipe, **text, **own}.get("allocate"))
+        if allocate.endswith(".json"):
+            if own_ratios:
+                raise ExperimentError(f"methods.ratios: {allocate} says the ratios; leave them out.")
+            ratios = [None]  # one point, and its recipe names no ratio
+        for ratio, seed, samples in itertools.product(ratios, seeds, grid.samples):
+            point = {**grid.recipe, "ratio": ratio, "seed": seed, "samples": samples, **text, **own}
+            yield point, str(name or _base(str(text.get("calib", "builtin"))))
+
+
+def _own_list(own: dict[str, Any], name: str, default: list[Any]) -> list[Any]:
+    found = own.pop(name, default)
+    if not isinstance(found, list) or not found:
+        raise ExperimentError(f"methods.{name}: expected a list, got {found!r}.")
+    return found
+
+
+def _base(text: str) -> str:
+    return Path(text).name if text.endswith((".txt", ".jsonl", ".gz")) else text
+
+
+def _expand(values: Any, key: str = "") -> Any:
+    """Put environment variables into the values that may be paths: ``${DICER_DATA}/books.txt``."""
+    if isinstance(values, Mapping):
+        return {name: _expand(value, name) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_expand(value, key) for value in values]
+    if isinstance(values, str) and key in _PATHS:
+        if "\0" in values:
+            raise ExperimentError(f"{key}: {values!r} is no path.")
+        return re.sub(r"\$\{(\w+)\}", lambda found: _variable(found[1], key), values)
+    return values
+
+
+def _variable(name: str, key: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise ExperimentError(f"{key} needs the environment variable {name}, which is not set.")
+    return value
+
+
+def _first_line(error: ValidationError) -> str:
+    # A misspelt key is also a missing one, and the spelling is the better hint.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"] if part not in ("str", "dict[str,any]"))
+    known = Grid.model_fields
+    if first["type"] == "extra_forbidden":
+        return unknown("key", where, known)
+    if first["type"] == "missing":
+        return (
+            f"the key '{where}' is missing; there must be {', '.join(k for k, f in known.items() if f.is_required())}."
+        )
+    if first["type"] == "too_short":
+        return f"{where}: expected at least one value, got none."
+    kind = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{where}: expected {kind}, got {first['input']!r}."
+
+
+def method_name(recipe: Recipe) -> str:
+    """A preset's name, or the parts of a combination that is none, with what else was chosen; fit for a folder."""
+    method = recipe.resolve()
+    how = _how(recipe, method)
+    parts: list[str | None]
+    if method.preset is not None or method.axis == "block":
+        parts = [method.preset or "block"]
+    else:
+        reads = method.criterion.startswith("act-") or method.grouping == "similarity"
+        parts = [Path(method.criterion).name.replace(".py:", "-"), method.activation if reads else None]
+        parts += [name if name not in ("none", "prune") else None for name in (method.grouping, method.merge)]
+        parts += [f"{method.groups}-groups" if method.groups else None]
+    parts += how
+    return re.sub(r"[^\w.-]", "_", "-".join(part for part in parts if part))
+
+
+_SAID_BY_VALUE = ("compensate", "schedule", "entropy_search", "entropy_at")
+_SAID_BY_NAME = {"max_ratio": "max", "min_width": "min", "drop_threshold": "drop", "split": "split"}
+
+
+def _how(recipe: Recipe, method: Method) -> list[str]:
+    """What is pruned how much, as far as it is not the preset's own way, in short words."""
+    preset = PRESETS.get(method.preset or "", PRESETS["rc-a"])
+    usual = "transfer-entropy" if method.axis == "block" else preset.allocate
+    words: list[str] = [method.axis] if method.axis not in (preset.axis, "block") else []
+    words += [Path(method.allocate).stem] if method.allocate != usual else []
+    words += [Path(recipe.entropy_profile).stem] if recipe.entropy_profile else []
+    fields = Recipe.model_fields
+    changed = {name: v for name in fields if (v := getattr(recipe, name)) != fields[name].default}
+    words += [str(changed[name]) for name in _SAID_BY_VALUE if name in changed]
+    return [*words, *(f"{word}{changed[name]}" for name, word in _SAID_BY_NAME.items() if name in changed)]
+
+
+def identity(run: Run, recipe: dict[str, Any], evaluation: Evaluation, fingerprint: str) -> dict[str, Any]:
+    """What decides a run's result, without paths of this machine: local texts count by their content.
+
+    Args:
+        run: what was asked for.
+        recipe: with every choice made, as a plan holds it.
+        evaluation: what is measured.
+        fingerprint: of the model.
+    """
+    decides = {name: value for name, value in recipe.items() if name not in _WITHOUT_EFFECT}
+    decides = {name: value for name, value in decides.items() if name not in _LATER or value != _LATER[name]}
+    if run.recipe is not None:
+        decides["calib"] = _content(run.recipe.calib)
+    measured = portable_evaluation(evaluation)
+    measured.pop("batch_size", None)
+    return {"recipe": decides, "text": run.text, "evaluation": measured, "fingerprint": fingerprint}
+
+
+def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as JSON values; folders and texts by name, local texts also by content."""
+    values = evaluation.record()
+    if evaluation.perplexity:
+        values["perplexity"] = _content(evaluation.perplexity)
+    return values
+
+
+def _content(text: str) -> str:
+    path = Path(text)
+    if _base(text) == text or not path.is_file():
+        return _base(text)
+    with path.open("rb") as file:
+        return f"{path.name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"

@@ -1,0 +1,319 @@
+"""Run an experiment: what is done is skipped, every run leaves one record, and one that fails stops no other."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from dicer.ask.evaluation import Evaluation
+from dicer.decide.task import portable, prepare
+from dicer.decide.together import Scored, score_all
+from dicer.errors import DicerError, ExperimentError, unknown
+from dicer.machine import peak_memory, pick_device, reset_peak_memory
+from dicer.measure.stores.resident import Progress, silent
+from dicer.measure.text import HUB_TEXTS, Calibration
+from dicer.model.source import ModelSource, open_model
+from dicer.pipeline import build_model
+from dicer.processes import from_first, rank, world_size
+from dicer.study.grid import Experiment, Run, identity, portable_evaluation
+from dicer.study.records import locked, read_records, record_path, run_id, write_record
+from dicer.study.run_record import facts_of, surroundings
+
+_FILES = (".txt", ".jsonl", ".jsonl.gz")
+
+
+class Evaluate(Protocol):
+    """:func:`dicer.evaluate.quality.evaluate`."""
+
+    def __call__(
+        self, model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent
+    ) -> dict[str, Any]:
+        """What was measured; {} in processes other than the first."""
+        ...
+
+
+class Event(NamedTuple):
+    """What an experiment tells while it runs.
+
+    Attributes:
+        kind: ``skipped``, ``waiting``, ``scoring``, ``evaluating``, ``stage``, ``done`` or ``failed``.
+        task: the run that it is about; None for a stage.
+        text: the stage's name, or why it failed.
+        done: of a stage.
+        total: of a stage.
+    """
+
+    kind: str
+    task: Task | None
+    text: str = ""
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run with its name, and all that is known before it starts.
+
+    Attributes:
+        run: what was asked for.
+        name: the run id.
+        source: the model.
+        recipe: with every choice made; {} for the model as it is.
+        path: of the record.
+    """
+
+    run: Run
+    name: str
+    source: ModelSource
+    recipe: dict[str, Any]
+    path: Path
+
+
+@dataclass
+class Bench:
+    """What all runs of an experiment share."""
+
+    evaluation: Evaluation
+    evaluate: Evaluate
+    watch: Callable[[Event], None]
+    counts: dict[str, int] = field(default_factory=lambda: {"done": 0, "skipped": 0, "failed": 0})
+
+    def tell(self, kind: str, task: Task | None, text: str = "") -> None:
+        """Count and pass on."""
+        if kind in self.counts:
+            self.counts[kind] += 1
+        self.watch(Event(kind, task, text))
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """A progress callback for whatever runs below."""
+        self.watch(Event("stage", None, stage, done, total))
+
+
+def run_experiment(
+    experiment: Experiment,
+    results: Path,
+    *,
+    evaluate: Evaluate,
+    check: Callable[[Evaluation], object] = lambda _: None,
+    watch: Callable[[Event], None] = lambda _: None,
+) -> dict[str, int]:
+    """Do every run of an experiment that the results folder has no record of.
+
+    Args:
+        experiment: from :func:`dicer.study.grid.read_experiment`.
+        results: where records lie; one experiment at a time may write there.
+        evaluate: what measures a model.
+        check: called before any model is loaded, where there is something to do; raises what no run could get over.
+        watch: told of everything that happens.
+
+    Returns:
+        How many runs were ``done``, ``skipped`` and ``failed``.
+
+    Raises:
+        DicerError: a model cannot be opened, another run holds the folder, it holds records of another format, a run
+            is known to fail before its model is loaded, or what ``check`` raises.
+    """
+    bench = Bench(experiment.evaluation, evaluate, watch)
+    sources = {model: open_model(model) for model in dict.fromkeys(run.model for run in experiment.runs)}
+    made = [_task(run, sources[run.model], experiment.evaluation, results) for run in experiment.runs]
+    tasks = {task.name: task for task in made}.values()  # two ways to write the same are one run
+    with ExitStack() as stack:
+        finished = _on_first(lambda: _finished(stack, results))
+        for task in tasks:
+            if task.name in finished:
+                bench.tell("skipped", task)
+        groups: dict[object, list[Task]] = {}
+        for task in tasks:
+            if task.name not in finished:
+                groups.setdefault((task.run.model, task.run.loading), []).append(task)
+        if groups:
+            _check_evaluation(experiment.evaluation)
+            for group in groups.values():
+                _check_runs(group)
+            check(experiment.evaluation)
+        for task in itertools.chain.from_iterable(groups.values()):
+            bench.tell("waiting", task)
+        for group in groups.values():
+            _run_model(group, bench)
+    return bench.counts
+
+
+def _finished(stack: ExitStack, results: Path) -> set[str]:
+    stack.enter_context(locked(results))
+    return {record["id"] for record in read_records(results) if record["status"] == "done"}
+
+
+def _on_first(work: Callable[[], set[str]]) -> set[str]:
+    """Work that only process 0 may do; what it gives, or the error that it meets, is everyone's."""
+    found: tuple[set[str], str] = (set(), "")
+    if rank() == 0:
+        try:
+            found = (work(), "")
+        except DicerError as error:
+            if world_size() == 1:
+                raise
+            found = (set(), str(error))
+    names, error_text = from_first(found)
+    if error_text:
+        raise ExperimentError(error_text)
+    return names
+
+
+def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path) -> Task:
+    try:
+        recipe = portable(run.recipe, run.recipe.resolve()) if run.recipe else {"dtype": run.loading.dtype}
+        name = run_id(identity(run, recipe, evaluation, source.fingerprint))
+    except OSError as error:  # a criterion of one's own, or a text, is part of a run's name
+        raise ExperimentError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    return Task(run, name, source, recipe, record_path(results, source.name, run.method, name))
+
+
+def _check_evaluation(evaluation: Evaluation) -> None:
+    """See to it that the perplexity text is there, before any model is loaded."""
+    if (text := evaluation.text()) is not None:
+        _check_text("perplexity text", text, ("builtin", "wikitext2"))
+
+
+def _check_runs(tasks: list[Task]) -> None:
+    """Hold the runs of one model against it, its device and the files that they read; the hub is not asked."""
+    pick_device(tasks[0].run.loading.device)
+    stand_in = Calibration(torch.zeros(1, 2, dtype=torch.int64), {})  # the text itself is read when its turn comes
+    for task in tasks:
+        if (recipe := task.run.recipe) is None:
+            continue
+        try:
+            if prepare(task.source, recipe, calibration=stand_in).runs_model:
+                named = (recipe.calib,) if recipe.calib.count("/") == 1 else ("OWNER/NAME",)
+                _check_text("calibration text", recipe.calib, ("builtin", *HUB_TEXTS, *named))
+        except DicerError as error:
+            raise ExperimentError(f"{task.source.name} {task.run.method}: {error}") from None
+
+
+def _check_text(what: str, text: str, known: Sequence[str]) -> None:
+    if text.endswith(_FILES):
+        try:
+            if not Path(text).is_fifo():  # which can be opened once only
+                Path(text).open("rb").close()
+        except OSError as error:
+            raise ExperimentError(f"{what} {text} cannot be read: {error.strerror or error}.") from None
+    elif text not in known:
+        raise ExperimentError(unknown(what, text, (*known, *(f"FILE{ending}" for ending in _FILES))))
+
+
+def _run_model(tasks: list[Task], bench: Bench) -> None:
+    """All runs of one model: it is loaded once, measured if asked, scored for all, and gone before the first cut."""
+    source, loading = tasks[0].source, tasks[0].run.loading
+    start = time.perf_counter()
+    try:
+        tokenizer = source.tokenizer()
+        model = source.load_model(loading.dtype, pick_device(loading.device))
+    except Exception as error:
+        for task in tasks:
+            _fail(task, bench, error)
+        return
+    load, dtype, device = {"load": time.perf_counter() - start}, model.dtype, model.device
+    for task in tasks:
+        if task.run.recipe is None:
+            _measure(task, bench, partial(_given, model), tokenizer, load, {})
+    scored = _score(tasks, model, tokenizer, bench)
+    del model
+    for task, found in scored:
+        gc.collect()  # a model that is gone but not collected would double the peak
+        build = partial(build_model, source, found.plan, dtype, device)
+        facts = facts_of(found)
+        if found.job.method.allocate.endswith(".json"):  # the file said it; reports go by what it comes to
+            told = facts["allocation"]
+            facts["recipe"] = {**task.recipe, "ratio": round(told["target"] / told["whole"], 4)}
+        _measure(task, bench, build, tokenizer, {**load, "score": found.seconds}, facts)
+
+
+def _score(tasks: list[Task], model: Any, tokenizer: Any, bench: Bench) -> list[tuple[Task, Scored]]:
+    """A plan for each run that prunes; errors end here, as their tracebacks would keep the model alive."""
+    asked = [(task, task.run.recipe) for task in tasks if task.run.recipe is not None]
+    for task, _ in asked:
+        bench.tell("scoring", task)
+    found: Sequence[Scored | Exception]
+    try:
+        found = score_all(tasks[0].source, model, [recipe for _, recipe in asked], tokenizer, bench.progress)
+    except Exception as error:
+        found = [error] * len(asked)
+    scored: list[tuple[Task, Scored]] = []
+    for (task, _), one in zip(asked, found, strict=True):
+        if isinstance(one, Exception):
+            _fail(task, bench, one)
+        else:
+            scored.append((task, one))
+    return scored
+
+
+def _given(model: Any) -> Any:
+    return model
+
+
+def _measure(
+    task: Task,
+    bench: Bench,
+    build: Callable[[], Any],
+    tokenizer: Any,
+    seconds: dict[str, float],
+    facts: dict[str, Any],
+) -> None:
+    """Build, evaluate, write the record, and forget the model."""
+    bench.tell("evaluating", task)
+    try:
+        reset_peak_memory()
+        start = time.perf_counter()
+        model = build()
+        built = time.perf_counter()
+        metrics = bench.evaluate(model, tokenizer, bench.evaluation, progress=bench.progress)
+        seconds = {**seconds, "build": built - start, "evaluate": time.perf_counter() - built}
+    except Exception as error:
+        _fail(task, bench, error)
+        return
+    memory = {**facts.pop("memory", {}), "evaluate": peak_memory()}
+    device = f"{model.device} {str(model.dtype).removeprefix('torch.')}"
+    count = sum(info.numel for info in task.source.tensors.infos().values())
+    sizes = {"parameters": {"before": count, "after": count}}
+    found = {**sizes, **facts, "metrics": metrics, "seconds": seconds, "memory": memory, "computed_on": device}
+    _write(task, bench, {"status": "done", "error": None, **found})
+    bench.tell("done", task)
+
+
+def _fail(task: Task, bench: Bench, error: Exception) -> None:
+    reason = str(error) if isinstance(error, DicerError) else f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+    _write(task, bench, {"status": "failed", "error": reason.strip(), "traceback": where})
+    bench.tell("failed", task, (reason.splitlines() or [""])[0])
+    if world_size() > 1:  # the other processes wait for this one; the launcher ends them
+        raise error
+
+
+def _write(task: Task, bench: Bench, found: dict[str, Any]) -> None:
+    if rank() != 0:
+        return
+    source = task.source
+    model = {"name": source.name, "model_type": source.family.model_type, "fingerprint": source.fingerprint}
+    record = {
+        "id": task.name,
+        "method": task.run.method,
+        "text": task.run.text,
+        "model": model,
+        "recipe": task.recipe,
+        "evaluation": portable_evaluation(bench.evaluation),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        **surroundings(),
+        **found,
+    }
+    write_record(task.path, record)

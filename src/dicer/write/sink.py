@@ -1,0 +1,279 @@
+"""The output folder: what may be written where, and a checkpoint that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dicer.errors import OutputError
+from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs into one folder are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
+_MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
+_OLD = "old"  # inside it: the checkpoint that --overwrite replaces, between two renames
+_MADE_BY_DICER = "dicer_plan.json"  # in every checkpoint and plan of ours; nothing else is overwritten
+_MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
+
+
+class CheckpointSink:
+    """A checkpoint folder in the making: written inside ``<out>.partial``, renamed when whole.
+
+    Use as a context manager. After an exception the partial folder is removed; after a kill it stays under a name that
+    nothing loads and that the next run clears away. With ``overwrite`` the old folder is replaced only after the new
+    one is whole; a kill between the two renames leaves it in the partial folder, and the next run puts it back. A lock
+    on the marker, which ends with the process, keeps a second run away from the folder of a first that still writes.
+
+    Raises:
+        OutputError: the folder is there and not empty, or is no folder, another run writes it, it cannot be written, or
+            the disk is too full.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+        check_output(out, overwrite=overwrite)
+        self.out = out.resolve()  # of a link, the folder that it points to is replaced
+        self._partial = _partial(self.out)
+        self.folder = self._partial / "new"
+        self._overwrite = overwrite
+        self._shard_bytes = shard_bytes
+        self._lock: int | None = None
+
+    def __enter__(self) -> CheckpointSink:
+        with self._as_output_error():
+            if self._partial.exists():
+                left = _locked(self._partial / _MARKER, self.out)
+                try:
+                    self._clear()
+                finally:
+                    _unlock(left)
+            self._partial.mkdir(parents=True)
+            (self._partial / _MARKER).touch()
+            self._lock = _locked(self._partial / _MARKER, self.out)
+            try:
+                self.folder.mkdir()
+            except BaseException:
+                self._unlock()
+                raise
+        return self
+
+    def _unlock(self) -> None:
+        _unlock(self._lock)
+        self._lock = None
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
+        with self._as_output_error():
+            try:
+                if error is None:
+                    try:
+                        self._finish()
+                    finally:
+                        self._clear()
+                    return
+                with suppress(OSError):
+                    self._clear()
+                if isinstance(error, OSError):
+                    raise error
+            finally:
+                self._unlock()
+
+    def _finish(self) -> None:
+        _check_held(self.out, self.out, self._overwrite)  # once more: hours may have gone by
+        if self.out.exists():
+            self.out.rename(self._partial / _OLD)
+        self.folder.rename(self.out)
+
+    def _clear(self) -> None:
+        """Put back what a kill or an error left aside, then take the partial folder away, its marker last."""
+        if not (self._partial / _MARKER).exists() and any(self._partial.iterdir()):
+            raise OutputError(f"{self._partial} is in the way and was not made by dicer; move it away.")
+        if (self._partial / _OLD).exists() and not self.out.exists():
+            (self._partial / _OLD).rename(self.out)
+        for inner in (self.folder, self._partial / _OLD):
+            if inner.is_dir():  # anything else is none of ours: it stays, and the folder that holds it
+                shutil.rmtree(inner)
+        (self._partial / _MARKER).unlink(missing_ok=True)
+        self._partial.rmdir()
+
+    @contextmanager
+    def _as_output_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(f"cannot write {self.out}: {error.strerror or error}.") from error
+
+    def write_tensors(
+        self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], progress: Callable[[int], None]
+    ) -> None:
+        """Write all weights, one shard in memory at a time.
+
+        Args:
+            infos: every tensor that will be written, in the order of writing; the shards are laid out from this.
+            read: makes one tensor.
+            progress: called with the number of tensors done.
+        """
+        shards = list(_shards(infos, self._shard_bytes))
+        names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+        done = 0
+        for file, members in zip(names, shards, strict=True):
+            tensors: dict[str, Tensor] = {}
+            for name in members:
+                tensor = read(name).detach().cpu().contiguous()
+                # safetensors refuses tensors that share memory, as in a model in memory with weights tied by hand.
+                storage = tensor.untyped_storage().data_ptr()
+                shared = any(storage == other.untyped_storage().data_ptr() for other in tensors.values())
+                tensors[name] = tensor.clone() if shared else tensor
+                progress(done := done + 1)
+            try:
+                save_file(tensors, self.folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise OutputError(f"cannot write {self.out}: {error}.") from error
+            shutil.copymode(self._partial / _MARKER, self.folder / file)  # safetensors makes files for the owner only
+        if len(shards) > 1:  # last, so that no index ever points at a shard that is not there
+            self.write_json(
+                INDEX,
+                {
+                    "metadata": {
+                        "total_parameters": sum(info.numel for info in infos.values()),
+                        "total_size": sum(info.nbytes for info in infos.values()),
+                    },
+                    "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+                },
+            )
+
+    def write_json(self, name: str, value: object) -> None:
+        """One JSON file, keys sorted, so that the same content gives the same bytes."""
+        self.write_text(name, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """One text file."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+
+def check_output(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output folder that would lose something or cannot be made, before any work is done.
+
+    Args:
+        out: the folder to write.
+        overwrite: whether what dicer wrote there before may be replaced.
+        inputs: what the run reads (model folder, plan, recipe, text); none of it may lie in ``out``.
+
+    Raises:
+        OutputError: it is no folder, or not empty without ``overwrite``, or was not written by dicer, or holds an
+            input, or lies where nothing can be written.
+    """
+    try:
+        _check_output(out.resolve(), out, overwrite, inputs)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}.") from None
+    except RuntimeError:  # also what resolve() makes of it up to Python 3.12
+        raise OutputError(f"cannot write {out}: it is or lies in a link that leads to itself.") from None
+
+
+def _check_output(target: Path, out: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
+    if Path.cwd().is_relative_to(target):
+        raise OutputError(f"output {out} is the folder that you are in, or holds it; choose a folder of its own.")
+    for path in inputs:
+        if path.resolve().is_relative_to(target):
+            raise OutputError(f"output {out} is or holds {path}, which this run reads; choose another folder.")
+    if any(path.is_symlink() for path in (target, *target.parents)):
+        raise RuntimeError("a loop")
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {out}: {parent} is a file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {out}: no permission to write in {parent}.")
+    _unlock(_locked(_partial(target) / _MARKER, out))
+    _check_held(target, out, overwrite)
+
+
+def _check_held(target: Path, out: Path, overwrite: bool) -> None:
+    """Refuse what is there already, or was set aside, unless it may go."""
+    if target.exists() and not target.is_dir():
+        kind = "a file" if target.is_file() else "no folder"
+        raise OutputError(f"output {out} is {kind}; choose a folder that does not exist yet.")
+    held = target if target.exists() else _partial(target) / _OLD  # set aside by a run that was killed
+    if not held.is_dir() or not any(held.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"output folder {out} is not empty. Choose another, or pass --overwrite to replace it.")
+    if not (held / _MADE_BY_DICER).is_file():
+        raise OutputError(
+            f"{out} holds no {_MADE_BY_DICER}, so dicer did not write it; --overwrite leaves it. Choose another folder."
+        )
+
+
+def check_space(out: Path, weight_bytes: int) -> None:
+    """Refuse, before any work is done, when the disk cannot hold the weights.
+
+    Raises:
+        OutputError: with the bytes that are needed and those that are free.
+    """
+    parent = next(p for p in out.resolve().parents if p.exists())
+    need, free = weight_bytes + _MARGIN, shutil.disk_usage(parent).free
+    if need > free:
+        raise OutputError(
+            f"{out} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk. Make room, or choose "
+            "another folder."
+        )
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
+def _locked(marker: Path, out: Path) -> int | None:
+    """Lock a marker file for this process; None where there is none, or no such locks.
+
+    Raises:
+        OutputError: another run holds it.
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(marker, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(
+            f"another run of dicer writes {out} now; wait for its end, or choose another folder."
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _shards(infos: Mapping[str, TensorInfo], limit: int) -> Iterable[list[str]]:
+    shard: list[str] = []
+    size = 0
+    for name, info in infos.items():
+        if shard and size + info.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += info.nbytes
+    yield shard
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,273 @@
+"""The cut itself: tensors by their names on disk are copied, sliced or dropped, and a config says what they became."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dicer.decide.plan import LayerPlan, PrunePlan
+from dicer.errors import PlanError
+from dicer.model.families import Family
+from dicer.model.source import ModelSource
+from dicer.model.tensors import TensorInfo
+from dicer.model.units import AXES, Axis, Slice
+from dicer.write.config import LayerShape, fits_stock, layer_shapes, pruned_config
+
+Read = Callable[[], Tensor]
+
+
+def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
+    """One tensor of a pruned layer.
+
+    Args:
+        tensor: as on disk, N units along ``piece.dim``.
+        piece: where the units lie in it.
+        layer: which units stay, and how others merge into them.
+
+    Returns:
+        The tensor with K units along ``piece.dim``: selected rows bit by bit, or the merge map applied in float32 and
+        rounded once to the tensor's own dtype.
+    """
+    matrices = layer.merge_matrices()
+    if matrices is None:
+        return tensor.index_select(piece.dim, piece.rows(layer.keep, layer.units).to(tensor.device))
+    matrix = matrices[1] if piece.is_output else matrices[0]  # [K, N]
+    by_unit = tensor.movedim(piece.dim, 0).float()
+    segments = by_unit.split(layer.units)  # blocks are 1 wherever units can be merged
+    merged = [torch.sparse.mm(matrix, segment.reshape(layer.units, -1).cpu()) for segment in segments]
+    shaped = torch.cat(merged).reshape(-1, *by_unit.shape[1:])
+    return shaped.movedim(0, piece.dim).to(tensor.dtype)
+
+
+def compensation(weight: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
+    """What a sub-layer's output loses on average by the cut: ``W (a - M_out^T M_in a)`` (FLAP, An et al. 2024).
+
+    Without a merge this is ``W[:, removed] @ a[removed]``. Where units merge, the survivor's activation is taken to be
+    ``M_in a``: exact for ``dominant``, linearised for ``mean``.
+
+    Args:
+        weight: the output projection as on disk.
+        piece: where the units lie in it.
+        layer: which units stay, and the mean activations a [N * C] of the dense model.
+
+    Returns:
+        float32 [d], to be added to the output projection's bias.
+    """
+    if layer.means is None:
+        raise PlanError("the plan has no mean activations, so there is nothing to compensate with.")
+    lost = layer.means.clone()  # [N*C]
+    matrices = layer.merge_matrices()
+    if matrices is None:
+        lost[piece.rows(layer.keep, layer.units)] = 0.0
+    else:
+        survivors = torch.sparse.mm(matrices[0], lost[:, None])  # [K,1]
+        lost -= torch.sparse.mm(matrices[1].T, survivors)[:, 0]
+    by_channel = weight.movedim(piece.dim, 0).float().cpu()  # [N*C, d]
+    return lost.float() @ by_channel
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters and bytes, counted from the tensors that are really there.
+
+    Attributes:
+        parameters: all of them.
+        decoder: those inside the decoder layers.
+        attention: those that heads own (with their biases).
+        mlp: those that neurons own (with their biases).
+        nbytes: of all tensors.
+    """
+
+    parameters: int
+    decoder: int
+    attention: int
+    mlp: int
+    nbytes: int
+
+
+def count_sizes(family: Family, infos: Mapping[str, TensorInfo]) -> Sizes:
+    """What tensors add up to."""
+    pieces = {axis: {piece.name for piece in getattr(family, axis).slices} for axis in AXES}
+    inside = {name: place[1] for name in infos if (place := family.locate(name))}
+    by_axis = {axis: sum(infos[n].numel for n, inner in inside.items() if inner in pieces[axis]) for axis in AXES}
+    return Sizes(
+        parameters=sum(info.numel for info in infos.values()),
+        decoder=sum(infos[name].numel for name in inside),
+        nbytes=sum(info.nbytes for info in infos.values()),
+        **by_axis,
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What becomes of every tensor of a source: each is copied, sliced or dropped, none is forgotten.
+
+    Attributes:
+        config: ``config.json`` of the result.
+        infos: name -> shape and dtype after the cut, for all tensors, in the source's order.
+        made: name -> how it is made, for tensors that are not what the source has under ``origin``.
+        origin: name -> the source's name, for tensors that are copied.
+        before: name -> shape and dtype before.
+        source: the model.
+    """
+
+    config: dict[str, Any]
+    infos: dict[str, TensorInfo]
+    made: dict[str, Read]
+    origin: dict[str, str]
+    before: Mapping[str, TensorInfo]
+    source: ModelSource
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the result."""
+        return self.made[name]() if name in self.made else self.source.tensors.read(self.origin[name])
+
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        """What the model has and what it will have."""
+        return count_sizes(self.source.family, self.before), count_sizes(self.source.family, self.infos)
+
+
+def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
+    """Lay out the surgery without reading a weight.
+
+    Raises:
+        PlanError: the plan's layers or widths are not those of the model.
+    """
+    family, before = source.family, source.tensors.infos()
+    shapes = layer_shapes(family, source.config)
+    axes = family.axes(source.config)
+    _check(plan, shapes, axes)
+    kept = [i for i in range(len(shapes)) if i not in plan.blocks]
+    native = {axis for axis in AXES if _has_native_bias(family, axes[axis], shapes, before)}
+    after = [_shape_after(plan, i, shapes[i], native) for i in kept]
+    cut = Cut(pruned_config(source, after, kept), {}, {}, {}, before, source)
+    number = {old: new for new, old in enumerate(kept)}
+    for name, info in before.items():
+        place = family.locate(name)
+        if place is None:
+            cut.infos[name], cut.origin[name] = info, name
+        elif place[0] in number:
+            _inside(cut, axes, plan, name, number[place[0]])
+    places = _places(family, before)
+    for old, new in number.items():
+        for axis in AXES:
+            layer = plan.axes.get(axis, {}).get(old)
+            if axis in after[new].output_bias and layer is not None and layer.means is not None:
+                piece = next(piece for piece in axes[axis].slices if piece.is_output)
+                _output_bias(cut, axes[axis], piece, layer, places[old, piece.name], new)
+    if fits_stock(source, after):
+        _zero_biases(cut, [axes[axis] for axis in AXES if any(axis in shape.output_bias for shape in after)])
+    return cut
+
+
+def _check(plan: PrunePlan, shapes: list[LayerShape], axes: Mapping[str, Axis]) -> None:
+    for axis, layers in plan.axes.items():
+        for index, layer in layers.items():
+            found = shapes[index].units[axis] if index < len(shapes) else 0
+            if found != layer.units:
+                raise PlanError(f"the plan has {layer.units} units of {axis} in layer {index}, the model has {found}.")
+            channels = found * axes[axis].channels
+            if layer.means is not None and len(layer.means) != channels:
+                raise PlanError(
+                    f"the plan has means of {len(layer.means)} channels for {axis} in layer {index}, the model has "
+                    f"{channels}."
+                )
+    if len(plan.blocks) == len(shapes):
+        raise PlanError(f"the plan removes all {len(shapes)} layers, and one has to stay.")
+    if any(index >= len(shapes) for index in plan.blocks):
+        raise PlanError(f"the plan removes layer {max(plan.blocks)}, and the model has {len(shapes)} layers.")
+
+
+def _has_native_bias(family: Family, axis: Axis, shapes: list[LayerShape], infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether the stock class itself gives this output projection a bias."""
+    places = (place for name in infos if (place := family.locate(name)))
+    return any(
+        inner == f"{axis.output}.bias" and shapes[i].units[axis.name] and axis.name not in shapes[i].output_bias
+        for i, inner in places
+    )
+
+
+def _shape_after(plan: PrunePlan, index: int, shape: LayerShape, native: set[str]) -> LayerShape:
+    units, biased = dict(shape.units), set(shape.output_bias)
+    for axis, layers in plan.axes.items():
+        if (layer := layers.get(index)) is None:
+            continue
+        units[axis] = len(layer.keep)
+        if not units[axis]:
+            biased.discard(axis)
+        if layer.means is not None and not (axis in native and units[axis]):
+            biased.add(axis)
+    return LayerShape(units, frozenset(biased))
+
+
+def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new: int) -> None:
+    """Copy, slice or drop one tensor of a decoder layer that stays."""
+    family, info = cut.source.family, cut.before[name]
+    index, inner = family.locate(name) or (0, "")
+    target = family.renumbered(name, new)
+    axis = next((axis for axis in axes.values() if axis.owns(inner)), None)
+    layer = plan.axes.get(axis.name, {}).get(index) if axis else None
+    piece = next((piece for piece in axis.slices if piece.name == inner), None) if axis else None
+    if layer is not None and not len(layer.keep):
+        return
+    cut.infos[target], cut.origin[target] = info, name
+    if axis is None or layer is None:
+        return
+    if piece is not None:
+        shape = list(info.shape)
+        shape[piece.dim] = len(layer.keep) * sum(piece.blocks)
+        cut.infos[target] = TensorInfo(tuple(shape), info.dtype)
+        cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
+    elif inner == f"{axis.output}.bias" and layer.means is not None:
+        cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
+
+
+def _biased(source: ModelSource, axis: Axis, layer: LayerPlan, bias_name: str) -> Tensor:
+    """An output projection's own bias with what the cut takes from the output's mean."""
+    own = source.tensors.read(bias_name)
+    weight = source.tensors.read(bias_name.removesuffix("bias") + "weight")
+    piece = next(piece for piece in axis.slices if piece.is_output)
+    return (own.float().cpu() + compensation(weight, piece, layer)).to(own.dtype)
+
+
+def _output_bias(cut: Cut, axis: Axis, piece: Slice, layer: LayerPlan, weight_name: str, new: int) -> None:
+    """A bias that the stock class does not have, unless it was copied or added to already."""
+    source = cut.source
+    bias_name = weight_name.removesuffix("weight") + "bias"
+    name = source.family.renumbered(bias_name, new)
+    if not len(layer.keep):
+        name = f"{name.removesuffix(f'{axis.output}.bias')}{axis.modules[-1]}.bias"
+    if name in cut.infos:
+        return
+    info = cut.before[weight_name]
+    cut.infos[name] = TensorInfo((info.shape[1 - piece.dim],), info.dtype)
+
+    def make() -> Tensor:
+        if bias_name in cut.before:
+            return _biased(source, axis, layer, bias_name)
+        return compensation(source.tensors.read(weight_name), piece, layer).to(info.dtype)
+
+    cut.made[name] = make
+
+
+def _places(family: Family, names: Iterable[str]) -> dict[tuple[int, str], str]:
+    """(layer, name inside it) -> name on disk, which older checkpoints write without the outermost prefix."""
+    return {place: name for name in names if (place := family.locate(name))}
+
+
+def _zero_biases(cut: Cut, axes: list[Axis]) -> None:
+    """What a stock bias switch turns on besides the biases that are wanted: zeros."""
+    family = cut.source.family
+    places = _places(family, cut.infos)
+    for index in range(int(cut.config[family.layers_key])):
+        for axis in axes:
+            for weight in axis.required:
+                name = places[index, weight.name]
+                bias, info = name.removesuffix("weight") + "bias", cut.infos[name]
+                if bias not in cut.infos:
+                    cut.infos[bias] = TensorInfo((info.shape[0],), info.dtype)
+                    cut.made[bias] = lambda info=info: torch.zeros(info.shape[0], dtype=info.dtype)  # type: ignore[misc]

@@ -1,0 +1,581 @@
+"""The commands: what they print, and what they leave on disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokens
+
+import dicer
+from dicer.ask.methods import ALLOCATIONS
+from dicer.ask.recipe import PRESETS, Recipe
+from dicer.cli import main as cli
+from dicer.cli import terminal
+from dicer.decide.grouping import GROUPINGS
+from dicer.decide.merging import MERGES
+from dicer.measure.criteria import CRITERIA
+
+COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "entropy", "eval", "bench")
+COLOURS = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE")
+FAST = ("--method", "weight-l2")
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Type a command that must succeed; what it printed. Nothing may appear on stderr, which is no terminal here."""
+
+    for name in COLOURS:
+        monkeypatch.delenv(name, raising=False)
+
+    def typed(*words):
+        monkeypatch.setattr(sys, "argv", ["dicer", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert (end.value.code, err) == (0, "")
+        assert "\r" not in out
+        plain = re.sub(r"\x1b\[[\d;]*m", "", out)
+        # typer decides on the colours of its help when it is imported, so only a process of its own can tell.
+        assert plain == out or "Usage:" in plain
+        return plain
+
+    return typed
+
+
+def _bytes(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _row(out, name):
+    """The cells of a printed table's row."""
+    line = next(line for line in out.splitlines() if re.match(rf"\W*{re.escape(name)}\s", line))
+    return [cell.strip() for cell in line.strip("│┃").split("│")]
+
+
+def _counted(folder):
+    """(parameters, those in MLP neurons, bytes), from the tensors that a checkpoint holds."""
+    tensors = [
+        pair for file in folder.glob("*.safetensors") if "plan" not in file.name for pair in load_file(file).items()
+    ]
+    return (
+        sum(t.numel() for _, t in tensors),
+        sum(t.numel() for name, t in tensors if ".mlp." in name),
+        sum(t.nbytes for _, t in tensors),
+    )
+
+
+def _exec_loading_line(out):
+    """Run the line that is printed for loading; the model that it makes."""
+    line = next(line for line in out.splitlines() if line.startswith("Load it: ")).removeprefix("Load it: ")
+    names = {}
+    exec(line, names)
+    return names["model"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "widths"),
+    [((), [30, 30, 30, 30]), (("--layers", "1-2", "--ratio", "0.5"), [40, 20, 20, 40])],
+)
+def test_prune_prints_what_it_did(run, model, rows, tmp_path, flags, widths):
+    out = tmp_path / "out"
+    printed = run("prune", model, "-o", out, "--calib", rows, *flags)
+    assert "Pruned llama with rc-a." in printed
+    before, after = _counted(model), _counted(out)
+    for i, name in enumerate(("parameters", "in MLP neurons", "bytes of weights")):
+        left = f"{after[i] / before[i]:.1%}"
+        assert _row(printed, name) == [name, f"{before[i]:,}", f"{after[i]:,}", left]
+    assert before[1] - after[1] == before[0] - after[0] == 3 * 32 * sum(40 - width for width in widths)
+    on_disk = sum(len(content) for content in _bytes(out).values())
+    assert f"Checkpoint: {out} ({on_disk:,} bytes on disk)." in printed
+    assert re.search(r"^Time: load \d+\.\d s, score \d+\.\d s, write \d+\.\d s\.$", printed, re.M)
+    assert re.search(r"^Peak memory: host \d+\.\d\d GB", printed, re.M)
+    assert "Note: 6 ready samples of 24 tokens are used as they are." in printed
+    loaded = _exec_loading_line(printed)
+    assert [layer.mlp.up_proj.out_features for layer in loaded.model.layers] == widths
+    assert sum(p.numel() for p in loaded.parameters()) == after[0]
+    assert torch.isfinite(loaded(tiny_tokens(1)).logits).all()
+    assert ("trust_remote_code=True" in printed) == (len(set(widths)) > 1)
+
+
+@pytest.mark.parametrize("name", ["with space", "it's", 'quo"te', "ünï", ":fire:", "[bold]", "back\\slash"])
+def test_the_loading_line_is_python_for_any_folder_name(run, model, tmp_path, name):
+    printed = run("prune", model, "-o", tmp_path / name, *FAST)
+    assert _exec_loading_line(printed).config.intermediate_size == 30
+
+
+def test_the_command_line_and_python_write_the_same_bytes(run, model, rows, tmp_path):
+    run("prune", model, "-o", tmp_path / "typed", "--calib", rows, "--ratio", "0.3", "--seed", "7")
+    dicer.prune(model, Recipe(calib=str(rows), ratio=0.3, seed=7), output=tmp_path / "python")
+    assert _bytes(tmp_path / "typed") == _bytes(tmp_path / "python")
+
+
+def test_a_recipe_file_gives_the_same_bytes_as_its_flags(run, model, rows, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'method = "sim-mean"\nratio = 0.9\nlayers = "0,2"\ncalib = "{rows}"\n')
+    run("prune", model, "-o", tmp_path / "file", "--recipe", recipe, "--ratio", "0.4")
+    run("prune", model, "-o", tmp_path / "flags", "--method", "sim-mean", "--layers", "0,2", "--ratio", "0.4",
+        "--calib", rows)  # fmt: skip
+    assert _bytes(tmp_path / "file") == _bytes(tmp_path / "flags")
+    assert dicer.load_plan(tmp_path / "file").recipe["ratio"] == 0.4
+
+
+def test_plan_then_apply_is_prune(run, model, rows, tmp_path):
+    flags = ("--calib", rows, "--method", "sim-dominant", "--layers", "1-3")
+    printed = run("plan", model, "-o", tmp_path / "plan", *flags)
+    assert sorted(_bytes(tmp_path / "plan")) == ["dicer_plan.json", "dicer_plan.safetensors"]
+    assert printed == f"Plan: {tmp_path / 'plan'}. Next: dicer apply {tmp_path / 'plan'} {model} -o FOLDER\n"
+    applied = run("apply", tmp_path / "plan", model, "-o", tmp_path / "applied")
+    pruned = run("prune", model, "-o", tmp_path / "pruned", *flags)
+    assert _bytes(tmp_path / "applied") == _bytes(tmp_path / "pruned")
+    assert "Pruned llama with sim-dominant." in applied
+    for name in ("parameters", "in MLP neurons", "bytes of weights"):
+        assert _row(applied, name) == _row(pruned, name)
+    again = run("apply", tmp_path / "pruned" / "dicer_plan.json", model, "-o", tmp_path / "again")
+    assert "Load it: " in again
+    assert _bytes(tmp_path / "again") == _bytes(tmp_path / "pruned")
+
+
+def test_plan_explains_each_layer(run, model, tmp_path):
+    printed = run("plan", model, "-o", tmp_path / "plan", *FAST, "--layers", "0,3", "--explain")
+    lines = [line for line in printed.splitlines() if line.startswith("layer")]
+    assert [line.split(";")[0] for line in lines] == [f"layer   {i} mlp: 40 -> 30 (25.0% removed)" for i in (0, 3)]
+    for line in lines:
+        kept, dropped = map(float, re.findall(r"median (\S+?)(?:,|$)", line))
+        assert kept > dropped
+
+
+def test_plans_and_checkpoints_are_overwritten_only_when_asked(run, model, tmp_path):
+    for command in ("plan", "prune"):
+        out = tmp_path / command
+        run(command, model, "-o", out, *FAST)
+        first = _bytes(out)
+        run(command, model, "-o", out, *FAST, "--ratio", "0.5", "--overwrite")
+        assert _bytes(out) != first
+        run(command, model, "-o", out, *FAST, "--overwrite")
+        assert _bytes(out) == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan", "prune"]
+
+
+def test_diff_names_the_layers_that_differ(run, model, tmp_path):
+    run("plan", model, "-o", tmp_path / "a", *FAST, "--layers", "0-2")
+    run("plan", model, "-o", tmp_path / "b", "--method", "random", "--layers", "1-3")
+    assert run("diff", tmp_path / "a", tmp_path / "a") == "The two plans keep the same.\n"
+    lines = run("diff", tmp_path / "a", tmp_path / "b").splitlines()
+    assert lines[0] == "layer 0 mlp: only in the first plan"
+    assert lines[-1] == "layer 3 mlp: only in the second plan"
+    a, b = (dicer.load_plan(tmp_path / name).mlp for name in "ab")
+    for index, line in zip((1, 2), lines[1:-1], strict=True):
+        both = len(set(a[index].keep.tolist()) & set(b[index].keep.tolist()))
+        assert line == f"layer {index} mlp: {both} kept by both, {30 - both} and {30 - both} by one"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), ["4 layers (0 to 3): 40 -> 30 neurons"]),
+        (("--layers", "1-2", "--ratio", "0.5"), ["2 layers (1 to 2): 40 -> 20 neurons"]),
+        (("--ratio", "0.01"), ["40 -> 40", "Note: 4 layers keep all their neurons"]),
+        (("--grouping", "none", "--merge", "mean"), ["Note: merge 'mean' has nothing to merge without groups"]),
+    ],
+)
+def test_a_dry_run_says_what_would_be_and_writes_nothing(run, model, rows, tmp_path, flags, says):
+    words = (model, "-o", tmp_path / "out", "--calib", rows, *flags)
+    dry = run("prune", *words, "--dry-run")
+    assert not list(tmp_path.iterdir())
+    assert f"Would prune llama into {tmp_path / 'out'}; nothing was computed or written." in dry
+    assert all(part in dry for part in says)
+    wet = run("prune", *words)
+    for name in ("parameters", "bytes of weights", *(() if "40 -> 40" in says else ("in MLP neurons",))):
+        assert _row(dry, name) == _row(wet, name)
+
+
+# Heads, blocks and transfer entropy
+
+
+def _parts(folder, *inside):
+    """Parameters of a checkpoint whose names have one of these parts."""
+    files = [file for file in folder.glob("*.safetensors") if "plan" not in file.name]
+    tensors = [pair for file in files for pair in load_file(file).items()]
+    return sum(t.numel() for name, t in tensors if any(part in name for part in inside))
+
+
+WAYS = {
+    "let-llm": (("--method", "let-llm", "--ratio", "0.3"), "let-llm", 0.3 * 27_904, 1536),
+    "blocks": (("--axis", "block", "--ratio", "0.5"), "its own combination", 0.5 * 27_904, 1),
+    "rc-a": (("--method", "rc-a", "--allocate", "transfer-entropy"), "rc-a", 0.25 * 15_360, 96),
+    "heads": (("--axis", "attention", "--method", "weight-l2"), "weight-l2", 0.25 * 12_288, 768),
+    "ranked": (("--axis", "all", "--method", "rc-a", "--allocate", "global"), "rc-a", 0.25 * 27_648, 1536),
+}  # flags, what it is called, parameters that are to go of the tiny Llama's, and by how much they may be missed
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("way", WAYS)
+def test_prune_by_other_ways_prints_what_went(run, model, rows, tmp_path, way):
+    flags, name, target, near = WAYS[way]
+    words = (model, "-o", tmp_path / "out", "--calib", rows, *flags)
+    dry = run("prune", *words, "--dry-run")
+    assert not list(tmp_path.iterdir())
+    assert f"Would prune llama into {tmp_path / 'out'}; nothing was computed or written." in dry
+    told = f"About {target:,.0f} parameters would go; from where, only a run of the model can tell."
+    assert (told in dry) == ("before" not in dry) == (way != "heads")
+    printed = run("prune", *words)
+    assert f"Pruned llama with {name}." in printed
+    before, after = _parts(model, ""), _parts(tmp_path / "out", "")
+    assert abs(before - after - target) <= near
+    assert _row(printed, "parameters") == ["parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}"]
+    for row, inside in (
+        ("in attention heads", "self_attn"),
+        ("in MLP neurons", ".mlp."),
+        ("in decoder layers", "layers."),
+    ):
+        counts = [_parts(folder, inside) for folder in (model, tmp_path / "out")]
+        if counts[0] != counts[1]:
+            assert _row(printed, row)[1:3] == [f"{count:,}" for count in counts]
+        else:
+            assert row not in printed
+    loaded = _exec_loading_line(printed)
+    assert sum(p.numel() for p in loaded.parameters()) == after
+    assert torch.isfinite(loaded(tiny_tokens(1)).logits).all()
+    if way == "heads":
+        assert _row(dry, "parameters") == _row(printed, "parameters")
+        assert "2 layers (0, 2): 2 -> 1 key-value heads" in printed
+    if way == "blocks":
+        gone = dicer.load_plan(tmp_path / "out").blocks
+        assert f"2 layers removed whole: {gone[0]}, {gone[1]}" in printed
+        assert loaded.config.num_hidden_layers == 2
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_plan_explains_how_much_went_and_why(run, model, rows, tmp_path):
+    flags = ("--calib", rows, "--method", "let-llm", "--ratio", "0.3", "--explain")
+    printed = run("plan", model, "-o", tmp_path / "plan", *flags)
+    plan = dicer.load_plan(tmp_path / "plan")
+    entropy = plan.allocation["transfer_entropy"]
+    lines = [line for line in printed.splitlines() if line.startswith("layer")]
+    assert len(lines) == 12
+    for index in range(4):
+        block, *modules = lines[3 * index : 3 * index + 3]
+        assert block == f"layer   {index} block: transfer entropy {entropy['blocks'][index]:.4g}"
+        for axis, line in zip(("attention", "mlp"), modules, strict=True):
+            layer = plan.axes[axis][index]
+            gone = f"({1 - len(layer.keep) / layer.units:.1%} removed)"
+            told = f"layer   {index} {axis}: {layer.units} -> {len(layer.keep)} {gone}"
+            assert line.startswith(f"{told}, transfer entropy {entropy[axis][index]:.4g}; score: kept median ")
+    assert printed.splitlines()[-1].startswith("Plan: ")
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_plan_explains_blocks_that_go_and_those_that_stay(run, model, rows, tmp_path):
+    flags = ("--calib", rows, "--axis", "block", "--explain")
+    printed = run("plan", model, "-o", tmp_path / "plan", *flags)
+    plan = dicer.load_plan(tmp_path / "plan")
+    entropy = plan.allocation["transfer_entropy"]["blocks"]
+    assert plan.blocks == (entropy.index(min(entropy)),)
+    said = ["removed whole, " if index in plan.blocks else "" for index in range(4)]
+    assert printed.splitlines()[:4] == [
+        f"layer   {i} block: {said[i]}transfer entropy {entropy[i]:.4g}" for i in range(4)
+    ]
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_plan_of_blocks_and_biases_applies_and_differs(run, model, rows, tmp_path):
+    for name, flags in (
+        ("blocks", ("--axis", "block")),
+        ("bare", ("--method", "let-llm", "--ratio", "0.3")),
+        ("biased", ("--method", "let-llm", "--ratio", "0.3", "--compensate", "bias")),
+    ):
+        run("plan", model, "-o", tmp_path / name, "--calib", rows, *flags)
+    run("apply", tmp_path / "biased", model, "-o", tmp_path / "applied")
+    run("prune", model, "-o", tmp_path / "pruned", "--calib", rows, *flags)
+    assert _bytes(tmp_path / "applied") == _bytes(tmp_path / "pruned")
+    biased = run("diff", tmp_path / "bare", tmp_path / "biased").splitlines()
+    assert biased
+    assert all(line.endswith("the same kept, compensated differently") for line in biased)
+    assert "removed whole in the second plan only" in run("diff", tmp_path / "bare", tmp_path / "blocks")
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("flags", [("--method", "let-llm"), ("--axis", "block")])
+def test_a_poor_estimate_of_the_entropy_is_said_with_its_numbers(run, tmp_path, flags):
+    dense = tiny_model("llama")
+    with torch.no_grad():
+        dense.model.norm.weight[3] = 0.0  # a channel that says nothing
+    dense.save_pretrained(tmp_path / "model")
+    (tmp_path / "few.jsonl").write_text(json.dumps({"input_ids": tiny_tokens(1).tolist()[0]}))
+    for command in ("plan", "prune"):
+        for _ in range(2):  # measured, and from the cache
+            out = (tmp_path / "model", "-o", tmp_path / command, "--calib", tmp_path / "few.jsonl", "--overwrite")
+            printed = run(command, *out, *flags)
+            assert (
+                "Note: 24 calibration tokens for 32 channels: the entropy estimate is poor; use at least 32." in printed
+            )
+            assert "Note: 1 of 32 channels of the final state are constant over all tokens." in printed
+    for values in dicer.load_plan(tmp_path / "prune").allocation["transfer_entropy"].values():
+        assert all(0 <= value < 1e3 for value in values)
+
+
+def test_a_plan_of_the_first_format_is_still_read(run, model, tmp_path):
+    run("plan", model, "-o", tmp_path / "plan", *FAST)
+    run("apply", tmp_path / "plan", model, "-o", tmp_path / "new")
+    record = json.loads((tmp_path / "plan" / "dicer_plan.json").read_text())
+    assert (record.pop("format"), record.pop("blocks")) == (2, [])
+    del record["allocation"]
+    (tmp_path / "plan" / "dicer_plan.json").write_text(json.dumps({**record, "format": 1}))
+    run("apply", tmp_path / "plan", model, "-o", tmp_path / "old")
+    new, old = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "old"))
+    assert new.keys() == old.keys()
+    assert all(torch.equal(new[name], old[name]) for name in new)
+
+
+def test_info_counts_what_the_checkpoint_holds(run, model, tmp_path):
+    printed = run("info", model)
+    total, neurons, nbytes = _counted(model)
+    assert _row(printed, "family")[1] == "llama"
+    assert _row(printed, "layers")[1] == "4 (0 to 3)"
+    assert _row(printed, "neurons a layer")[1] == "40"
+    assert _row(printed, "dtypes")[1] == "float32"
+    assert _row(printed, "parameters")[1] == f"{total:,}"
+    assert _row(printed, "bytes of weights")[1] == f"{nbytes:,}"
+    assert _row(printed, "- MLP neurons")[1] == f"{neurons:,} ({neurons / total:.1%})"
+    parts = [
+        _row(printed, f"- {n}")[1] for n in ("MLP neurons", "attention", "embeddings and head", "norms and the rest")
+    ]
+    assert sum(int(part.split()[0].replace(",", "")) for part in parts) == total
+    run("prune", model, "-o", tmp_path / "out", *FAST, "--ratio", "0.4")
+    assert _row(printed, "40%")[1:3] == ["24", f"{_counted(tmp_path / 'out')[0]:,}"]
+
+
+def test_info_of_widths_that_differ(run, model, tmp_path):
+    run("prune", model, "-o", tmp_path / "out", *FAST, "--layers", "1")
+    printed = run("info", tmp_path / "out")
+    assert _row(printed, "neurons a layer")[1] == "30 to 40"
+    assert _row(printed, "parameters")[1] == f"{_counted(tmp_path / 'out')[0]:,}"
+    assert _row(printed, "50%")[1] == "15 to 20"
+
+
+def test_methods_lists_every_preset_and_part(run):
+    printed = run("methods")
+    for name, preset in PRESETS.items():
+        shown = [name, preset.criterion, preset.activation or "-", preset.grouping, preset.merge, preset.axis]
+        assert _row(printed, name) == shown
+        papers = printed[printed.index("paper") :]
+        assert _row(papers, name) == [name, preset.paper, preset.seed_code_name or "-"]
+    for part in (
+        "transfer-entropy",
+        "FILE.json",
+        "none",
+        "random",
+        "similarity",
+        "prune",
+        "mean",
+        "dominant",
+        "gradient",
+        "square_sum",
+        "eq. 2",
+    ):
+        assert part in printed
+    assert max(map(len, printed.splitlines())) <= 160
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A terminal of 80 columns."""
+    monkeypatch.setattr(terminal, "console", lambda: Console(width=80, highlight=False, emoji=False))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_no_name_is_cut_on_a_narrow_terminal(run):
+    printed = run("methods")
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    for name in (*PRESETS, *CRITERIA, *GROUPINGS, *MERGES, *ALLOCATIONS):
+        assert f"│ {name} " in printed
+
+
+@pytest.mark.usefixtures("narrow")
+def test_no_number_is_cut_on_a_narrow_terminal(run, model):
+    flags = ("--tokens", 2, "--batch-sizes", "1,2", "--prompt-length", 4, "--rounds", 1)
+    printed = run("bench", model, *flags)
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
+    assert [row for row in rows if row[0] == "batch"] == [["batch", "1"], ["batch", "2"]]
+    assert all(re.fullmatch(r"[\d,.]+ \([\d,.]+ to [\d,.]+\)", value) for name, value in rows if "tokens/s" in name)
+
+
+def test_the_version(run):
+    assert run("--version") == f"dicer {importlib.metadata.version('dicer')}\n"
+
+
+def test_the_home_folder_is_put_in_where_no_shell_did(run, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run("prune", model, "--output=~/out", *FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_perplexity_is_measured_printed_and_put_into_the_card(run, model, rows, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a text that is long enough for two windows of a tiny model, " * 8)
+    printed = run("prune", model, "-o", tmp_path / "out", "--calib", rows, "--perplexity", text)
+    assert "calibration text itself" not in printed
+    same = ("--calib", text, "--perplexity", text, "--seq-len", "32")
+    note = "Note: the perplexity is that of the calibration text itself; another would tell more."
+    assert note in run("prune", model, "-o", tmp_path / "same", *same)
+    before, after = map(float, re.search(r"^Perplexity: (\S+) before, (\S+) after\.$", printed, re.M).groups())
+    card = (tmp_path / "out" / "README.md").read_text()
+    in_card = re.search(r"on `text.txt`.*?: (\S+) before, (\S+) after", card).groups()
+    assert [f"{float(value):.2f}" for value in in_card] == [f"{before:.2f}", f"{after:.2f}"]
+    assert str(tmp_path) not in card
+    tokens = dicer.measure.text.load_windows(str(text), lambda t: _tokenizer(model)(t)["input_ids"], 128, 8)
+    for folder, shown in ((model, before), (tmp_path / "out", after)):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert dicer.perplexity(loaded, tokens) == pytest.approx(shown, abs=0.006)
+
+
+def _tokenizer(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], *([command, "--help"] for command in COMMANDS)])
+def test_help_is_readable(run, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "100")
+    printed = run(*words)
+    assert "Usage: " in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    if len(words) < 2:
+        assert all(re.search(rf"^\W*{command}\s+\w", printed, re.M) for command in COMMANDS)
+    if words and words[0] in ("prune", "plan"):
+        for name in Recipe.model_fields:
+            assert "--" + name.replace("_", "-") in printed
+
+
+@pytest.mark.parametrize("words", [["prune", "MODEL", "-o", "OUT", "--method", "weight-l2"], ["--help"]])
+def test_a_process_of_its_own_writes_to_stdout_only(model, tmp_path, words):
+    names = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    command = [sys.executable, "-m", "dicer.cli", *(names.get(word, word) for word in words)]
+    environment = {name: value for name, value in os.environ.items() if name not in COLOURS}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    if words[0] == "prune":
+        assert done.stdout.splitlines()[-1].startswith("Load it: ")
+        assert dicer.load(tmp_path / "out").config.intermediate_size == 30
+
+
+@pytest.mark.parametrize(("after", "shown"), [(10.0, False), (-1.0, True)])
+def test_a_bar_appears_on_a_terminal_once_a_stage_takes_long(monkeypatch, capsys, after, shown):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich believe in a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(terminal, "_SHOW_AFTER", after)
+    with terminal.Bar() as progress:
+        for done in range(3):
+            progress("calibration", done + 1, 3)
+        progress("write", 1, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [stage in err for stage in ("calibration", "write")] == [shown, shown]
+    assert bool(err) == shown
+
+
+def test_a_stage_that_comes_again_begins_anew(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with terminal.Bar() as progress:
+        for time, done in ((0, 0), (1, 3), (60, 0), (61, 1)):
+            now[0] = time
+            progress("calibration", done, 3)
+    assert capsys.readouterr() == ("", "")
+    with terminal.Bar() as progress:
+        for time, done in ((0, 0), (3, 1)):
+            now[0] = time
+            progress("calibration", done, 3)
+    assert "calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_bars_of_downloads_stay_on_a_terminal(monkeypatch, on_terminal):
+    from huggingface_hub import utils
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", None)
+    try:
+        terminal.quiet_transformers()
+        assert utils.are_progress_bars_disabled() != on_terminal
+    finally:
+        utils.disable_progress_bars()
+
+
+CLOSED = "standard output is closed"
+
+
+@pytest.mark.parametrize(
+    ("shell", "says"),
+    [('exec "$@" >&-', CLOSED), ('exec "$@" > full', "cannot print: File too large. Send the output")],
+)
+def test_a_place_that_cannot_be_printed_to_is_one_line(tmp_path, shell, says):
+    def no_file_may_grow_long():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # bytes
+
+    words = ["sh", "-c", shell, "sh", sys.executable, "-B", "-m", "dicer.cli", "methods"]
+    limits = None if says == CLOSED else no_file_may_grow_long
+    done = subprocess.run(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=limits)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"dicer: {says}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_stderr_is_no_reason_to_fail(model):
+    words = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "dicer.cli", "info", str(model)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    assert "parameters" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(13, "Permission denied", "no/x"), "no/x: Permission denied. Check the path"),
+        (OSError(28, "No space left on device"), "No space left on device. Check"),
+        (OSError("several\nlines"), "several lines. Check"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(monkeypatch, capfd, model, tmp_path, error, says):
+    from dicer import pipeline
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pipeline, "prune", fail)
+    monkeypatch.setattr(sys, "argv", ["dicer", "prune", str(model), "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"dicer: {says}")
+    assert err.count("\n") == 1
+
+
+def test_anything_else_keeps_its_traceback(monkeypatch, model, tmp_path):
+    from dicer import pipeline
+
+    def bug(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(pipeline, "prune", bug)
+    monkeypatch.setattr(sys, "argv", ["dicer", "prune", str(model), "-o", str(tmp_path / "out")])
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        cli.main()

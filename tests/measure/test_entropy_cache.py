@@ -1,0 +1,197 @@
+"""Profiles that are kept: what the cache tells apart, what it saves, and that it never stands in the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import LAYERS, tiny_model, tiny_tokens
+
+from dicer.measure.entropy import cache as entropy_cache
+from dicer.measure.entropy.cache import entropy_profile
+from dicer.measure.entropy.transfer import measure
+from dicer.measure.stores.resident import ResidentStore
+from dicer.model.families import family_of
+from dicer.model.source import from_memory
+
+
+def _measured(model, **choices):
+    return measure(ResidentStore(model, family_of(model.config.model_type)), [tiny_tokens()], **choices)
+
+
+def _profile(model, tokens=None, **choices):
+    return entropy_profile(from_memory(model), model, tiny_tokens() if tokens is None else tokens, **choices)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("DICER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "entropy"
+
+
+def test_a_profile_in_the_cache_is_not_measured_again(cache, monkeypatch):
+    model = tiny_model("llama")
+    first = _profile(model)
+    assert len(list(cache.iterdir())) == 1
+    assert first == _measured(model)
+    monkeypatch.setattr(entropy_cache, "measure", lambda *a, **k: pytest.fail("measured again"))
+    assert _profile(model) == first
+    assert _profile(model, batch_size=2) == first
+    assert _profile(tiny_model("llama")) == first
+
+
+def test_the_batch_size_changes_nothing_but_noise(monkeypatch, tmp_path):
+    found = []
+    for size in (None, 4, 1):
+        monkeypatch.setenv("DICER_CACHE", str(tmp_path / str(size)))
+        profile = _profile(tiny_model("llama"), batch_size=size)
+        found.append([entry.entropy for entries in profile.lists.values() for entry in entries])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"search": "greedy"},
+        {"at": "hidden"},
+        {"tokens": tiny_tokens(seed=1)},
+        {"tokens": tiny_tokens().reshape(12, 12)},
+        {"seed": 1},
+        {"dtype": torch.bfloat16},
+    ],
+)
+def test_the_cache_tells_apart_what_decides_the_numbers(cache, other):
+    _profile(tiny_model("llama"), lists=["blocks"])
+    options = {name: other[name] for name in ("seed", "dtype") if name in other}
+    choices = {name: value for name, value in other.items() if name not in options}
+    _profile(tiny_model("llama", **options), lists=["blocks"], **choices)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_cache_tells_apart_the_dtype_that_is_computed_in(cache):
+    """The files, and so the fingerprint, are the same."""
+    source = from_memory(tiny_model("llama"))
+    for dtype in (torch.float32, torch.bfloat16):
+        entropy_profile(source, tiny_model("llama", dtype=dtype), tiny_tokens(), lists=["blocks"])
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {"rms_norm_eps": 1e-2}), ("llama", {"hidden_act": "relu"}), ("mistral", {})]
+)
+def test_the_cache_tells_apart_configs_of_the_same_weights(cache, family, config):
+    first, other = _profile(tiny_model("llama")), _profile(tiny_model(family, **config))
+    assert len(list(cache.iterdir())) == 2
+    assert other == _measured(tiny_model(family, **config))
+    assert other.entropy != first.entropy
+
+
+def test_what_another_process_measured_meanwhile_is_kept(cache, monkeypatch):
+    model, real = tiny_model("llama"), measure
+
+    def meanwhile(*words, **choices):
+        monkeypatch.setattr(entropy_cache, "measure", real)
+        _profile(model, lists=["mlp"])
+        return real(*words, **choices)
+
+    monkeypatch.setattr(entropy_cache, "measure", meanwhile)
+    _profile(model, lists=["attention"])
+    monkeypatch.setattr(entropy_cache, "measure", lambda *a, **k: pytest.fail("measured again"))
+    for lists in (["mlp"], ["attention"]):
+        _profile(model, lists=lists)
+
+
+def test_a_resumed_search_that_picks_others_does_not_use_what_was_measured_with_the_first(cache):
+    model, seen = tiny_model("llama"), {}
+    first = measure(
+        ResidentStore(model, family_of("llama")),
+        [tiny_tokens()],
+        search="greedy",
+        lists=["mlp"],
+        remember=seen.__setitem__,
+    )
+    order = [entry.layer for entry in sorted(first.mlp, key=lambda entry: entry.pick)]
+    swapped = {f"mlp.{order[0]}": seen[f"mlp.{order[1]}"], f"mlp.{order[1]}": seen[f"mlp.{order[0]}"]}
+    known = seen | swapped  # as noise would have it
+    again = measure(
+        ResidentStore(model, family_of("llama")), [tiny_tokens()], search="greedy", lists=["mlp"], known=known
+    )
+    picks = {entry.pick: entry for entry in again.mlp}
+    assert [picks[0].layer, picks[1].layer] == [order[1], order[0]]
+    naive = tiny_model("llama")
+    with torch.no_grad():
+        naive.model.layers[order[1]].mlp.down_proj.weight.zero_()
+    other = {entry.layer: entry.entropy for entry in _measured(naive, lists=["mlp"]).mlp}
+    assert picks[1].entropy == pytest.approx(other[order[0]], rel=1e-6)
+
+
+def test_other_lists_take_what_is_there(cache, monkeypatch):
+    model, ran = tiny_model("llama"), []
+
+    def noting(*words, remember, **choices):
+        return measure(*words, remember=lambda key, value: (ran.append(key), remember(key, value)), **choices)
+
+    whole = _profile(model)
+    monkeypatch.setattr(entropy_cache, "measure", noting)
+    some = _profile(model, lists=["mlp"])
+    assert (some.mlp, some.entropy, ran) == (whole.mlp, whole.entropy, [])
+    _profile(model, lists=["mlp"], search="greedy")
+    ran.clear()
+    _profile(model, lists=["mlp", "attention"], search="greedy")
+    assert len(ran) == sum(range(1, 2 * LAYERS + 1))  # other competitors, other rounds
+
+
+@pytest.mark.parametrize("search", ["independent", "greedy"])
+def test_a_killed_run_goes_on(cache, monkeypatch, search):
+    model, real, seen = tiny_model("llama"), entropy_cache._write, []
+
+    def write(name, held):
+        real(name, held)
+        if len(held.measured) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(entropy_cache, "_write", write)
+    with pytest.raises(KeyboardInterrupt):
+        _profile(model, search=search)
+    monkeypatch.setattr(entropy_cache, "_write", lambda name, held: seen.append(len(held.measured)))
+    assert _profile(model, search=search) == _measured(model, search=search)
+    assert seen[0] == 8
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"measured": {"mlp.0": "x"}, "profiles": {}}',
+        '{"measured": {"mlp.0": NaN}, "profiles": {}}',
+        '{"measured": {}, "profiles": {"mlp": {"te": 1}}}',
+    ],
+)
+def test_an_unreadable_cache_is_replaced(cache, content):
+    model = tiny_model("llama")
+    first = _profile(model)
+    (file,) = cache.iterdir()
+    whole = file.read_text()
+    file.write_text(content)
+    assert _profile(model) == first
+    assert file.read_text() == whole
+    file.write_bytes(b"\xff")
+    assert _profile(model) == first
+    assert [path.name for path in cache.iterdir()] == [file.name]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DICER_CACHE", str(tmp_path / "file"))
+    model = tiny_model("llama")
+    assert _profile(model) == _measured(model)
+    monkeypatch.setenv("DICER_CACHE", str(tmp_path / "cache"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(entropy_cache.Path, "replace", full)
+    assert _profile(model) == _measured(model)
+    assert list((tmp_path / "cache" / "entropy").iterdir()) == []
