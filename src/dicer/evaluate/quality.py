@@ -76,7 +76,7 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
 
 
 def load_all_tasks(evaluation: Evaluation) -> dict[int | None, dict[str, Any]]:
-    """Documents a task -> the tasks that it holds for, with their documents (:func:`dicer.evaluate.harness.load_tasks`).
+    """Documents a task -> its tasks with their documents (:func:`dicer.evaluate.harness.load_tasks`).
 
     Raises:
         EvaluationError: there is no such task, or its data cannot be had.
