@@ -148,7 +148,7 @@ def prune(
     in_memory = not isinstance(model, str | os.PathLike)
     if out is not None:
         read = [recipe.calib, recipe.allocate, recipe.entropy_profile, perplexity_text, None if in_memory else model]
-        check_output(out, overwrite=overwrite, inputs=[Path(p) for p in read if p is not None and Path(p).exists()])
+        check_output(out, overwrite=overwrite, inputs=read)
     source = from_memory(model) if in_memory else open_model(model)
     if in_memory:
         recipe = recipe.model_copy(update=_as_it_is(model, recipe))
