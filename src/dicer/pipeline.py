@@ -1,26 +1,31 @@
-"""The whole path, as Python: make_plan, apply_plan, prune, load."""
+"""The whole path, as Python: look, make_plan, apply_plan, prune, load."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dicer.ask.compute import Compute
 from dicer.ask.recipe import Recipe
 from dicer.decide.decide import score
 from dicer.decide.plan import PrunePlan, load_plan
-from dicer.decide.task import Job, prepare
+from dicer.decide.task import Asked, Decided, prepare, with_text
 from dicer.errors import ModelError, RecipeError
 from dicer.evaluate.quality import perplexity
 from dicer.machine import pick_device
-from dicer.measure.stores.resident import Progress, silent
+from dicer.measure.documents import check_source, check_text
+from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_windows
+from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource, from_memory, open_model, tokenize_with
+from dicer.progress import Progress, silent
 from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
@@ -31,23 +36,102 @@ PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024
 
 
-def make_plan(model: str | os.PathLike[str], recipe: Recipe | None = None, *, progress: Progress = silent) -> PrunePlan:
+@dataclass(frozen=True)
+class Look:
+    """What is known of a run before anything is read or computed.
+
+    Attributes:
+        task: the recipe, held against the model; a ``Decided`` where it is known how much stays.
+        before: sizes of the model.
+        after: sizes of what it will be; the same as before where only a run of the model can tell.
+        device: to compute on.
+    """
+
+    task: Asked
+    before: Sizes
+    after: Sizes
+    device: str
+
+
+def look(
+    model: Any,
+    recipe: Recipe | None = None,
+    compute: Compute | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    perplexity_text: str | None = None,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> Look:
+    """Check everything that can be wrong with a run, and say what it would do; no text is read, no weight loaded.
+
+    Args:
+        model: as for :func:`prune`.
+        recipe: what to do.
+        compute: how.
+        output: the folder that would be written.
+        overwrite: whether an earlier checkpoint there may be replaced.
+        perplexity_text: what perplexity would be measured on.
+        inputs: what else the run reads, which must not lie in ``output``.
+
+    Raises:
+        DicerError: anything that the user can mend.
+    """
+    recipe = recipe or Recipe()
+    compute = recipe.compute_or(compute)
+    in_memory = not isinstance(model, str | os.PathLike)
+    if output is not None:
+        read = [*recipe.files(), perplexity_text, None if in_memory else model, *inputs]
+        check_output(Path(output), overwrite=overwrite, inputs=read)
+    source = from_memory(model) if in_memory else open_model(model)
+    task = prepare(source, recipe, _as_it_is(model, compute) if in_memory else compute)
+    if task.runs_model:
+        check_text(recipe.text)
+    if perplexity_text is not None:
+        check_source(perplexity_text, ("builtin",), "perplexity text")
+    before, after = foreseen(task)
+    if output is not None:
+        check_space(Path(output), after.nbytes)
+    return Look(task, before, after, pick_device(task.compute.device))
+
+
+def foreseen(task: Asked) -> tuple[Sizes, Sizes]:
+    """What the model has and what it will have; the same again where the model has to run first."""
+    if isinstance(task, Decided):
+        return plan_cut(task.source, task.outline()).sizes()
+    sizes = count_sizes(task.source.family, task.source.tensors.infos())
+    return sizes, sizes
+
+
+def make_plan(
+    model: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    compute: Compute | None = None,
+    *,
+    progress: Progress = silent,
+) -> PrunePlan:
     """Decide which units of a model stay, and write nothing.
 
     Args:
         model: a hub id, a folder, a ``.gguf`` file, or ``builtin:smollm2``.
         recipe: what to do; the default is rc-a at 25% in all layers.
+        compute: how it is computed.
         progress: called with (stage, done, total).
 
     Raises:
         DicerError: anything that the user can mend.
     """
-    job = prepare(open_model(model), recipe or Recipe())
-    return score([job], _load_for_scoring(job), progress)[0]
+    found = look(model, recipe, compute)
+    task = with_text(found.task)
+    return score([task], _store(_loaded(found), task.source), progress)[0]
 
 
-def _load_for_scoring(job: Job) -> Any:
-    return job.source.load_model(job.recipe.dtype, pick_device(job.recipe.device))
+def _loaded(found: Look) -> Any:
+    return found.task.source.load_model(found.task.compute.dtype, found.device)
+
+
+def _store(model: Any, source: ModelSource) -> ResidentStore:
+    return ResidentStore(model, source.family)
 
 
 def apply_plan(
@@ -71,26 +155,28 @@ def apply_plan(
         DicerError: anything that the user can mend.
     """
     out = Path(output)
-    read = [Path(p) for p in (plan, model) if not isinstance(p, PrunePlan)]
-    check_output(out, overwrite=overwrite, inputs=read)
+    check_output(out, overwrite=overwrite, inputs=[None if isinstance(plan, PrunePlan) else plan, model])
     loaded = plan if isinstance(plan, PrunePlan) else load_plan(Path(plan))
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
-    result = Result(loaded, *plan_cut(source, loaded).sizes())
+    cut = plan_cut(source, loaded)
+    result = Result(loaded, *cut.sizes())
     check_space(out, result.after.nbytes)
-    with _timed(result, "write"):
-        write_checkpoint(result, source, out, progress, overwrite=overwrite)
+    with _timed(result.seconds, "write"):
+        write_checkpoint(result, cut, out, progress, overwrite=overwrite)
     return result
 
 
 def prune(
     model: Any,
     recipe: Recipe | None = None,
+    compute: Compute | None = None,
     *,
     tokenizer: Any | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     perplexity_text: str | None = None,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
     progress: Progress = silent,
 ) -> Result:
     """Prune a model: score, decide, cut.
@@ -98,10 +184,12 @@ def prune(
     Args:
         model: a transformers model in memory, or a hub id, a folder, a ``.gguf`` file, ``builtin:smollm2``.
         recipe: what to do; the default is rc-a at 25% in all layers.
+        compute: how it is computed; of a model in memory device and dtype are what they are.
         tokenizer: for a model in memory whose method looks at text.
         output: the folder to write. Without it the pruned model comes back in ``result.model``.
         overwrite: replace an existing checkpoint, once the new one is whole.
         perplexity_text: ``builtin`` or a text file: measure perplexity before and after, and put it into the card.
+        inputs: what else the run was made from (a recipe file), which must not lie in ``output``.
         progress: called with (stage, done, total).
 
     Returns:
@@ -110,64 +198,63 @@ def prune(
     Raises:
         DicerError: anything that the user can mend; then nothing was written.
     """
-    recipe = recipe or Recipe()
-    out = Path(output) if output is not None else None
-    in_memory = not isinstance(model, str | os.PathLike)
-    if out is not None:
-        read = [recipe.calib, recipe.allocate, recipe.entropy_profile, perplexity_text, None if in_memory else model]
-        check_output(out, overwrite=overwrite, inputs=read)
-    source = from_memory(model) if in_memory else open_model(model)
-    if in_memory:
-        recipe = recipe.model_copy(update=_as_it_is(model, recipe))
+    found = look(
+        model,
+        recipe,
+        compute,
+        output=output,
+        overwrite=overwrite,
+        perplexity_text=perplexity_text,
+        inputs=inputs,
+    )
     seconds: dict[str, float] = {}
-    start = time.perf_counter()
-    job = prepare(source, recipe, tokenizer)
-    if out is not None:
-        check_space(out, job.sizes()[1].nbytes)
-    windows = perplexity_windows(perplexity_text, source, tokenizer) if perplexity_text else None
-    dense = model if in_memory else _load_for_scoring(job)
-    seconds["load"] = time.perf_counter() - start
-    start = time.perf_counter()
-    plan = score([job], dense, progress)[0]
-    seconds["score"] = time.perf_counter() - start
+    with _timed(seconds, "load"):
+        task = with_text(found.task, tokenizer)
+        source = task.source
+        windows = perplexity_windows(perplexity_text, source, tokenizer) if perplexity_text else None
+        dense = _loaded(found) if source.live is None else source.live
+    with _timed(seconds, "score"):
+        plan = score([task], _store(dense, source), progress)[0]
     cut = plan_cut(source, plan)
-    result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*job.notes, *plan.notes])
+    result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*task.notes, *plan.notes])
     if windows is not None:
-        with _timed(result, "perplexity"):
-            if job.calibration is not None and perplexity_text == recipe.calib != "builtin":  # which keeps blocks apart
-                result.notes.append("the perplexity is that of the calibration text itself; another would tell more")
+        _note_same_text(result, task, perplexity_text)
+        with _timed(seconds, "perplexity"):
             result.perplexities["before"] = _perplexity(dense, windows, "perplexity before", progress)
     where = (dense.dtype, dense.device)
     del dense
-    if out is None or windows is not None:
-        with _timed(result, "cut"):
-            result.model = build_model(source, plan, *where)
+    if output is None or windows is not None:
+        with _timed(seconds, "cut"):
+            result.model = build_model(cut, *where)
     if windows is not None:
-        with _timed(result, "perplexity"):
+        with _timed(seconds, "perplexity"):
             result.perplexities["after"] = _perplexity(result.model, windows, "perplexity after", progress)
-    if out is not None:
+    if output is not None:
         result.model = None
-        with _timed(result, "write"):
-            write_checkpoint(
-                result, source, out, progress, overwrite=overwrite, tokenizer=tokenizer, perplexity_text=perplexity_text
-            )
+        options: dict[str, Any] = {"overwrite": overwrite, "tokenizer": tokenizer, "perplexity_text": perplexity_text}
+        with _timed(seconds, "write"):
+            write_checkpoint(result, cut, Path(output), progress, **options)
     return result
 
 
-def _as_it_is(model: Any, recipe: Recipe) -> dict[str, str]:
-    """Device and dtype of a model in memory, which no recipe changes.
+def _note_same_text(result: Result, task: Asked, perplexity_text: str | None) -> None:
+    same = task.calibration is not None and perplexity_text == task.recipe.text.source
+    if same and perplexity_text != "builtin":  # which keeps blocks apart
+        result.notes.append("the perplexity is that of the calibration text itself; another would tell more")
+
+
+def _as_it_is(model: Any, compute: Compute) -> Compute:
+    """Machine options with device and dtype of a model in memory, which nothing changes.
 
     Raises:
-        RecipeError: the recipe asks for others.
+        RecipeError: others are asked for.
     """
     found = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     for name, value in found.items():
-        asked = getattr(recipe, name)
+        asked = getattr(compute, name)
         if asked not in ("auto", value):
-            raise RecipeError(
-                f"the recipe asks for {name} {asked}, and the model in memory has {value}; move it first."
-            )
-    return found
+            raise RecipeError(f"{name} {asked} is asked for, and the model in memory has {value}; move it first.")
+    return compute.model_copy(update=found)
 
 
 def perplexity_windows(text: str, source: ModelSource, tokenizer: Any | None) -> Tensor:
@@ -206,7 +293,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
 
 
 @contextmanager
-def _timed(result: Result, stage: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

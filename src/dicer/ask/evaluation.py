@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dicer.ask.recipe import first_line
+from dicer.ask.strict import first_line
 from dicer.errors import RecipeError, unknown
 
 _WINDOW = 1024  # tokens, where neither the user nor a protocol says

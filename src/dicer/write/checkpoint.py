@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dicer.decide.plan import PrunePlan
+from dicer.model.sizes import Sizes
 from dicer.model.source import ModelSource
 from dicer.write.card import model_card
 from dicer.write.config import MODELING_FILE
 from dicer.write.side_files import copy_side_files
 from dicer.write.sink import CheckpointSink
-from dicer.write.surgery import Sizes, plan_cut
+from dicer.write.surgery import Cut
 
 
 @dataclass
@@ -47,12 +48,11 @@ class Result:
         return self.path is not None and (self.path / MODELING_FILE).is_file()
 
 
-def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", device: Any = "cpu") -> Any:
+def build_model(cut: Cut, dtype: Any = "auto", device: Any = "cpu") -> Any:
     """The pruned model in memory: a new config and sliced tensors; no module is edited.
 
     Args:
-        source: the model that the plan was made for.
-        plan: which units stay.
+        cut: what becomes of every tensor.
         dtype: ``auto`` (the checkpoint's own) or a torch dtype.
         device: a torch device.
     """
@@ -60,8 +60,7 @@ def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", devic
 
     from dicer.write.export import modeling_pruned
 
-    family = source.family
-    cut = plan_cut(source, plan)
+    source, family = cut.source, cut.source.family
     raw = dict(cut.config)
     kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
     config = transformers.AutoConfig.for_model(kind, **raw)
@@ -81,7 +80,7 @@ def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", devic
 
 def write_checkpoint(
     result: Result,
-    source: ModelSource,
+    cut: Cut,
     out: Path,
     progress: Callable[[str, int, int], None],
     *,
@@ -93,7 +92,7 @@ def write_checkpoint(
 
     Args:
         result: the plan, and what the model card says of it.
-        source: the model that the plan was made for.
+        cut: what becomes of every tensor.
         out: the folder.
         progress: called with (stage, done, total).
         overwrite: replace an existing checkpoint, once the new one is whole.
@@ -104,8 +103,7 @@ def write_checkpoint(
         OutputError: it cannot be written.
         ModelError: a file of the model cannot be read.
     """
-    cut = plan_cut(source, result.plan)
-    config = dict(cut.config)
+    config, source = dict(cut.config), cut.source
     if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
         config["tokenizer_class"] = tokenizer_class
     with CheckpointSink(out, overwrite=overwrite) as sink:
