@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 import resource
 import subprocess
@@ -20,31 +19,22 @@ from tiny import tiny_model, tiny_tokens
 import dicer
 from dicer.ask.methods import ALLOCATIONS
 from dicer.ask.recipe import PRESETS, Recipe
-from dicer.cli import main as cli
 from dicer.cli import terminal
 from dicer.decide.grouping import GROUPINGS
 from dicer.decide.merging import MERGES
 from dicer.measure.criteria import CRITERIA
 
 COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "entropy", "eval", "bench")
-COLOURS = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE")
 FAST = ("--method", "weight-l2")
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(command):
     """Type a command that must succeed; what it printed. Nothing may appear on stderr, which is no terminal here."""
 
-    for name in COLOURS:
-        monkeypatch.delenv(name, raising=False)
-
     def typed(*words):
-        monkeypatch.setattr(sys, "argv", ["dicer", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capfd.readouterr()
-        assert (end.value.code, err) == (0, "")
+        code, out, err = command(*words)
+        assert (code, err) == (0, "")
         assert "\r" not in out
         plain = re.sub(r"\x1b\[[\d;]*m", "", out)
         # typer decides on the colours of its help when it is imported, so only a process of its own can tell.
@@ -461,12 +451,12 @@ def test_help_is_readable(run, monkeypatch, words):
             assert "--" + name.replace("_", "-") in printed
 
 
+@pytest.mark.usefixtures("no_colours")
 @pytest.mark.parametrize("words", [["prune", "MODEL", "-o", "OUT", "--method", "weight-l2"], ["--help"]])
 def test_a_process_of_its_own_writes_to_stdout_only(model, tmp_path, words):
     names = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
     command = [sys.executable, "-m", "dicer.cli", *(names.get(word, word) for word in words)]
-    environment = {name: value for name, value in os.environ.items() if name not in COLOURS}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     if words[0] == "prune":
@@ -553,29 +543,22 @@ def test_a_closed_stderr_is_no_reason_to_fail(model):
         (OSError("several\nlines"), "several lines. Check"),
     ],
 )
-def test_an_error_of_the_system_is_one_line(monkeypatch, capfd, model, tmp_path, error, says):
+def test_an_error_of_the_system_is_one_line(monkeypatch, refused, model, tmp_path, error, says):
     from dicer import pipeline
 
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(pipeline, "prune", fail)
-    monkeypatch.setattr(sys, "argv", ["dicer", "prune", str(model), "-o", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    err = capfd.readouterr().err
-    assert err.startswith(f"dicer: {says}")
-    assert err.count("\n") == 1
+    assert refused("prune", model, "-o", tmp_path / "out").startswith(f"dicer: {says}")
 
 
-def test_anything_else_keeps_its_traceback(monkeypatch, model, tmp_path):
+def test_anything_else_keeps_its_traceback(monkeypatch, command, model, tmp_path):
     from dicer import pipeline
 
     def bug(*_, **__):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(pipeline, "prune", bug)
-    monkeypatch.setattr(sys, "argv", ["dicer", "prune", str(model), "-o", str(tmp_path / "out")])
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        cli.main()
+        command("prune", model, "-o", tmp_path / "out")

@@ -1,5 +1,7 @@
 """``python -m dicer.cli`` is ``dicer``."""
 
+import sys
+
 from dicer.cli.main import main
 
-main()
+sys.exit(main())

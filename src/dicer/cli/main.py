@@ -6,7 +6,7 @@ import importlib.metadata
 import io
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -313,14 +313,21 @@ def _show_result(result: Any) -> None:
     say(f"Load it: import transformers; {loading_line(str(result.path), needs_code=result.needs_code)}")
 
 
-def main() -> None:
-    """Entry point: what the user can mend is one line and exit code 2; anything else keeps its traceback."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command: what the user can mend is one line and exit code 2; anything else keeps its traceback.
+
+    Args:
+        words: the command, as in ``["prune", "MODEL", "-o", "OUT"]``; without, what the process was started with.
+
+    Returns:
+        The exit code.
+    """
     if sys.stderr is None:  # closed by whoever started us; libraries take it for granted
         sys.stderr = io.StringIO()
     if sys.stdout is None:
-        sys.exit(_refuse("standard output is closed; send it to a file or a pipe."))
+        return _refuse("standard output is closed; send it to a file or a pipe.")
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(list(sys.argv[1:] if words is None else words) or ["--help"], standalone_mode=False)
     except DicerError as error:
         code = _refuse(str(error))
     except _UsageError as error:
@@ -335,13 +342,9 @@ def main() -> None:
     except OSError as error:  # Python would try once more at its end, and say so at length
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or _refuse(f"cannot print: {error.strerror}.")
-    sys.exit(code or 0)
+    return code or 0
 
 
 def _refuse(reason: str) -> int:
     print(f"dicer: {' '.join(reason.splitlines())}", file=sys.stderr)  # noqa: T201
     return 2
-
-
-if __name__ == "__main__":
-    main()
