@@ -1,7 +1,5 @@
 """``python -m dicer.cli`` is ``dicer``."""
 
-import sys
-
 from dicer.cli.main import main
 
-sys.exit(main())
+raise SystemExit(main())
