@@ -121,7 +121,7 @@ def test_bench_prints_and_writes(command, model, tmp_path):
         (("eval", "MODEL", "--perplexity", "builtin", "--window", "9999"), "use --window 128"),
         (("eval", "MODEL", "--perplexity", "builtin", "--window", "1"), "window: "),
         (("eval", "MODEL", "--perplexity", "none.txt"), "none.txt cannot be read"),
-        (("eval", "MODEL", "--perplexity", "builtin", "--dtype", "int8"), "dtype 'int8' is none of"),
+        (("eval", "MODEL", "--perplexity", "builtin", "--dtype", "int8"), "dtype: Input should be"),
         (("eval", "MODEL", "--perplexity", "builtin", "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
         (("eval", "nowhere/at/all", "--perplexity", "builtin"), "there is no folder nowhere/at/all"),
         (("eval", "MODEL", "--perplexity", "builtin", "-o", "x" * 300), "cannot be written: File name too long"),

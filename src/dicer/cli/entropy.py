@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dicer.ask.recipe import make_recipe
-from dicer.cli.flags import recipe_flags
+from dicer.ask.recipe import Recipe, make_recipe
+from dicer.cli.flags import fields_of, with_flags
 from dicer.cli.terminal import (
     Bar,
     ModelArgument,
+    OverwriteOption,
     check_file,
     output_path,
     quiet_transformers,
@@ -24,13 +25,16 @@ from dicer.cli.terminal import (
 
 app = typer.Typer()
 
-_FIELDS = ("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len", "calib_seed", "batch_size")
-_MACHINE = ("device", "dtype")
+_FIELDS = fields_of(
+    Recipe,
+    *("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len", "calib_seed"),
+    *("device", "dtype", "batch_size"),
+)
 _KEYS = ("entropy", "search", "at", "tokens", "channels")  # of a profile
 
 
 @app.command(name="entropy")
-@recipe_flags((*_FIELDS, *_MACHINE))
+@with_flags(_FIELDS)
 def entropy_command(
     model: ModelArgument,
     output: Annotated[
@@ -45,7 +49,7 @@ def entropy_command(
         str, typer.Option(help="The final state: behind the final norm (norm) or before it (hidden).")
     ] = "norm",
     lists: Annotated[str, typer.Option(metavar="A,B", help="What to measure, of blocks, attention, mlp.")] = "all",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the profile that is there.")] = False,
+    overwrite: OverwriteOption = False,
     *,
     flags: dict[str, Any],
 ) -> None:

@@ -60,7 +60,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         return _refuse("standard output is closed; send it to a file or a pipe.")
     try:
-        code = app(list(sys.argv[1:] if words is None else words) or ["--help"], standalone_mode=False, prog_name="dicer")
+        code = app(
+            list(sys.argv[1:] if words is None else words) or ["--help"], standalone_mode=False, prog_name="dicer"
+        )
     except DicerError as error:
         code = _refuse(str(error))
     except _UsageError as error:

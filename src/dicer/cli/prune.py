@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from dicer.ask.recipe import Recipe, make_recipe, read_recipe
-from dicer.cli.flags import recipe_flags
-from dicer.cli.terminal import Bar, ModelArgument, is_there, output_path, quiet_transformers, say, show
+from dicer.cli.flags import fields_of, with_flags
+from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, is_there, output_path, quiet_transformers, say, show
 
 app = typer.Typer()
 
@@ -20,18 +20,19 @@ OutputOption = Annotated[
         "-o", "--output", parser=output_path, metavar="OUT", help="Folder to write; it appears whole or not at all."
     ),
 ]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there (a checkpoint or a plan), once the new one is whole.")
-]
 RecipeOption = Annotated[
     Path | None,
-    typer.Option("--recipe", metavar="FILE.toml", help="Read these options from a file; flags override it."),
+    typer.Option(
+        "--recipe",
+        metavar="FILE.toml",
+        rich_help_panel="How it is chosen",
+        help="Read these options from a file; flags override it.",
+    ),
 ]
 
 
 def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
-    given = {name: value for name, value in flags.items() if value is not None}
-    return make_recipe({**(read_recipe(file) if file else {}), **given})
+    return make_recipe({**(read_recipe(file) if file else {}), **flags})
 
 
 def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path]:
@@ -42,19 +43,26 @@ def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path]
 
 
 @app.command()
-@recipe_flags()
+@with_flags(fields_of(Recipe))
 def prune(
     model: ModelArgument,
     output: OutputOption,
     recipe: RecipeOption = None,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show what would be done, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            metavar="",
+            rich_help_panel="Output",
+            help="Check everything, show what would be done, write nothing.",
+        ),
     ] = False,
     perplexity: Annotated[
         str | None,
         typer.Option(
             metavar="TEXT",
+            rich_help_panel="Output",
             help="Measure perplexity before and after, on 'builtin' (never its calibration windows) or a file.",
         ),
     ] = None,
@@ -99,13 +107,18 @@ def prune(
 
 
 @app.command()
-@recipe_flags()
+@with_flags(fields_of(Recipe))
 def plan(
     model: ModelArgument,
     output: OutputOption,
     recipe: RecipeOption = None,
     overwrite: OverwriteOption = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Also print what each layer keeps.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain", metavar="", rich_help_panel="Output", help="Also print what each layer keeps, and why."
+        ),
+    ] = False,
     *,
     flags: dict[str, Any],
 ) -> None:
