@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -377,6 +378,16 @@ def test_methods_lists_every_preset_and_part(run):
     ):
         assert part in printed
     assert max(map(len, printed.splitlines())) <= 160
+
+
+def test_methods_shows_parameters_and_link_of_a_part(run, monkeypatch):
+    link = "https://example.org/papers/" + "x" * 20
+    parameters = {"linkage": SimpleNamespace(default="complete"), "power": SimpleNamespace(default=2.0)}
+    part = SimpleNamespace(needs=("gram",), parameters=parameters, about="Takes [U] out.", source="eq. 7", link=link)
+    monkeypatch.setattr("dicer.decide.merging.MERGES", {"mine": part})
+    printed = run("methods")
+    assert _row(printed, "mine") == ["mine", "gram", "linkage=complete", "Takes [U] out.", "eq. 7", link]
+    assert "power=2.0" in printed
 
 
 @pytest.fixture

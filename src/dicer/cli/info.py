@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
@@ -94,15 +96,35 @@ def methods() -> None:
     for name, p in PRESETS.items():
         presets.add_row(name, p.criterion, p.activation or "-", p.grouping, p.merge, p.axis)
         papers.add_row(name, p.paper, p.seed_code_name or "-")
-    criteria = _named("--criterion", "needs", folds=("source",))
-    for criterion in CRITERIA.values():
-        criteria.add_row(criterion.name, ", ".join(criterion.needs) or "weights only", criterion.source)
-    parts = _named("part", "name", folds=("what it does",))
-    for flag, known in (("--grouping", GROUPINGS), ("--merge", MERGES), ("--allocate", ALLOCATIONS)):
-        for name, text in known.items():
-            parts.add_row(flag, name, text)
-    for table in (presets, papers, criteria, parts):
+    shared = _named("--allocate", folds=("what it does",))
+    for name, text in ALLOCATIONS.items():
+        shared.add_row(name, text)
+    parts = {"--criterion": CRITERIA, "--grouping": GROUPINGS, "--merge": MERGES}
+    for table in (presets, papers, *(_parts(flag, known) for flag, known in parts.items()), shared):
         show(table)
+
+
+def _parts(flag: str, known: Mapping[str, Any]) -> Table:
+    """What can be named after a flag: what it needs of the text, its parameters for ``--set``, where it comes from."""
+    table = _named(flag, "needs", "--set", folds=("what it does", "source"))
+    table.add_column("link", no_wrap=True)
+    for name, part in known.items():
+        part = _as_part(part)
+        parameters = "\n".join(f"{key}={value.default}" for key, value in part.parameters.items())
+        needs = ", ".join(part.needs)
+        table.add_row(name, needs or "-", parameters or "-", part.about, part.source, part.link or "-")
+    return table
+
+
+def _as_part(known: Any) -> Any:
+    """Groupings and merges are texts still, and criteria have neither link nor parameters."""
+    if hasattr(known, "parameters"):
+        return known
+    if isinstance(known, str):
+        about, _, source = known.removesuffix(")").partition(" (")
+        return SimpleNamespace(needs=(), parameters={}, about=about, source=source, link="")
+    about = (inspect.getdoc(known.score) or "").partition("\n")[0]
+    return SimpleNamespace(needs=known.needs, parameters={}, about=about, source=known.source, link="")
 
 
 def _named(*names: str, folds: Iterable[str] = ()) -> Table:
