@@ -20,7 +20,6 @@ from tiny import NEURONS, POSITIONS, VOCABULARY, save_tiny, tiny_model, tiny_tok
 
 import dicer
 from dicer.ask.recipe import Recipe
-from dicer.cli import main as cli
 from dicer.errors import (CalibrationError, DicerError, ModelError, OutputError, PlanError, RecipeError, UnknownFamily, unknown)
 from dicer.model import tensors as checkpoint
 from dicer.model.source import open_model
@@ -62,40 +61,6 @@ def copy(models, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
-    """Type a command; its exit code, standard output and standard error."""
-
-    def typed(*words):
-        monkeypatch.setattr(sys, "argv", ["dicer", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code, *capfd.readouterr())
-
-    return typed
-
-
-@pytest.fixture
-def refused(run, tmp_path):
-    """Type a command that must be refused; checks the promise of this file and returns the line."""
-
-    def typed(*words, says=()):
-        before = _tree(tmp_path)
-        code, out, err = run(*words)
-        assert code == 2, out + err
-        assert err.startswith("dicer: ")
-        assert err.count("\n") == 1, err
-        assert "Traceback" not in err
-        assert out == ""
-        for part in says:
-            assert str(part) in err
-        assert _tree(tmp_path) == before
-        return err
-
-    return typed
-
-
-@pytest.fixture
 def prune_refused(refused, models, text, tmp_path):
     """``dicer prune`` a good model onto tmp_path/out with a good text, and whatever is wrong on top."""
 
@@ -106,11 +71,6 @@ def prune_refused(refused, models, text, tmp_path):
         return line
 
     return typed
-
-
-def _tree(folder):
-    """Every file below a folder, with its content's size and time."""
-    return {p.relative_to(folder): (s.st_size, s.st_mtime_ns) for p in folder.rglob("*") if (s := p.lstat())}
 
 
 def _edit_config(folder, **values):
@@ -425,8 +385,8 @@ def test_a_sample_longer_than_the_learned_positions(prune_refused, models, famil
     prune_refused("--seq-len", POSITIONS + 1, model=model, says=["samples of 129 tokens", "model's 128 positions"])
 
 
-def test_rotary_positions_have_no_such_limit(run, models, text, tmp_path):
-    code, _, err = run(
+def test_rotary_positions_have_no_such_limit(command, models, text, tmp_path):
+    code, _, err = command(
         *("prune", models.llama, "-o", tmp_path / "out", "--calib", text),
         *("--seq-len", POSITIONS + 1, "--samples", 1),
     )
@@ -536,13 +496,13 @@ def test_an_output_without_a_name(refused, models):
     refused("prune", models.llama, "-o", "", says=["-o", "the name is empty"])
 
 
-@pytest.mark.parametrize("command", ["prune", "plan"])
+@pytest.mark.parametrize("subcommand", ["prune", "plan"])
 @pytest.mark.parametrize("kind", ["fifo", "loop"])
-def test_an_output_that_is_no_folder(refused, models, tmp_path, command, kind):
+def test_an_output_that_is_no_folder(refused, models, tmp_path, subcommand, kind):
     out = tmp_path / "out"
     os.mkfifo(out) if kind == "fifo" else out.symlink_to(out)
     says = ["is no folder" if kind == "fifo" else "leads to itself"]
-    refused(command, models.llama, "-o", out, "--method", "weight-l2", "--overwrite", says=says)
+    refused(subcommand, models.llama, "-o", out, "--method", "weight-l2", "--overwrite", says=says)
 
 
 @pytest.mark.parametrize("out", [".", "..", "/"])
@@ -556,10 +516,10 @@ def test_an_output_name_that_no_disk_takes(refused, models, tmp_path):
     refused("prune", models.llama, "-o", tmp_path / ("x" * 300), "--method", "weight-l2", says=["File name too long"])
 
 
-@pytest.mark.parametrize("command", ["prune", "plan"])
-def test_a_parent_that_cannot_be_written(refused, models, tmp_path, monkeypatch, command):
+@pytest.mark.parametrize("subcommand", ["prune", "plan"])
+def test_a_parent_that_cannot_be_written(refused, models, tmp_path, monkeypatch, subcommand):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # the tests may run as root
-    words = (command, models.llama, "-o", tmp_path / "out", "--method", "weight-l2")
+    words = (subcommand, models.llama, "-o", tmp_path / "out", "--method", "weight-l2")
     refused(*words, says=["cannot write", "no permission to write in"])
 
 
@@ -569,8 +529,8 @@ def test_a_parent_where_making_a_folder_fails(refused, models, monkeypatch):
     refused("prune", models.llama, "-o", "/proc/dicer", "--method", "weight-l2", says=["cannot write /proc/dicer"])
 
 
-def test_a_parent_that_does_not_exist_is_made(run, models, tmp_path):
-    code, _, err = run("prune", models.llama, "-o", tmp_path / "a" / "b" / "out", "--method", "weight-l2")
+def test_a_parent_that_does_not_exist_is_made(command, models, tmp_path):
+    code, _, err = command("prune", models.llama, "-o", tmp_path / "a" / "b" / "out", "--method", "weight-l2")
     assert (code, err) == (0, "")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
 
@@ -677,15 +637,15 @@ def converted(copy, tmp_path_factory, monkeypatch):
         lambda made: [file.unlink() for file in made.iterdir()],
     ],
 )
-def test_a_converted_model_that_was_damaged_is_made_again(run, converted, damage):
+def test_a_converted_model_that_was_damaged_is_made_again(command, converted, damage):
     gguf, cache, times = converted
-    first = run("info", gguf)
+    first = command("info", gguf)
     (made,) = cache.iterdir()
     files = {path.name: path.read_bytes() for path in made.iterdir()}
-    assert run("info", gguf) == first
+    assert command("info", gguf) == first
     assert len(times) == 1
     damage(made)
-    assert run("info", gguf) == first
+    assert command("info", gguf) == first
     assert (first[0], len(times)) == (0, 2)
     assert {path.name: path.read_bytes() for path in made.iterdir()} == files
     assert list(cache.iterdir()) == [made]

@@ -24,7 +24,6 @@ from tiny_tasks import write_choice
 
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.recipe import Recipe
-from dicer.cli import main as cli
 from dicer.cli.experiments import describe
 from dicer.decide import together as passes
 from dicer.decide.together import score_all
@@ -157,7 +156,7 @@ BEFOREHAND = [
 
 
 @pytest.mark.parametrize(("values", "says"), BEFOREHAND, ids=lambda part: str(part)[-40:])
-def test_what_is_known_before_a_model_is_loaded_stops_all_runs(model, rows, tmp_path, monkeypatch, capfd, values, says):
+def test_what_is_known_beforehand_stops_all_runs(model, rows, tmp_path, monkeypatch, command, values, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "BAD.json").write_text("[]")
     (tmp_path / "folder.txt").mkdir()
@@ -165,12 +164,9 @@ def test_what_is_known_before_a_model_is_loaded_stops_all_runs(model, rows, tmp_
     asked = _values(model, rows, methods=["weight-l2"], ratios=[0.25], recipe={}) | values
     asked["methods"] = ["weight-l2", "rc-a", *asked["methods"]]  # a good run in front
     monkeypatch.setattr("dicer.study.grid.read_experiment", lambda _: make_experiment(asked))
-    monkeypatch.setattr(sys, "argv", ["dicer", "run", "grid.toml", "-o", "results"])
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where no table may flash up first
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capfd.readouterr()
-    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    code, out, err = command("run", "grid.toml", "-o", "results")
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err
     assert not list((tmp_path / "results").rglob("*.json"))
 
@@ -283,7 +279,7 @@ def test_a_model_is_loaded_once_for_each_dtype_and_the_same_run_written_twice_is
     assert sorted(loads) == ["auto", "bfloat16"]
 
 
-def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, tmp_path, monkeypatch, capfd):
+def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, tmp_path, monkeypatch, command):
     pytest.importorskip("lm_eval", reason="pip install 'dicer[eval]' brings the harness")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -298,11 +294,8 @@ def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, 
         f'models = ["{model}"]\nmethods = ["weight-l2"]\ncalib = ["{rows}"]\n'
         f'[evaluation]\ntasks = "tiny_choise"\ninclude_path = "{tasks}"\n'
     )
-    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capfd.readouterr()
-    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    code, out, err = command("run", toml, "-o", tmp_path / "results")
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert "unknown task 'tiny_choise'. Did you mean 'tiny_choice'?" in err
     assert not list((tmp_path / "results").rglob("*.json"))
 
@@ -374,7 +367,7 @@ def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):
         (f"models = {'1' * 5_000}", "cannot be read: "),
     ],
 )
-def test_a_bad_file_is_one_line(tmp_path, monkeypatch, capfd, text, says):
+def test_a_bad_file_is_one_line(tmp_path, monkeypatch, refused, text, says):
     monkeypatch.delenv("NO_SUCH", raising=False)
     path = tmp_path / "bad.toml"
     path.write_text(text)
@@ -382,12 +375,7 @@ def test_a_bad_file_is_one_line(tmp_path, monkeypatch, capfd, text, says):
         read_experiment(path)
     assert str(caught.value).startswith(f"experiment {path}")
     assert says in str(caught.value)
-    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(path), "-o", str(tmp_path / "results")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capfd.readouterr()
-    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
-    assert not (tmp_path / "results").exists()
+    refused("run", path, "-o", tmp_path / "results")
 
 
 def test_variables_are_put_into_paths_only(monkeypatch):
@@ -581,21 +569,16 @@ def test_a_killed_experiment_goes_on_where_it_was(model, rows, tmp_path):
     assert resumed == whole
 
 
-def test_without_a_terminal_each_run_is_a_line(model, rows, tmp_path, monkeypatch, capfd):
+def test_without_a_terminal_each_run_is_a_line(model, rows, tmp_path, monkeypatch, command):
     monkeypatch.setattr("dicer.evaluate.quality.evaluate", Measure(broken=[3]))
-    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
     toml = tmp_path / "grid.toml"
     toml.write_text(
         f'models = ["{model}"]\nmethods = ["rc-a", "random"]\ncalib = ["{rows}"]\n'
         '[evaluation]\nperplexity = "builtin"\n'
     )
-    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, _ = capfd.readouterr()
+    code, out, _ = command("run", toml, "-o", tmp_path / "results")
     lines = out.splitlines()
-    assert end.value.code == 1
+    assert code == 1
     assert lines[0].startswith("[1/3] done llama original")
     assert lines[1].startswith("[2/3] done llama rc-a 0.25 seed 42, rows.jsonl 10 x 128")
     assert lines[2] == "[3/3] failed llama random 0.25 seed 42, rows.jsonl 10 x 128: ValueError: a number that is none"
@@ -616,7 +599,7 @@ def test_on_a_terminal_there_is_a_live_table(model, rows, tmp_path, monkeypatch,
     assert "llama weight-l2 0.25 seed 42" in out
 
 
-def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkeypatch, capfd):
+def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkeypatch, command):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("dicer.evaluate.quality.evaluate", Measure())
@@ -624,12 +607,9 @@ def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkey
     toml.write_text(
         f'models = ["{model}"]\nmethods = ["random"]\ncalib = ["{rows}"]\n[evaluation]\nperplexity = "builtin"\n'
     )
-    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
     for says in ("2 runs: 2 done", "0 done, 2 skipped, 0 failed. Records: "):
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, _ = capfd.readouterr()
-        assert end.value.code == 0
+        code, out, _ = command("run", toml, "-o", tmp_path / "results")
+        assert code == 0
         assert says in out
     assert len(out.splitlines()) == 2
 

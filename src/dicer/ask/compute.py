@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from dicer.ask.panels import MACHINE
 from dicer.ask.strict import Strict
 
 
@@ -18,11 +19,17 @@ class Compute(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="dtype that calibration computes in (auto: the checkpoint's own, which the output keeps)",
+        json_schema_extra=MACHINE,
     )
     batch_size: int | None = Field(
-        default=None, ge=1, description="samples in a forward pass (default: 4,096 tokens' worth)"
+        default=None,
+        ge=1,
+        description="samples in a forward pass (default: 4,096 tokens' worth)",
+        json_schema_extra=MACHINE,
     )
-    gradient_checkpointing: bool = Field(default=False, description="taylor only: less memory, one more forward pass")
+    gradient_checkpointing: bool = Field(
+        default=False, description="taylor only: less memory, one more forward pass", json_schema_extra=MACHINE
+    )
 
 
 COMPUTE_KEYS = tuple(Compute.keys())

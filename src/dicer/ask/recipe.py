@@ -23,6 +23,7 @@ from dicer.ask.methods import (
     complete,
     is_preset,
 )
+from dicer.ask.panels import ENTROPY, HOW, WHAT
 from dicer.ask.strict import Strict
 from dicer.ask.text import TEXT_KEYS, Text
 from dicer.errors import RecipeError, unknown
@@ -39,12 +40,21 @@ class Recipe(Strict):
     method: str | None = Field(
         default=None, description="preset of the paper; 'dicer methods' lists them (default: rc-a)"
     )
-    criterion: str | None = Field(default=None, description="criterion by name, or FILE.py:NAME for your own")
-    activation: Activation | None = Field(default=None, description="which activation is read: pre, post or mod")
-    grouping: str | None = Field(default=None, description="none, random or similarity")
-    merge: str | None = Field(default=None, description="what a group leaves: prune, mean or dominant")
+    criterion: str | None = Field(
+        default=None, description="criterion by name, or FILE.py:NAME for your own", json_schema_extra=HOW
+    )
+    activation: Activation | None = Field(
+        default=None, description="which activation is read: pre, post or mod", json_schema_extra=HOW
+    )
+    grouping: str | None = Field(default=None, description="none, random or similarity", json_schema_extra=HOW)
+    merge: str | None = Field(
+        default=None, description="what a group leaves: prune, mean or dominant", json_schema_extra=HOW
+    )
     groups: int | None = Field(
-        default=None, ge=1, description="random groups C that keep K/C neurons each (default: C = K)"
+        default=None,
+        ge=1,
+        description="random groups C that keep K/C neurons each (default: C = K)",
+        json_schema_extra=HOW,
     )
     axis: AxisName | None = Field(
         default=None,
@@ -56,42 +66,69 @@ class Recipe(Strict):
         default=None,
         description="fraction of what: chosen (the units of the chosen axis and layers), or all of the mlp, decoder "
         "or model (default: chosen)",
+        json_schema_extra=WHAT,
     )
     allocate: str | None = Field(
         default=None,
         description="how the ratio is shared out: uniform, transfer-entropy, global, or FILE.json (default: uniform)",
     )
-    max_ratio: float = Field(default=1.0, description="no module loses more than this fraction", gt=0, le=1)
-    min_width: int = Field(default=1, ge=1, description="neurons that every layer keeps at least")
+    max_ratio: float = Field(
+        default=1.0, description="no module loses more than this fraction", gt=0, le=1, json_schema_extra=WHAT
+    )
+    min_width: int = Field(
+        default=1, ge=1, description="neurons that every layer keeps at least", json_schema_extra=WHAT
+    )
     drop_threshold: float | None = Field(
-        default=None, gt=0, le=1, description="a module whose ratio reaches this is removed whole (default: none is)"
+        default=None,
+        gt=0,
+        le=1,
+        description="a module whose ratio reaches this is removed whole (default: none is)",
+        json_schema_extra=WHAT,
     )
     compensate: Literal["none", "bias"] = Field(
-        default="none", description="bias: the removed units' mean output stays, as a bias of the output projection"
+        default="none",
+        description="bias: the removed units' mean output stays, as a bias of the output projection",
+        json_schema_extra=WHAT,
     )
     schedule: str = Field(
-        default="linear", description="how ratios fall with transfer entropy: linear, softmax or rank"
+        default="linear",
+        description="how ratios fall with transfer entropy: linear, softmax or rank",
+        json_schema_extra=ENTROPY,
     )
     split: str = Field(
         default="share",
         description="how a block's ratio is split between attention and MLP: share, model or equal; "
         "module: no blocks, every module by its own transfer entropy",
+        json_schema_extra=ENTROPY,
     )
     entropy_search: str = Field(
-        default="independent", description="transfer entropy of each module by itself (independent) or greedy"
+        default="independent",
+        description="transfer entropy of each module by itself (independent) or greedy",
+        json_schema_extra=ENTROPY,
     )
-    entropy_at: str = Field(default="norm", description="entropy after the final norm (norm) or before it (hidden)")
+    entropy_at: str = Field(
+        default="norm",
+        description="entropy after the final norm (norm) or before it (hidden)",
+        json_schema_extra=ENTROPY,
+    )
     entropy_profile: str | None = Field(
-        default=None, description="transfer entropy from this file of 'dicer entropy'; it is not measured then"
+        default=None,
+        description="transfer entropy from this file of 'dicer entropy'; it is not measured then",
+        json_schema_extra=ENTROPY,
     )
     layers: str = Field(
         default="all", description="'all', or indices and ranges as in 5,6,9-12 or 5-; -1 is the last layer"
     )
-    width_multiple: int = Field(default=1, ge=1, description="round the kept width to a multiple of this")
-    seed: int = Field(default=42, ge=0, lt=2**63, description="seed of random criteria and groupings")
+    width_multiple: int = Field(
+        default=1, ge=1, description="round the kept width to a multiple of this", json_schema_extra=WHAT
+    )
+    seed: int = Field(
+        default=42, ge=0, lt=2**63, description="seed of random criteria and groupings", json_schema_extra=HOW
+    )
     set: Settings = Field(
         default=(),
         description="NAME=VALUE: a parameter of the criterion, grouping or merge ('dicer methods' lists them)",
+        json_schema_extra={**HOW, "metavar": "NAME=VALUE", "repeat": True},
     )
     text: Text = Field(default_factory=Text, description="what is read")
     _compute: Compute | None = PrivateAttr(default=None)

@@ -19,6 +19,13 @@ from dicer.files import as_output_error, check_writable, finite, write_whole
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
 
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", metavar="", rich_help_panel="Output", help="Replace what is there, once the new one is whole."
+    ),
+]
+
 _SHOW_AFTER = 2.0  # seconds; a bar for less is noise
 _LARGEST_RESULT = 64 * 1024**2  # bytes; whatever is larger is no result of ours, and need not be read to know it
 

@@ -242,8 +242,8 @@ class _Allocation(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    target: FiniteFloat
-    whole: FiniteFloat = Field(gt=0)
+    target: int | FiniteFloat
+    whole: Annotated[int | FiniteFloat, Field(gt=0)]
 
 
 class _File(BaseModel):

@@ -100,7 +100,7 @@ def _windows(model: Any, tokenizer: Any, evaluation: Evaluation, text: str, othe
         if protocol or other or "window" in evaluation.model_fields_set:
             raise RecipeError(
                 f"a window of {length} tokens is longer than the model's {positions} positions; "
-                f"use --window {positions}."
+                f"use {'--also-window' if other else '--window'} {positions}."
             )
         length = int(positions)
     tokenize = tokenize_with(tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
@@ -21,7 +20,6 @@ from dicer.ask.portable import base_name, portable_evaluation, portable_text
 from dicer.ask.recipe import Recipe
 from dicer.ask.spelling import make_wanted
 from dicer.errors import ExperimentError, RecipeError, unknown
-
 
 ORIGINAL = "original"
 _PATHS = ("allocate", "calib", "criterion", "entropy_profile", "include_path", "models", "perplexity")

@@ -25,12 +25,13 @@ from dicer.measure.documents import check_source, check_text
 from dicer.measure.stores.resident import ResidentStore
 from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import build_model
-from dicer.write.surgery import plan_cut
 from dicer.processes import from_first, rank, world_size
 from dicer.progress import Progress, silent
 from dicer.study.grid import Experiment, Run, identity
 from dicer.study.records import locked, read_records, record_path, run_id, write_record
 from dicer.study.run_record import facts_of, surroundings
+from dicer.write.surgery import plan_cut
+
 
 class Evaluate(Protocol):
     """:func:`dicer.evaluate.quality.evaluate`."""
