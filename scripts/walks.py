@@ -10,6 +10,7 @@ file stands on a higher floor than the one before, a floor above all that a file
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -68,9 +69,9 @@ def way(kind: str) -> list[str]:
         if event == "call" and file.startswith(str(SOURCE)) and not frame.f_code.co_name.startswith("<"):
             count = frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount
             values = [frame.f_locals.get(name) for name in frame.f_code.co_varnames[:count]]
-            if any(c.__name__ in FOLLOWED[kind] for value in values for c in type(value).__mro__):
-                if not entered or entered[-1] != file:
-                    entered.append(file)
+            followed = any(c.__name__ in FOLLOWED[kind] for value in values for c in type(value).__mro__)
+            if followed and entered[-1:] != [file]:
+                entered.append(file)
 
     with tempfile.TemporaryDirectory() as scratch:
         sys.path.insert(0, str(ROOT / "tests"))
@@ -94,7 +95,7 @@ def main() -> None:
     floor = floors()
     for kind in FOLLOWED:
         entered = way(kind)
-        steps = dict.fromkeys(zip(entered, entered[1:], strict=False))
+        steps = dict.fromkeys(itertools.pairwise(entered))
         climbs = sum(floor[b] > floor[a] for a, b in steps)
         names = dict.fromkeys(Path(file).relative_to(SOURCE / "dicer").with_suffix("").as_posix() for file in entered)
         print(f"{kind}: {len(names)} files, {len(steps)} different steps, {climbs} of them climb")
