@@ -23,7 +23,7 @@ from dicer.evaluate.quality import perplexity
 from dicer.machine import pick_device
 from dicer.measure.stores.resident import Progress, silent
 from dicer.measure.text import load_windows
-from dicer.model.find import copy_side_files
+from dicer.model.find import copy_side_files, no_bars
 from dicer.model.source import ModelSource, from_memory, open_model, tokenize_with
 from dicer.write.card import model_card
 from dicer.write.config import MODELING_FILE
@@ -244,7 +244,8 @@ def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", devic
     state = {name: cut.read(name) for name in cut.infos}
     if source.live is not None:  # what was not cut is still the dense model's own memory
         state = {name: tensor if name in cut.made else tensor.clone() for name, tensor in state.items()}
-    pruned: Any = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    with no_bars():
+        pruned: Any = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     if (generation := source.generation_config()) is not None:
         pruned.generation_config = generation
     return pruned.to(device).eval()
@@ -306,7 +307,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options).eval()
+        with no_bars():
+            return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options).eval()
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
