@@ -20,7 +20,7 @@ from dicer.decide.decide import score
 from dicer.decide.task import prepare
 from dicer.machine import pick_device
 from dicer.model.source import open_model
-from dicer.processes import BATCH_TOKENS
+from dicer.measure.batches import BATCH_TOKENS
 
 
 def main() -> None:

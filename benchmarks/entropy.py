@@ -23,7 +23,7 @@ from dicer.measure.entropy.transfer import layer_forwards, measure
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_calibration
 from dicer.model.source import open_model, tokenize_with
-from dicer.processes import own_batches
+from dicer.measure.batches import own_batches
 
 
 def main() -> None:

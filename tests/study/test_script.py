@@ -102,7 +102,8 @@ assert codes == [0] * len(calls), codes
 import torch
 from accelerate import PartialState
 PartialState(cpu=True)
-from dicer.processes import rank, share
+from dicer.processes import rank
+from dicer.measure.batches import share
 from dicer.measure.entropy.cache import entropy_profile
 from dicer.measure.statistics import Need
 from dicer.model.source import open_model

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
-from dicer.ask.recipe import first_line
+from dicer.ask.strict import Strict
 from dicer.errors import RecipeError, unknown
 
 _WINDOW = 1024  # tokens, where neither the user nor a protocol says
@@ -61,10 +61,10 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
 )
 
 
-class Evaluation(BaseModel):
+class Evaluation(Strict):
     """What to measure; every field is also a flag of ``dicer eval``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    kind = "evaluation key"
 
     tasks: tuple[str, ...] = Field(
         default=(),
@@ -111,14 +111,6 @@ class Evaluation(BaseModel):
     windows: int | None = Field(
         default=None, ge=1, description="how many windows, from the start (default: all)", json_schema_extra=_TEXT
     )
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _one_line(cls, values: Any, handler: Callable[[Any], Evaluation]) -> Evaluation:
-        try:
-            return handler(values)
-        except ValidationError as error:
-            raise RecipeError(first_line(error, "evaluation key", Evaluation.model_fields)) from None
 
     @field_validator("tasks", mode="before")
     @classmethod

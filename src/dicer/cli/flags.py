@@ -8,8 +8,9 @@ from types import NoneType
 from typing import Annotated, Any, get_args
 
 import typer
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from dicer.ask.strict import Strict
 
 Command = Callable[..., None]
 
@@ -17,9 +18,10 @@ Command = Callable[..., None]
 PANELS = ("What goes", "How it is chosen", "Transfer entropy", "Tasks", "Text", "Machine", "Output")
 
 
-def fields_of(model: type[BaseModel], *names: str) -> dict[str, FieldInfo]:
-    """Some fields of a model, in its order; all where none is named."""
-    return {name: field for name, field in model.model_fields.items() if not names or name in names}
+def fields_of(model: type[Strict], *names: str) -> dict[str, FieldInfo]:
+    """Some fields of a model by the names that users spell, in its order; all where none is named."""
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    return {name: field for name, field in fields.items() if not names or name in names}
 
 
 def with_flags(fields: Mapping[str, FieldInfo], into: str = "flags") -> Callable[[Command], Command]:
@@ -61,7 +63,7 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
         help=f"{field.description}{default}",
         show_default=False,
         metavar="" if kind is bool else more.get("metavar"),
-        rich_help_panel=more.get("panel", _PANEL_OF.get(name)),
+        rich_help_panel=more.get("panel"),
     )
     kind = list[kind] if more.get("repeat") else kind
     return inspect.Parameter(
@@ -74,17 +76,3 @@ def _panel(parameter: inspect.Parameter) -> int:
     option = next(iter(getattr(parameter.annotation, "__metadata__", ())), None)
     panel = getattr(option, "rich_help_panel", None)
     return 0 if panel is None else 1 + PANELS.index(panel)
-
-
-# What the fields of a recipe do not say themselves: their panels.
-_PANEL_OF: Mapping[str, str] = {
-    name: panel
-    for panel, names in {
-        "What goes": "ratio_of max_ratio min_width width_multiple drop_threshold compensate",
-        "How it is chosen": "criterion activation grouping merge groups seed",
-        "Transfer entropy": "schedule split entropy_search entropy_at entropy_profile",
-        "Text": "calib_config calib_split calib_field calib_seed",
-        "Machine": "batch_size dtype gradient_checkpointing",
-    }.items()
-    for name in names.split()
-}

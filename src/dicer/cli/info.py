@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -41,7 +39,7 @@ def info(model: ModelArgument) -> None:
 
 def _made_of(source: ModelSource) -> list[tuple[str, str]]:
     """(what, value) of a model, from its headers alone."""
-    from dicer.write.surgery import count_sizes
+    from dicer.model.sizes import count_sizes
 
     infos, family = source.tensors.infos(), source.family
     widths, heads = family.widths(source.config), family.units(source.config, "attention")
@@ -70,12 +68,13 @@ def _made_of(source: ModelSource) -> list[tuple[str, str]]:
 
 def _what_is_left(source: ModelSource) -> Iterator[tuple[str, str, str, str, str]]:
     """For each ratio: removed, width, parameters, their share, bytes."""
-    from dicer.decide.task import prepare
+    from dicer.decide.task import Decided, prepare
+    from dicer.pipeline import foreseen
 
     for percent in (10, 20, 25, 30, 40, 50):
-        job = prepare(source, Recipe(method="random", ratio=percent / 100))
-        before, after = job.sizes()
-        kept = sorted(set(job.decision.keep.values())) if job.decision else [0]
+        task = prepare(source, Recipe(method="random", ratio=percent / 100))
+        before, after = foreseen(task)
+        kept = sorted(set(task.amounts.keep.values())) if isinstance(task, Decided) else [0]
         share = f"{after.parameters / before.parameters:.1%}"
         yield f"{percent}%", _span(kept), f"{after.parameters:,}", share, f"{after.nbytes / 1e9:.3f} GB"
 
@@ -109,22 +108,10 @@ def _parts(flag: str, known: Mapping[str, Any]) -> Table:
     table = _named(flag, "needs", "--set", folds=("what it does", "source"))
     table.add_column("link", no_wrap=True)
     for name, part in known.items():
-        part = _as_part(part)
         parameters = "\n".join(f"{key}={value.default}" for key, value in part.parameters.items())
         needs = ", ".join(part.needs)
         table.add_row(name, needs or "-", parameters or "-", part.about, part.source, part.link or "-")
     return table
-
-
-def _as_part(known: Any) -> Any:
-    """Groupings and merges are texts still, and criteria have neither link nor parameters."""
-    if hasattr(known, "parameters"):
-        return known
-    if isinstance(known, str):
-        about, _, source = known.removesuffix(")").partition(" (")
-        return SimpleNamespace(needs=(), parameters={}, about=about, source=source, link="")
-    about = (inspect.getdoc(known.score) or "").partition("\n")[0]
-    return SimpleNamespace(needs=known.needs, parameters={}, about=about, source=known.source, link="")
 
 
 def _named(*names: str, folds: Iterable[str] = ()) -> Table:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from dicer.ask.compute import Compute
 from dicer.ask.evaluation import Evaluation
-from dicer.ask.recipe import Recipe, make_recipe
 from dicer.cli.flags import fields_of, with_flags
 from dicer.cli.terminal import (
     Bar,
@@ -31,7 +31,7 @@ ResultOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", parser=output_path, metavar="FILE.json", help="Also write everything to this file."),
 ]
-_MACHINE = fields_of(Recipe, "device", "dtype")
+_MACHINE = fields_of(Compute, "device", "dtype")
 _EVALUATION_KEYS = ("model", "evaluation", "perplexity", "tasks", "groups", "summary")
 _BENCH_KEYS = ("device", "prompt_length", "tokens", "rounds", "models")
 
@@ -117,7 +117,7 @@ def _refuse_idle(typed: Collection[str]) -> None:
 
 
 def _load(models: list[str], machine: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    asked = make_recipe(machine)
+    asked = Compute(**machine)
     from dicer.machine import pick_device
     from dicer.model.source import load_any
 

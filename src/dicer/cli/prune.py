@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dicer.ask.recipe import Recipe, make_recipe, read_recipe
-from dicer.cli.flags import fields_of, with_flags
-from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, is_there, output_path, quiet_transformers, say, show
+from dicer.ask.axes import AXES
+from dicer.ask.spelling import FIELDS, Wanted, make_wanted, read_recipe
+from dicer.cli.flags import with_flags
+from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, output_path, quiet_transformers, say, show
 
 app = typer.Typer()
 
@@ -31,19 +32,12 @@ RecipeOption = Annotated[
 ]
 
 
-def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
-    return make_recipe({**(read_recipe(file) if file else {}), **flags})
-
-
-def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path]:
-    """What is there on the disk of the things that a run reads."""
-    criterion = (recipe.criterion or "").rpartition(":")[0]
-    named = (model, recipe.calib, criterion, recipe.allocate, recipe.entropy_profile, *files)
-    return [Path(name) for name in named if name and is_there(name)]
+def _wanted(file: Path | None, flags: dict[str, Any]) -> Wanted:
+    return make_wanted({**(read_recipe(file) if file else {}), **flags})
 
 
 @app.command()
-@with_flags(fields_of(Recipe))
+@with_flags(FIELDS)
 def prune(
     model: ModelArgument,
     output: OutputOption,
@@ -76,38 +70,21 @@ def prune(
     Naming parts (`--criterion`, `--activation`, `--grouping`, `--merge`) without `--method` starts from plain pruning;
     with `--method` they replace that part of the preset.
     """
-    asked = _recipe(recipe, flags)
+    wanted = _wanted(recipe, flags)
     from dicer import pipeline
-    from dicer.decide.task import prepare
-    from dicer.machine import pick_device
-    from dicer.model.source import open_model
-    from dicer.write.sink import check_output, check_space
 
-    check_output(output, overwrite=overwrite, inputs=_inputs(model, asked, recipe, perplexity))
     quiet_transformers()
+    options: dict[str, Any] = {"output": output, "overwrite": overwrite, "perplexity_text": perplexity}
     if dry_run:
-        job = prepare(open_model(model), asked)
-        check_space(output, job.sizes()[1].nbytes)
-        if perplexity:
-            pipeline.perplexity_windows(perplexity, job.source, None)
-        pick_device(asked.device)
-        say(f"Would prune {job.source.name} into {output}; nothing was computed or written.")
-        if job.decision is None:
-            say(f"About {job.budget.target:,.0f} parameters would go; from where, only a run of the model can tell.")
-        else:
-            _show_sizes(*job.sizes())
-            _show_widths(job.outline())
-        _show_notes(job.notes)
+        _show_look(pipeline.look(model, *wanted, **options, inputs=[recipe]), output)
         return
     with Bar() as progress:
-        result = pipeline.prune(
-            model, asked, output=output, overwrite=overwrite, perplexity_text=perplexity, progress=progress
-        )
+        result = pipeline.prune(model, *wanted, **options, inputs=[recipe], progress=progress)
     _show_result(result)
 
 
 @app.command()
-@with_flags(fields_of(Recipe))
+@with_flags(FIELDS)
 def plan(
     model: ModelArgument,
     output: OutputOption,
@@ -123,14 +100,14 @@ def plan(
     flags: dict[str, Any],
 ) -> None:
     """Decide what of MODEL stays, and write only that: dicer_plan.json and dicer_plan.safetensors in OUT."""
-    asked = _recipe(recipe, flags)
+    asked, compute = _wanted(recipe, flags)
     from dicer import pipeline
     from dicer.write.sink import CheckpointSink, check_output
 
-    check_output(output, overwrite=overwrite, inputs=_inputs(model, asked, recipe))
+    check_output(output, overwrite=overwrite, inputs=[model, *asked.files(), recipe])
     quiet_transformers()
     with Bar() as progress:
-        made = pipeline.make_plan(model, asked, progress=progress)
+        made = pipeline.make_plan(model, asked, compute, progress=progress)
     with CheckpointSink(output, overwrite=overwrite) as sink:
         made.save(sink.folder)
     for line in made.explain() if explain else ():
@@ -148,9 +125,7 @@ def apply(
 ) -> None:
     """Write the checkpoint that PLAN describes, shard by shard, without loading MODEL."""
     from dicer import pipeline
-    from dicer.write.sink import check_output
 
-    check_output(output, overwrite=overwrite, inputs=_inputs(model, Recipe(), plan))
     quiet_transformers()
     with Bar() as progress:
         result = pipeline.apply_plan(plan, model, output, overwrite=overwrite, progress=progress)
@@ -169,6 +144,19 @@ def diff(
         say(line)
 
 
+def _show_look(found: Any, output: Path) -> None:
+    from dicer.decide.task import Decided
+
+    task = found.task
+    say(f"Would prune {task.source.name} into {output}; nothing was computed or written.")
+    if isinstance(task, Decided):
+        _show_sizes(found.before, found.after)
+        _show_widths(task.outline())
+    else:
+        say(f"About {task.budget.target:,.0f} parameters would go; from where, only a run of the model can tell.")
+    _show_notes(task.notes)
+
+
 def _show_sizes(before: Any, after: Any) -> None:
     table = Table("", "before", "after", "left")
     from dicer.write.card import size_rows
@@ -180,8 +168,6 @@ def _show_sizes(before: Any, after: Any) -> None:
 
 def _show_widths(plan: Any) -> None:
     """One line for each change of width; where layers differ much, only from where to where they go."""
-    from dicer.model.units import UNITS
-
     if plan.blocks:
         say(f"{len(plan.blocks)} layers removed whole: {', '.join(map(str, plan.blocks))}")
     for axis, layers in plan.axes.items():
@@ -189,13 +175,13 @@ def _show_widths(plan: Any) -> None:
         if len(widths) > 4:
             kept = [keep for _, keep in widths]
             units = max(units for units, _ in widths)
-            say(f"{len(layers)} layers: {units} -> {min(kept)} to {max(kept)} {UNITS[axis]}")
+            say(f"{len(layers)} layers: {units} -> {min(kept)} to {max(kept)} {AXES[axis].units}")
             continue
         for units, keep in widths:
             members = [i for i, layer in layers.items() if (layer.units, len(layer.keep)) == (units, keep)]
             whole = members == list(range(members[0], members[-1] + 1))
             which = f"{members[0]} to {members[-1]}" if whole else ", ".join(map(str, members))
-            say(f"{len(members)} layers ({which}): {units} -> {keep} {UNITS[axis]}")
+            say(f"{len(members)} layers ({which}): {units} -> {keep} {AXES[axis].units}")
 
 
 def _show_ratio(result: Any) -> None:

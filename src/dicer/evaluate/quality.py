@@ -17,9 +17,11 @@ from dicer.ask.evaluation import Evaluation as Evaluation
 from dicer.ask.evaluation import Protocol
 from dicer.errors import CalibrationError, ModelError, RecipeError
 from dicer.evaluate.harness import load_tasks, run_tasks
-from dicer.measure.stores.resident import Progress, evaluating, silent
-from dicer.measure.text import HUB_TEXTS, load_windows
+from dicer.measure.documents import HUB_TEXTS
+from dicer.measure.stores.resident import evaluating
+from dicer.measure.text import load_windows
 from dicer.model.source import tokenize_with
+from dicer.progress import Progress, silent
 
 
 def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent) -> dict[str, Any]:
