@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from dicer.errors import OutputError
-from dicer.files import (as_output_error, check_writable, finite, folder_beside, is_there, remove_unfinished, unfinished, write_whole)
+from dicer.files import (
+    as_output_error,
+    check_writable,
+    finite,
+    folder_beside,
+    is_there,
+    remove_unfinished,
+    unfinished,
+    write_whole,
+)
 
 
 def _tree(folder):

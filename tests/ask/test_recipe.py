@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dicer import pipeline
+from dicer.ask.layers import select_layers
 from dicer.ask.methods import DEFAULT_METHOD, PRESETS, Method
 from dicer.ask.recipe import CHOICES, Recipe, make_recipe
 from dicer.ask.spelling import read_recipe
-from dicer.ask.layers import select_layers
 from dicer.decide.amounts.by_entropy import SCHEDULES, SPLITS
 from dicer.decide.grouping import GROUPINGS
 from dicer.decide.merging import MERGES

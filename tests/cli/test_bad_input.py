@@ -20,7 +20,16 @@ from tiny import NEURONS, POSITIONS, VOCABULARY, save_tiny, tiny_model, tiny_tok
 
 import dicer
 from dicer.ask.recipe import Recipe
-from dicer.errors import (CalibrationError, DicerError, ModelError, OutputError, PlanError, RecipeError, UnknownFamily, unknown)
+from dicer.errors import (
+    CalibrationError,
+    DicerError,
+    ModelError,
+    OutputError,
+    PlanError,
+    RecipeError,
+    UnknownFamily,
+    unknown,
+)
 from dicer.model import tensors as checkpoint
 from dicer.model.source import open_model
 

@@ -10,12 +10,21 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from dicer.decide.amounts.modules import (
+    Bounds,
+    Module,
+    allowed_widths,
+    most,
+    read_ratios,
+    total,
+    uniform_units,
+    whole_units,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dicer.decide.amounts.by_entropy import SCHEDULES, SPLITS, entropy_ratios, water_fill, weights_of
 from dicer.decide.amounts.by_rank import block_removal, global_units
-from dicer.decide.amounts.modules import (Bounds, Module, allowed_widths, most, read_ratios, total, uniform_units, whole_units)
 from dicer.errors import RecipeError
 
 ROUNDING = 1e-9

@@ -18,7 +18,7 @@ from tiny import save_tiny, tiny_model
 
 from dicer.errors import OutputError
 from dicer.model.source import from_memory, open_model
-from dicer.model.tensors import (INDEX, WEIGHTS, MemorySource, SafetensorsSource, TensorInfo, fingerprint)
+from dicer.model.tensors import INDEX, WEIGHTS, MemorySource, SafetensorsSource, TensorInfo, fingerprint
 from dicer.write.sink import CheckpointSink, check_output, check_space
 
 TENSORS = {

@@ -24,8 +24,8 @@ from dicer.study.records import pack, read_record, record_path, write_record
 from dicer.study.report import pages as report
 from dicer.study.report.figures import one_each, ordered, pictures
 from dicer.study.report.pages import write_report
-from dicer.study.report.paper import (FULL, PERPLEXITY, QWEN, SHORT, TABLES, TASKS)
-from dicer.study.report.tables import (Cell, Row, cell, full_table, mark_best, paper_tables, settings, text_tables)
+from dicer.study.report.paper import FULL, PERPLEXITY, QWEN, SHORT, TABLES, TASKS
+from dicer.study.report.tables import Cell, Row, cell, full_table, mark_best, paper_tables, settings, text_tables
 
 CHROMIUM = Path("/usr/bin/chromium")
 METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a", "sim-mean", "sim-dominant")

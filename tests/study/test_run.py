@@ -30,7 +30,7 @@ from dicer.decide.together import score_all
 from dicer.errors import DicerError, ExperimentError, RecipeError
 from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import make_plan
-from dicer.study.grid import (Grid, Run, identity, make_experiment, method_name, read_experiment)
+from dicer.study.grid import Grid, Run, identity, make_experiment, method_name, read_experiment
 from dicer.study.records import pack, read_record, read_records, unpack, write_record
 from dicer.study.run import run_experiment
 

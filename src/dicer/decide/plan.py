@@ -6,21 +6,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dicer.ask.axes import AXES
+from dicer.decide.plan_file import FORMAT, PlanFile, Widths, first_fault
 from dicer.errors import PlanError
 from dicer.files import as_output_error, write_whole
 
 PLAN_JSON = "dicer_plan.json"
 PLAN_TENSORS = "dicer_plan.safetensors"
-FORMAT = 2  # 1 knew neurons alone; it is still read
 
 _MERGE = ("row", "weight_in", "weight_out")
 
@@ -222,62 +222,6 @@ def _same_tensors(first: LayerPlan, second: LayerPlan, names: tuple[str, ...]) -
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-class _Widths(BaseModel):
-    """What the JSON file says of one sub-layer; the tensors must agree with it."""
-
-    model_config = ConfigDict(strict=True)
-
-    units: int = Field(ge=1)
-    keep: int = Field(ge=0)
-
-
-class _Model(BaseModel):
-    name: str
-    model_type: str
-    fingerprint: str
-
-
-class _Allocation(BaseModel):
-    """What is shown of an allocation: numbers, and what they are a fraction of."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    target: int | FiniteFloat
-    whole: Annotated[int | FiniteFloat, Field(gt=0)]
-
-
-class _File(BaseModel):
-    """dicer_plan.json; more keys may stand beside."""
-
-    format: Literal[1, 2]
-    model: _Model
-    recipe: dict[str, Any]
-    calibration: dict[str, Any]
-    versions: dict[str, Any]
-    axes: dict[str, dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], _Widths]]
-    blocks: list[Annotated[int, Field(strict=True, ge=0)]] = []
-    allocation: _Allocation | None = None
-
-    @field_validator("allocation", mode="before")
-    @classmethod
-    def _none_is_none(cls, value: Any) -> Any:
-        return None if value == {} else value
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if "method" not in self.recipe:
-            raise ValueError("its recipe does not say 'method'")
-        if self.allocation is not None and not isinstance(self.recipe.get("ratio_of"), str):
-            raise ValueError("its recipe does not say 'ratio_of'")
-        if self.blocks != sorted(set(self.blocks)):
-            raise ValueError("'blocks' is no sorted list of layers")
-        if not self.axes.keys() <= AXES.keys() or not (self.blocks or any(self.axes.values())):
-            raise ValueError(f"its axes are {sorted(self.axes)}, expected layers of {' or '.join(AXES)}")
-        if any(str(index) in layers for index in self.blocks for layers in self.axes.values()):
-            raise ValueError("a layer that goes whole is also cut")
-        return self
-
-
 def load_plan(path: Path) -> PrunePlan:
     """Read a plan from its folder, its JSON file, or a checkpoint that carries it.
 
@@ -288,7 +232,7 @@ def load_plan(path: Path) -> PrunePlan:
     if folder.is_file():
         raise PlanError(f"{path} is no plan: give the folder of one, or its {PLAN_JSON}.")
     try:
-        file = _File.model_validate_json((folder / PLAN_JSON).read_bytes())
+        file = PlanFile.model_validate_json((folder / PLAN_JSON).read_bytes())
         tensors = load_file(folder / PLAN_TENSORS)
         axes = {
             axis: {int(i): _layer(tensors, axis, i, layers[i]) for i in sorted(layers, key=int)}
@@ -301,7 +245,7 @@ def load_plan(path: Path) -> PrunePlan:
         raise PlanError(f"the plan at {path} cannot be read: {error.strerror}.") from None
     except ValidationError as error:
         raise PlanError(
-            f"the plan at {path} is broken: {_first_fault(error)}. Make it again with 'dicer plan'."
+            f"the plan at {path} is broken: {first_fault(error)}. Make it again with 'dicer plan'."
         ) from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
@@ -311,18 +255,7 @@ def load_plan(path: Path) -> PrunePlan:
     )
 
 
-def _first_fault(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if where == "format":
-        return f"it has format {first['input']!r:.60}, and this version of dicer reads 1 to {FORMAT}"
-    if first["type"] == "missing":
-        return f"'{where}' is missing"
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    return f"'{where}': {reason}, got {first['input']!r:.60}" if where else reason
-
-
-def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: _Widths) -> LayerPlan:
+def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -> LayerPlan:
     def fault(what: str) -> ValueError:
         return ValueError(f"layer {index} {what}")
 

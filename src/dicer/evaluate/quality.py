@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dicer.measure.documents import HUB_TEXTS
 from dicer.measure.stores.resident import evaluating
 from dicer.measure.text import load_windows
 from dicer.model.source import tokenize_with
+from dicer.processes import rank
 from dicer.progress import Progress, silent
 
 
@@ -67,7 +67,7 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
             for kind in ("tasks", "groups"):
                 result[kind] |= (found or {}).get(kind, {})
             result["versions"] = {"lm_eval": importlib.metadata.version("lm_eval")}
-        if int(os.environ.get("RANK", "0")):
+        if rank():
             return {}
         measured = [_measure(model, one, Path(str(text)).name, evaluation, progress) for one in windows]
         if measured:
