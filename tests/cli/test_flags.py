@@ -80,9 +80,7 @@ def _boxes(shown):
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
-@pytest.mark.parametrize(
-    ("words", "fields"), [("prune", FIELDS), ("plan", FIELDS), ("eval", Evaluation.model_fields)]
-)
+@pytest.mark.parametrize(("words", "fields"), [("prune", FIELDS), ("plan", FIELDS), ("eval", Evaluation.model_fields)])
 def test_boxes_of_a_help(command, monkeypatch, words, fields, columns):
     monkeypatch.setenv("COLUMNS", columns)
     shown = re.sub(r"\x1b\[[\d;]*m", "", command(words, "--help").out)
