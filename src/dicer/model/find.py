@@ -130,8 +130,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / "model"
-        for part in _loaded(gguf):
-            part.save_pretrained(made)
+        with no_bars():
+            for part in _loaded(gguf):
+                part.save_pretrained(made)
         sizes = {file.name: file.stat().st_size for file in made.iterdir() if file.is_file()}
         (made / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
         with suppress(FileNotFoundError):
@@ -185,10 +186,26 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def as_model_error(name: str, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises on a bad file into one line."""
+def no_bars() -> Iterator[None]:
+    """While our code loads, converts or saves, transformers draws no bars over the lines of whoever called."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    hook = logging.set_tqdm_hook(lambda _, values, options: logging.EmptyTqdm(*values, **options))
+    bar, gguf.tqdm = gguf.tqdm, logging.EmptyTqdm  # the one bar that asks no hook
     try:
         yield
+    finally:
+        gguf.tqdm = bar
+        logging.set_tqdm_hook(hook)
+
+
+@contextmanager
+def as_model_error(name: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises on a bad file into one line, and let it draw no bars."""
+    try:
+        with no_bars():
+            yield
     except DicerError:
         raise
     except torch.OutOfMemoryError:
