@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -310,7 +311,7 @@ def test_what_was_set_aside_and_is_no_folder_stays(tmp_path):
     (partial / ".dicer-partial").touch()
     _fifo(partial / "old")
     (tmp_path / "out").mkdir()
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="in the way"):
         _write(tmp_path / "out")
     assert (partial / "old").is_fifo()
 
@@ -385,8 +386,12 @@ def test_a_kill_frees_the_folder(tmp_path, writer):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_without_such_locks_writing_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("dicer.write.sink.fcntl", None)
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_file_system_without_locks(tmp_path, monkeypatch, number):
+    def without(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", without)
     _write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
