@@ -1,14 +1,19 @@
-"""Finding a model, and converting one: what it prints."""
+"""Finding a model, and converting one: where it is kept, and what it prints."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 from tiny import HIDDEN, NEURONS, VOCABULARY, tiny_tokenizer
+
+from dicer.errors import ModelError
+from dicer.model.find import cache_folder, find_model
 
 QUIET = """
 import sys
@@ -75,3 +80,31 @@ def test_no_bars_but_those_that_others_ask_for(tmp_path, rows):
     ours, _, others = done.stderr.partition("ours\n")
     assert ours == ""
     assert "Loading weights" in others
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"DICER_CACHE": "/own", "XDG_CACHE_HOME": "/xdg", "HOME": "/home/me"}, "/own"),
+        ({"DICER_CACHE": "", "XDG_CACHE_HOME": "/xdg", "HOME": "/home/me"}, "/xdg/dicer"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/dicer"),
+    ],
+)
+def test_cache_folder_on_linux(monkeypatch, environment, folder):
+    for name in ("DICER_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(folder)
+
+
+def test_no_home(monkeypatch, tmp_path):
+    def unknown(*_):
+        raise KeyError("no such user")
+
+    for name in ("DICER_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"no home folder to keep x\.gguf converted in\. Set DICER_CACHE"):
+        find_model(str(tmp_path / "x.gguf"))

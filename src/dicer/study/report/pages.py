@@ -141,10 +141,8 @@ def _environment(records: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _render(name: str, values: dict[str, Any]) -> str:
-    try:
-        import jinja2
-    except ImportError:
-        raise ExperimentError("reports need jinja2: pip install 'dicer[report]'.") from None
+    import jinja2
+
     text = importlib.resources.files("dicer.study.report.templates").joinpath(name).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=name.endswith(".html.j2"), undefined=jinja2.StrictUndefined)
     return environment.from_string(text).render(
