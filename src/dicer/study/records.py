@@ -1,8 +1,7 @@
-"""The record of a run: one JSON file, whole or not there, and the folder that holds them."""
+"""Where records lie: a run's JSON file, whole or not there, and the folder that holds them."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -13,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 from pydantic import ValidationError
 
 from dicer.errors import ExperimentError, OutputError
-from dicer.study.record import validate
+from dicer.study.record import FORMAT, Record, parse_record
 
-FORMAT = 1
 PARTIAL = ".partial"
 LOCK = ".dicer-lock"
 
@@ -35,14 +32,14 @@ def record_path(results: Path, model: str, method: str, name: str) -> Path:
     return results / model.rsplit("/", 1)[-1].replace(":", "-") / method / "logs" / f"{name}.json"
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
+def write_record(path: Path, record: Record) -> None:
     """Write a record so that a kill at any moment leaves the old file, the new one or none.
 
     Raises:
         OutputError: it cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
-    text = json.dumps(finite({"format": FORMAT, **record}), indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(values_of(record), indent=2, sort_keys=True, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
@@ -63,27 +60,29 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def values_of(record: Record) -> dict[str, Any]:
+    """What a record says, and nothing that it leaves to a default, as JSON can say it."""
+    values: dict[str, Any] = finite(record.model_dump(exclude_unset=True))
+    return values
+
+
+def read_record(path: Path) -> Record:
     """One record, whole: whoever reads it on finds every key that it should have, and a value of the right kind there.
 
     Raises:
         ExperimentError: it cannot be read, is of another format, or is damaged; the line says where.
     """
     try:
-        text = path.read_bytes()
-        validate(text)
+        return parse_record(path.read_bytes())
     except OSError as error:
         raise ExperimentError(f"the record {path} cannot be read: {error.strerror or error}.") from None
     except ValidationError as error:
         raise ExperimentError(_first_fault(path, error)) from None
-    # An integer that no float can hold would break sums later.
-    found: dict[str, Any] = json.loads(text, parse_int=lambda digits: (int if len(digits) < 20 else float)(digits))
-    return found
 
 
 def _first_fault(path: Path, error: ValidationError) -> str:
     first = error.errors()[0]
-    where, missing = ".".join(map(str, first["loc"])), first["type"] == "missing"
+    where, missing = ".".join(map(str, first["loc"][1:])), first["type"] == "missing"  # behind the kind of record
     if not where:  # no JSON object, or one nested without end
         return f"{path} is no record of a run; move it out of the results folder."
     if where == "format":
@@ -95,7 +94,7 @@ def _first_fault(path: Path, error: ValidationError) -> str:
     return f"{path} is no whole record of a run ({wrong}); move it out of the results folder."
 
 
-def read_records(results: Path) -> list[dict[str, Any]]:
+def read_records(results: Path) -> list[Record]:
     """Every record of a results folder, in the order of their paths; none where there is no such folder.
 
     Raises:
@@ -143,20 +142,3 @@ def locked(results: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def pack(keep: Any, units: int) -> str:
-    """Indices of kept units as a base64 bit mask of ``units`` bits, first unit first.
-
-    Args:
-        keep: indices, int [K].
-        units: N.
-    """
-    mask = np.zeros(units, dtype=np.uint8)
-    mask[np.asarray(keep)] = 1
-    return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
-
-
-def unpack(text: str, units: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """What :func:`pack` wrote, as bool [N]."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=units).astype(bool)

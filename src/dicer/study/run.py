@@ -27,8 +27,9 @@ from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import build_model
 from dicer.processes import from_first, rank, world_size
 from dicer.study.grid import Experiment, Run, identity, portable_evaluation
+from dicer.study.record import make_record
 from dicer.study.records import locked, read_records, record_path, run_id, write_record
-from dicer.study.run_record import facts_of, surroundings
+from dicer.study.run_record import plan_entries, surroundings
 
 _FILES = (".txt", ".jsonl", ".jsonl.gz")
 
@@ -151,7 +152,7 @@ def run_experiment(
 
 def _finished(stack: ExitStack, results: Path) -> set[str]:
     stack.enter_context(locked(results))
-    return {record["id"] for record in read_records(results) if record["status"] == "done"}
+    return {record.id for record in read_records(results) if record.status == "done"}
 
 
 def _on_first(work: Callable[[], set[str]]) -> set[str]:
@@ -231,7 +232,7 @@ def _run_model(tasks: list[Task], bench: Bench) -> None:
     for task, found in scored:
         gc.collect()  # a model that is gone but not collected would double the peak
         build = partial(build_model, source, found.plan, dtype, device)
-        facts = facts_of(found)
+        facts = plan_entries(found)
         if found.job.method.allocate.endswith(".json"):  # the file said it; reports go by what it comes to
             told = facts["allocation"]
             facts["recipe"] = {**task.recipe, "ratio": round(told["target"] / told["whole"], 4)}
@@ -305,7 +306,7 @@ def _write(task: Task, bench: Bench, found: dict[str, Any]) -> None:
         return
     source = task.source
     model = {"name": source.name, "model_type": source.family.model_type, "fingerprint": source.fingerprint}
-    record = {
+    values = {
         "id": task.name,
         "method": task.run.method,
         "text": task.run.text,
@@ -316,4 +317,4 @@ def _write(task: Task, bench: Bench, found: dict[str, Any]) -> None:
         **surroundings(),
         **found,
     }
-    write_record(task.path, record)
+    write_record(task.path, make_record(values))
