@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.resources
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +20,15 @@ from dicer.evaluate.quality import perplexity
 from dicer.machine import pick_device
 from dicer.measure.stores.resident import Progress, silent
 from dicer.measure.text import load_windows
-from dicer.model.find import copy_side_files
 from dicer.model.source import ModelSource, from_memory, open_model, tokenize_with
-from dicer.write.card import model_card
-from dicer.write.config import MODELING_FILE
-from dicer.write.sink import CheckpointSink, check_output, check_space
-from dicer.write.surgery import Sizes, plan_cut
+from dicer.write.checkpoint import Result as Result
+from dicer.write.checkpoint import build_model as build_model
+from dicer.write.checkpoint import write_checkpoint
+from dicer.write.sink import check_output, check_space
+from dicer.write.surgery import plan_cut
 
 PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024
-
-
-@dataclass
-class Result:
-    """What a run did.
-
-    Attributes:
-        plan: which units stay.
-        before: sizes of the dense model.
-        after: sizes of the pruned one.
-        path: the checkpoint folder, when one was written.
-        model: the pruned model, when it was asked for in memory.
-        seconds: stage -> wall time.
-        perplexities: ``before`` and ``after``, when text for it was given.
-        notes: what the user should know of how the text was sampled, and of choices without effect.
-    """
-
-    plan: PrunePlan
-    before: Sizes
-    after: Sizes
-    path: Path | None = None
-    model: Any | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    perplexities: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def needs_code(self) -> bool:
-        """Whether the checkpoint carries a model file (its widths differ)."""
-        return self.path is not None and (self.path / MODELING_FILE).is_file()
 
 
 def make_plan(model: str | os.PathLike[str], recipe: Recipe | None = None, *, progress: Progress = silent) -> PrunePlan:
@@ -112,7 +79,7 @@ def apply_plan(
     result = Result(loaded, *plan_cut(source, loaded).sizes())
     check_space(out, result.after.nbytes)
     with _timed(result, "write"):
-        _write(result, source, out, overwrite, progress)
+        write_checkpoint(result, source, out, progress, overwrite=overwrite)
     return result
 
 
@@ -148,7 +115,7 @@ def prune(
     in_memory = not isinstance(model, str | os.PathLike)
     if out is not None:
         read = [recipe.calib, recipe.allocate, recipe.entropy_profile, perplexity_text, None if in_memory else model]
-        check_output(out, overwrite=overwrite, inputs=[Path(p) for p in read if p is not None and Path(p).exists()])
+        check_output(out, overwrite=overwrite, inputs=read)
     source = from_memory(model) if in_memory else open_model(model)
     if in_memory:
         recipe = recipe.model_copy(update=_as_it_is(model, recipe))
@@ -181,7 +148,9 @@ def prune(
     if out is not None:
         result.model = None
         with _timed(result, "write"):
-            _write(result, source, out, overwrite, progress, tokenizer, perplexity_text)
+            write_checkpoint(
+                result, source, out, progress, overwrite=overwrite, tokenizer=tokenizer, perplexity_text=perplexity_text
+            )
     return result
 
 
@@ -216,81 +185,6 @@ def perplexity_windows(text: str, source: ModelSource, tokenizer: Any | None) ->
 
 def _perplexity(model: Any, windows: Tensor, stage: str, progress: Progress) -> float:
     return perplexity(model, windows, progress=lambda done, total: progress(stage, done, total))
-
-
-def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", device: Any = "cpu") -> Any:
-    """The pruned model in memory: a new config and sliced tensors; no module is edited.
-
-    Args:
-        source: the model that the plan was made for.
-        plan: which units stay.
-        dtype: ``auto`` (the checkpoint's own) or a torch dtype.
-        device: a torch device.
-    """
-    import transformers
-
-    from dicer.write.export import modeling_pruned
-
-    family = source.family
-    cut = plan_cut(source, plan)
-    raw = dict(cut.config)
-    kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
-    config = transformers.AutoConfig.for_model(kind, **raw)
-    if auto_map is None:
-        model_class = getattr(transformers, family.causal_lm)
-    else:
-        model_class = getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"])
-        config.auto_map = auto_map
-    state = {name: cut.read(name) for name in cut.infos}
-    if source.live is not None:  # what was not cut is still the dense model's own memory
-        state = {name: tensor if name in cut.made else tensor.clone() for name, tensor in state.items()}
-    pruned: Any = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    if (generation := source.generation_config()) is not None:
-        pruned.generation_config = generation
-    return pruned.to(device).eval()
-
-
-def _write(
-    result: Result,
-    source: ModelSource,
-    out: Path,
-    overwrite: bool,
-    progress: Progress,
-    tokenizer: Any | None = None,
-    perplexity_text: str | None = None,
-) -> None:
-    """The checkpoint folder, whole or not at all."""
-    cut = plan_cut(source, result.plan)
-    config = dict(cut.config)
-    if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
-        config["tokenizer_class"] = tokenizer_class
-    live = source.generation_config() if source.folder is None else None
-    generation = None if live is None else live.to_diff_dict()  # not save_pretrained: it refuses odd but usual ones
-    with CheckpointSink(out, overwrite=overwrite) as sink:
-        if source.folder is not None:
-            copy_side_files(source.folder, sink.folder)
-        elif generation is not None:
-            sink.write_json("generation_config.json", generation)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(sink.folder)
-        result.plan.save(sink.folder)
-        if "auto_map" in config:
-            code = importlib.resources.files("dicer.write.export").joinpath(MODELING_FILE)
-            sink.write_text(MODELING_FILE, code.read_text(encoding="utf-8"))
-        sink.write_tensors(cut.infos, cut.read, lambda done: progress("write", done, len(cut.infos)))
-        sink.write_json("config.json", config)
-        sink.write_text(
-            "README.md",
-            model_card(
-                result.plan,
-                before=result.before,
-                after=result.after,
-                needs_code="auto_map" in config,
-                perplexities=result.perplexities,
-                perplexity_text=Path(perplexity_text).name if perplexity_text else None,
-            ),
-        )
-    result.path = out
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Any:

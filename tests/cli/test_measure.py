@@ -140,9 +140,9 @@ def test_bench_prints_and_writes(typed, model, tmp_path):
         (("eval", "MODEL", "--perplexity", "builtin", "--dtype", "int8"), "dtype 'int8' is none of"),
         (("eval", "MODEL", "--perplexity", "builtin", "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
         (("eval", "nowhere/at/all", "--perplexity", "builtin"), "there is no folder nowhere/at/all"),
-        (("eval", "MODEL", "--perplexity", "builtin", "-o", "x" * 300), "cannot be written: File name too long"),
+        (("eval", "MODEL", "--perplexity", "builtin", "-o", "x" * 300), "File name too long"),
         (("eval", "MODEL", "--perplexity", "builtin", "-o", ""), "the name is empty"),
-        (("bench", "MODEL", "-o", "x" * 300), "cannot be written: File name too long"),
+        (("bench", "MODEL", "-o", "x" * 300), "File name too long"),
         (("eval", "MODEL", "--perplexity", "builtin", "-o", "."), "is a folder; name a file"),
         (("eval", "MODEL", "--tasks", "x", "--include-path", "nowhere"), "no folder nowhere"),
         (("eval", "MODEL", "--tasks", "x", "--include-path", "x" * 300), "File name too long (--include-path)"),
@@ -191,7 +191,7 @@ def _socket(path):
     [
         (_fifo, "is no regular file"),
         (_socket, "is no regular file"),
-        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+        (lambda path: path.symlink_to(path), "leads to itself"),
         (lambda path: path.write_text("mine"), "is no result of this command"),
         (lambda path: path.write_bytes(b"\xff"), "is no result of this command"),
         (lambda path: path.write_text("[]"), "is no result of this command"),
@@ -224,7 +224,7 @@ def test_a_large_file_is_not_read_to_know_that_it_is_no_result(tmp_path, monkeyp
 def test_what_a_run_reads_is_never_replaced(typed, model, words, text):
     before = text.read_bytes()
     code, _, err = typed("eval", model, *words, "-o", text, "--overwrite")
-    assert (code, err) == (2, f"dicer: {text} is what this run reads; choose another name.\n")
+    assert (code, err) == (2, f"dicer: output {text} is or holds {text}, which this run reads; choose another place.\n")
     assert text.read_bytes() == before
 
 
@@ -245,7 +245,7 @@ def test_the_folder_of_a_result_is_made_and_a_link_kept(typed, model, words, tmp
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize(("place", "says"), [("text.txt/r.json", "Not a directory"), ("no/r.json", "no permission")])
+@pytest.mark.parametrize(("place", "says"), [("text.txt/r.json", "text.txt is a file"), ("no/r.json", "no permission")])
 def test_a_folder_that_cannot_be_made(typed, monkeypatch, model, words, tmp_path, place, says):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
     code, _, err = typed("eval", model, *words, "-o", tmp_path / place)

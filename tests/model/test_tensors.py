@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -310,15 +311,16 @@ def test_what_was_set_aside_and_is_no_folder_stays(tmp_path):
     (partial / ".dicer-partial").touch()
     _fifo(partial / "old")
     (tmp_path / "out").mkdir()
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="in the way"):
         _write(tmp_path / "out")
     assert (partial / "old").is_fifo()
 
 
 @pytest.mark.parametrize("place", ["out", "out/text.txt", "out/deep/model", "link"])
 def test_an_output_folder_never_holds_what_the_run_reads(tmp_path, place):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "dicer_plan.json").write_text("{}")
+    (tmp_path / "out" / "deep" / "model").mkdir(parents=True)
+    for name in ("dicer_plan.json", "text.txt"):
+        (tmp_path / "out" / name).write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with pytest.raises(OutputError, match="which this run reads"):
         check_output(tmp_path / "out", overwrite=True, inputs=[tmp_path / "other", tmp_path / place])
@@ -384,8 +386,12 @@ def test_a_kill_frees_the_folder(tmp_path, writer):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_without_such_locks_writing_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("dicer.write.sink.fcntl", None)
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_file_system_without_locks(tmp_path, monkeypatch, number):
+    def without(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", without)
     _write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

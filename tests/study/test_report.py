@@ -437,7 +437,7 @@ def test_a_missing_library_is_one_line(tmp_path, monkeypatch, library):
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(OutputError, match="cannot be written to"):
+    with pytest.raises(OutputError, match="is a file"):
         write_report(_save([_record("original")], tmp_path / "results"), tmp_path / "out")
 
 
@@ -458,7 +458,7 @@ def _refused(tmp_path, monkeypatch, capfd, out, results="results"):
         ("out", {"report.html": "my thesis"}, "is not empty and holds no earlier report"),
         ("out", {"notes.txt": "mine"}, "is not empty and holds no earlier report"),
         ("out", {"report.html": "mine", "report.md": "{}"}, "is not empty and holds no earlier report"),
-        ("out", {"report.md/inside": "mine"}, "cannot be written to"),
+        ("out", {"report.md/inside": "mine"}, "cannot write the report to"),
         ("results", {}, "lies within the results"),
         ("results/deep/report", {}, "lies within the results"),
         ("other/../results/report", {}, "lies within the results"),
@@ -478,8 +478,9 @@ def test_what_others_wrote_is_left_alone(tmp_path, monkeypatch, capfd, out, ther
 
 def test_a_report_is_made_again_over_an_earlier_one(tmp_path):
     results, out = _save([_record("original")], tmp_path / "results"), tmp_path / "out"
-    out.mkdir()
-    (out / "report.html.partial").write_text("<half")  # of a first report that was killed
+    left = out / ".dicer-killed.partial"  # of a first report that was killed
+    left.mkdir(parents=True)
+    (left / "new").write_text("<half")
     for more in ([], [_record("rc-a", 0.25)]):
         write_report(_save(more, results), out)
         (out / "notes.txt").write_text("mine")
@@ -498,7 +499,7 @@ def test_the_committed_reports_are_known_as_such():
 def test_a_place_without_permission_is_told_before_anything_is_drawn(tmp_path, monkeypatch, capfd):
     _save([_record("original")], tmp_path / "results")
     monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)  # root is denied nothing
-    assert f"no permission in {tmp_path}" in _refused(tmp_path, monkeypatch, capfd, "out/deep")
+    assert f"no permission to write in {tmp_path}" in _refused(tmp_path, monkeypatch, capfd, "out/deep")
     assert not (tmp_path / "out").exists()
 
 

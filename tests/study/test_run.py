@@ -567,8 +567,9 @@ def test_a_killed_experiment_goes_on_where_it_was(model, rows, tmp_path):
     killed.stdout.close()
     assert killed.wait(60) == -signal.SIGKILL
     assert sorted(path.stem for path in (tmp_path / "a").rglob("*.json")) == sorted(done)
-    left = next((tmp_path / "a").rglob("*.json")).with_suffix(".json.partial")
-    left.write_text('{"half')  # as if it had died while it wrote
+    left = next((tmp_path / "a").rglob("*.json")).with_name(".dicer-killed.partial")
+    left.mkdir()  # as if it had died while it wrote
+    (left / "new").write_text('{"half')
     second = subprocess.run([*command, str(tmp_path / "a"), "0"], capture_output=True, text=True, check=True)
     assert sorted(line.split()[1] for line in second.stdout.splitlines() if line.startswith("skipped")) == sorted(done)
     assert second.stdout.count("evaluating") == 7 - 3

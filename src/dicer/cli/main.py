@@ -19,7 +19,7 @@ from dicer.cli import entropy as cli_entropy
 from dicer.cli import experiments as cli_experiments
 from dicer.cli import measure as cli_measure
 from dicer.cli.flags import recipe_flags
-from dicer.cli.terminal import Bar, ModelArgument, is_there, output_path, quiet_transformers, say, show
+from dicer.cli.terminal import Bar, ModelArgument, output_path, quiet_transformers, say, show
 from dicer.errors import DicerError
 
 app = typer.Typer(
@@ -55,11 +55,10 @@ def _recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
     return make_recipe({**(read_recipe(file) if file else {}), **given})
 
 
-def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path]:
-    """What is there on the disk of the things that a run reads."""
+def _inputs(model: str, recipe: Recipe, *files: Path | str | None) -> list[Path | str | None]:
+    """The things that a run reads, as they were typed."""
     criterion = (recipe.criterion or "").rpartition(":")[0]
-    named = (model, recipe.calib, criterion, recipe.allocate, recipe.entropy_profile, *files)
-    return [Path(name) for name in named if name and is_there(name)]
+    return [model, recipe.calib, criterion, recipe.allocate, recipe.entropy_profile, *files]
 
 
 @app.command()

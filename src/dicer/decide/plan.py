@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dicer.errors import OutputError, PlanError
+from dicer.errors import PlanError
+from dicer.files import as_output_error, write_whole
 from dicer.model.units import AXES
 
 PLAN_JSON = "dicer_plan.json"
@@ -154,14 +155,9 @@ class PrunePlan:
         Raises:
             OutputError: they cannot be written.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with as_output_error(f"the plan to {folder}"):
             for name, content in self.files().items():
-                partial = folder / f"{name}.partial"
-                partial.write_bytes(content)
-                partial.replace(folder / name)
-        except OSError as error:
-            raise OutputError(f"cannot write the plan to {folder}: {error.strerror or error}.") from error
+                write_whole(folder / name, content)
 
     def explain(self) -> list[str]:
         """One line for each block and module: how much goes, its transfer entropy if that decided, and its scores."""

@@ -23,7 +23,7 @@ FORMAT = 1
 ORIGINAL = "original"
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
-# JSON has no infinity and no NaN: :func:`dicer.study.records.finite` writes them as the text that ``float`` reads.
+# JSON has no infinity and no NaN: :func:`dicer.files.finite` writes them as the text that ``float`` reads.
 Number = Annotated[float, BeforeValidator(lambda v: float(v) if v in ("inf", "-inf", "nan") else v)]
 _Index = Annotated[str, Field(pattern="^[0-9]{1,6}$")]  # of a layer
 _Units = Annotated[int, Field(ge=0)]

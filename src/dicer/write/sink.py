@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+import filelock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dicer.errors import OutputError
+from dicer.files import as_output_error, check_writable
 from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs into one folder are not told apart
-    fcntl = None  # type: ignore[assignment]
 
 SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
 _MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
 _OLD = "old"  # inside it: the checkpoint that --overwrite replaces, between two renames
 _MADE_BY_DICER = "dicer_plan.json"  # in every checkpoint and plan of ours; nothing else is overwritten
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems without locks answer
 _MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
 
 
@@ -45,35 +44,28 @@ class CheckpointSink:
         check_output(out, overwrite=overwrite)
         self.out = out.resolve()  # of a link, the folder that it points to is replaced
         self._partial = _partial(self.out)
+        self._marker = self._partial / _MARKER
         self.folder = self._partial / "new"
         self._overwrite = overwrite
         self._shard_bytes = shard_bytes
-        self._lock: int | None = None
 
     def __enter__(self) -> CheckpointSink:
-        with self._as_output_error():
-            if self._partial.exists():
-                left = _locked(self._partial / _MARKER, self.out)
-                try:
-                    self._clear()
-                finally:
-                    _unlock(left)
-            self._partial.mkdir(parents=True)
-            (self._partial / _MARKER).touch()
-            self._lock = _locked(self._partial / _MARKER, self.out)
+        with as_output_error(self.out):
+            if self._partial.exists() and not self._marker.exists():
+                self._refuse_others()
+            self._partial.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self._marker, self.out)
             try:
+                self._put_back()
+                self._refuse_others()
                 self.folder.mkdir()
             except BaseException:
-                self._unlock()
+                self._lock.release()
                 raise
         return self
 
-    def _unlock(self) -> None:
-        _unlock(self._lock)
-        self._lock = None
-
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
-        with self._as_output_error():
+        with as_output_error(self.out):
             try:
                 if error is None:
                     try:
@@ -86,7 +78,11 @@ class CheckpointSink:
                 if isinstance(error, OSError):
                     raise error
             finally:
-                self._unlock()
+                self._lock.release()
+
+    def _refuse_others(self) -> None:
+        if any(path != self._marker for path in self._partial.iterdir()):
+            raise OutputError(f"{self._partial} is in the way and was not made by dicer; move it away.")
 
     def _finish(self) -> None:
         _check_held(self.out, self.out, self._overwrite)  # once more: hours may have gone by
@@ -94,24 +90,26 @@ class CheckpointSink:
             self.out.rename(self._partial / _OLD)
         self.folder.rename(self.out)
 
-    def _clear(self) -> None:
-        """Put back what a kill or an error left aside, then take the partial folder away, its marker last."""
-        if not (self._partial / _MARKER).exists() and any(self._partial.iterdir()):
-            raise OutputError(f"{self._partial} is in the way and was not made by dicer; move it away.")
-        if (self._partial / _OLD).exists() and not self.out.exists():
-            (self._partial / _OLD).rename(self.out)
-        for inner in (self.folder, self._partial / _OLD):
-            if inner.is_dir():  # anything else is none of ours: it stays, and the folder that holds it
+    def _put_back(self) -> None:
+        """Put back what a kill or an error left aside, and take away what it left unfinished."""
+        old = self._partial / _OLD
+        if old.is_dir() and not self.out.exists():
+            old.rename(self.out)
+        for inner in (self.folder, old):
+            if inner.is_dir():  # anything else is none of ours
                 shutil.rmtree(inner)
-        (self._partial / _MARKER).unlink(missing_ok=True)
-        self._partial.rmdir()
 
-    @contextmanager
-    def _as_output_error(self) -> Iterator[None]:
+    def _clear(self) -> None:
+        """Then take the partial folder away, its marker last."""
+        self._put_back()
+        with suppress(PermissionError):  # Windows keeps an open file; there it goes with the lock
+            self._marker.unlink()
+        self._lock.release()
         try:
-            yield
-        except OSError as error:
-            raise OutputError(f"cannot write {self.out}: {error.strerror or error}.") from error
+            self._partial.rmdir()
+        except OSError:
+            if not self._marker.exists():  # else the next run is in already
+                raise
 
     def write_tensors(
         self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], progress: Callable[[int], None]
@@ -161,7 +159,7 @@ class CheckpointSink:
         (self.folder / name).write_text(text, encoding="utf-8")
 
 
-def check_output(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+def check_output(out: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:
     """Refuse an output folder that would lose something or cannot be made, before any work is done.
 
     Args:
@@ -173,29 +171,12 @@ def check_output(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> 
         OutputError: it is no folder, or not empty without ``overwrite``, or was not written by dicer, or holds an
             input, or lies where nothing can be written.
     """
-    try:
-        _check_output(out.resolve(), out, overwrite, inputs)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}.") from None
-    except RuntimeError:  # also what resolve() makes of it up to Python 3.12
-        raise OutputError(f"cannot write {out}: it is or lies in a link that leads to itself.") from None
-
-
-def _check_output(target: Path, out: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
-    if Path.cwd().is_relative_to(target):
-        raise OutputError(f"output {out} is the folder that you are in, or holds it; choose a folder of its own.")
-    for path in inputs:
-        if path.resolve().is_relative_to(target):
-            raise OutputError(f"output {out} is or holds {path}, which this run reads; choose another folder.")
-    if any(path.is_symlink() for path in (target, *target.parents)):
-        raise RuntimeError("a loop")
-    parent = next(p for p in target.parents if p.exists())
-    if not parent.is_dir():
-        raise OutputError(f"cannot write {out}: {parent} is a file.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {out}: no permission to write in {parent}.")
-    _unlock(_locked(_partial(target) / _MARKER, out))
-    _check_held(target, out, overwrite)
+    target = check_writable(out, inputs)
+    with as_output_error(out):
+        marker = _partial(target) / _MARKER
+        if marker.exists():
+            _locked(marker, out, keep=True).release()
+        _check_held(target, out, overwrite)
 
 
 def _check_held(target: Path, out: Path, overwrite: bool) -> None:
@@ -233,34 +214,29 @@ def _partial(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-def _locked(marker: Path, out: Path) -> int | None:
-    """Lock a marker file for this process; None where there is none, or no such locks.
+def _locked(marker: Path, out: Path, *, keep: bool = False) -> filelock.BaseFileLock:
+    """The lock on a marker file, held by this process where the file system has locks.
+
+    Args:
+        marker: the file, made where there is none.
+        out: the folder that it stands for.
+        keep: leave the file where it is on release; Windows removes it else.
 
     Raises:
         OutputError: another run holds it.
     """
-    if fcntl is None:
-        return None
+    # No soft lock in place of a missing one: that outlives a kill.
+    lock = filelock.FileLock(marker, timeout=0, fallback_to_soft=False, preserve_lock_file=keep)
     try:
-        descriptor = os.open(marker, os.O_RDWR)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        lock.acquire()
+    except filelock.Timeout:
         raise OutputError(
             f"another run of dicer writes {out} now; wait for its end, or choose another folder."
         ) from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _unlock(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return lock
 
 
 def _shards(infos: Mapping[str, TensorInfo], limit: int) -> Iterable[list[str]]:

@@ -6,15 +6,14 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dicer.errors import RecipeError
+from dicer.files import write_whole
 from dicer.measure.entropy.profile import LISTS, Profile, check_choices
 from dicer.measure.entropy.transfer import measure
 from dicer.measure.stores.resident import Progress, ResidentStore, silent
@@ -130,15 +129,4 @@ def _write(name: str, held: _Held) -> None:
         "profiles": {lists: profile.to_json() for lists, profile in profiles.items()},
     }
     with suppress(OSError, RuntimeError):
-        folder = cache_folder() / "entropy"
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / name, json.dumps(content))
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(cache_folder() / "entropy" / name, json.dumps(content))
