@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -23,10 +24,20 @@ FORMAT = 1
 ORIGINAL = "original"
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
-# JSON has no infinity and no NaN: :func:`dicer.files.finite` writes them as the text that ``float`` reads.
-Number = Annotated[float, BeforeValidator(lambda v: float(v) if v in ("inf", "-inf", "nan") else v)]
+
+
+def _number(value: Any) -> Any:
+    """JSON has no infinity and no NaN: :func:`dicer.files.finite` writes them as text. Integers may be beyond floats."""
+    try:
+        return float(value) if value in ("inf", "-inf", "nan") or type(value) is int else value
+    except OverflowError:
+        return math.inf
+
+
+Number = Annotated[float, BeforeValidator(_number)]
 _Index = Annotated[str, Field(pattern="^[0-9]{1,6}$")]  # of a layer
 _Units = Annotated[int, Field(ge=0)]
+_Bytes = Annotated[int, Field(ge=0, lt=2**63)] | FiniteFloat
 
 
 def pack(keep: Any, units: int) -> str:
@@ -109,7 +120,7 @@ class Metrics(_Part):
 class Memory(_Part):
     """Peaks in bytes, by where: ``host``, or the device."""
 
-    score: dict[str, FiniteFloat] = {}
+    score: dict[str, _Bytes] = {}
 
 
 class Loading(_Part):
