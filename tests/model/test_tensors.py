@@ -10,14 +10,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny, tiny_model
 
 from dicer.model.source import from_memory, open_model
-from dicer.model.tensors import (
-    INDEX,
-    WEIGHTS,
-    MemorySource,
-    SafetensorsSource,
-    TensorInfo,
-    fingerprint,
-)
+from dicer.model.tensors import INDEX, WEIGHTS, MemorySource, SafetensorsSource, TensorInfo, fingerprint
 
 TENSORS = {
     "a": torch.arange(24, dtype=torch.float32).reshape(6, 4),

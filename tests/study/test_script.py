@@ -16,7 +16,7 @@ from tiny import tiny_tokens
 
 from dicer.errors import DicerError
 from dicer.measure.statistics import Need, Sums
-from dicer.study.records import read_records, unpack
+from dicer.study.records import read_records
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_experiment.py"
 
@@ -149,7 +149,7 @@ def _launch(words, model, rows, out, processes):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     sums = [torch.load(out / f"sums{rank}.pt") for rank in range(processes)]
-    return done.stdout, {record["method"]: record for record in read_records(out / "results")}, sums
+    return done.stdout, {record.method: record for record in read_records(out / "results")}, sums
 
 
 @pytest.fixture(scope="module")
@@ -170,16 +170,15 @@ def test_two_processes_keep_the_same_neurons_and_one_writes(alone, together):
     assert set(one) == set(two) == {"rc-a", "taylor", "sim-a-post"}
     assert printed.count("done: ") == len(METHODS)
     for method, record in one.items():
-        assert record["environment"]["processes"] == 1
-        assert two[method]["environment"]["processes"] == 2
-        assert two[method]["id"] == record["id"]
-        assert two[method]["metrics"]["perplexity"]["value"] == pytest.approx(
-            record["metrics"]["perplexity"]["value"], rel=1e-5
-        )
-        for index, layer in record["layers"].items():
-            other = two[method]["layers"][index]
-            assert np.array_equal(unpack(layer["keep"], 40), unpack(other["keep"], 40)), (method, index)
-            assert other["norm"]["kept"] == pytest.approx(layer["norm"]["kept"], rel=1e-6)
+        assert record.environment["processes"] == 1
+        assert two[method].environment["processes"] == 2
+        assert two[method].id == record.id
+        measured = two[method].metrics.perplexity.value
+        assert measured == pytest.approx(record.metrics.perplexity.value, rel=1e-5)
+        for index, layer in record.layers.items():
+            other = two[method].layers[index]
+            assert np.array_equal(layer.mask, other.mask), (method, index)
+            assert other.norm.kept == pytest.approx(layer.norm.kept, rel=1e-6)
 
 
 def test_sums_and_gradients_of_two_processes_add_up(alone, together):

@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from dicer.decide.plan import LayerPlan, PrunePlan
+from dicer.model.sizes import Sizes
 from dicer.write.card import model_card
-from dicer.write.surgery import Sizes
 
 BEFORE, AFTER = Sizes(4000, 3000, 1000, 2000, 16000), Sizes(3000, 2000, 1000, 1000, 12000)
 CODE = {"needs_code": False, "perplexities": {}, "perplexity_text": None}
