@@ -267,6 +267,11 @@ def test_a_recipe_file_that_is_wrong(prune_refused, tmp_path, content, says):
         (["--method", "let-llm", "--ratio", "0.4", "--max-ratio", "0.2"], ["at most", "can go from what was chosen"]),
         (["--method", "let-llm", "--layers", "1"], ["ratio 0.25 of 27,904", "choose more"]),
         (["--allocate", "global", "--ratio", "0.5", "--min-width", "30"], ["at most 3,840 (25.0%) can go"]),
+        (["--allocate", "transfer-entropy", "--ratio", "0.5", "--min-width", "35"], ["at most 1,920 (12.5%) can go"]),
+        (
+            ["--axis", "attention", "--ratio", "0.6", "--allocate", "global"],
+            ["is 7,373, and at most 6,144 (50.0%) can go"],
+        ),
         (["--axis", "block", "--ratio", "0.99"], ["at most 20,928 (75.0%) can go"]),
         (["--axis", "block", "--layers", "2"], ["less than half of one layer"]),
         (["--ratio", "0.5", "--max-ratio", "0.4"], ["ratio 0.5 is more than the 0.4 that any module may lose"]),
