@@ -202,7 +202,7 @@ def test_a_device_that_is_not_there(prune_refused, device):
     assert prune_refused("--device", device, "--dry-run") == line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here cuda is possible")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is possible here")
 def test_cuda_where_there_is_none(prune_refused):
     prune_refused("--device", "cuda", says=["device 'cuda' cannot be used here"])
 
