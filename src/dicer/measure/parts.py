@@ -146,8 +146,9 @@ def bind(parts: Iterable[Part], asked: Mapping[str, Any]) -> list[Any]:
 
 
 def _converted(part: Part, name: str, value: Any) -> Any:
+    parameter = part.parameters[name.rpartition(".")[2]]
     try:
-        return TypeAdapter(part.parameters[name.rpartition(".")[2]].kind).validate_python(value)
+        return TypeAdapter(parameter.kind).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise RecipeError(f"--set {name}: {part.what} '{part.name}': {reason}, got {value!r}.") from None
