@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import combinations, product
 from operator import attrgetter
 
 import numpy as np
@@ -73,19 +74,30 @@ def wholes(model, family, axis, layers):
 
 
 FRACTION = {"mlp": 0.4, "attention": 0.3, "all": 0.37, "block": 0.45}  # of what can be chosen
-CASES = [
-    (family, axis, of, layers, allocate)
-    for family in ("llama", "qwen2", "phi3", "gpt2")
-    for axis in FRACTION
-    for of in ("chosen", "mlp", "decoder", "model")
-    for layers in ("all", "1-2")
-    for allocate in ("uniform", "transfer-entropy", "global")
-    if family == "llama" or (of == "decoder") == (layers == "all")
-    if axis != "block" or allocate == "transfer-entropy"
-]
+FACTORS = {
+    "family": ("llama", "qwen2", "phi3", "gpt2"),
+    "axis": tuple(FRACTION),
+    "of": ("chosen", "mlp", "decoder", "model"),
+    "layers": ("all", "1-2"),
+    "allocate": ("uniform", "transfer-entropy", "global"),
+}
 
 
-@pytest.mark.parametrize(("family", "axis", "of", "layers", "allocate"), CASES)
+def pairwise(factors, possible):
+    """A few of all combinations, in which every two values that can meet do so."""
+    rows = [row for row in product(*factors.values()) if possible(dict(zip(factors, row, strict=True)))]
+    pairs = {row: set(combinations(enumerate(row), 2)) for row in rows}
+    missing = set().union(*pairs.values())
+    while missing:
+        best = max(rows, key=lambda row: len(pairs[row] & missing))
+        missing -= pairs[best]
+        yield best
+
+
+CASES = list(pairwise(FACTORS, lambda row: row["axis"] != "block" or row["allocate"] == "transfer-entropy"))
+
+
+@pytest.mark.parametrize(tuple(FACTORS), CASES)
 def test_the_ratio_is_what_really_goes(family, axis, of, layers, allocate, pruned):
     model, chosen = tiny_model(family), range(LAYERS) if layers == "all" else (1, 2)
     whole = wholes(model, family, axis, chosen)[of]
@@ -179,13 +191,6 @@ def test_a_ratio_of_one_in_a_file_removes_the_module_and_both_of_a_layer_the_lay
 @pytest.mark.parametrize(
     ("ratios", "says"),
     [
-        ({"mlp": [0.1] * 3}, "mine.json: mlp has 3 ratios for 4 layers"),
-        ({"mlp": {"4": 0.1}}, "names layer '4', but the model has layers 0 to 3"),
-        ({"mlp": {"0": 1.5}}, "mlp of layer 0 is 1.5, not a number from 0 to 1"),
-        ({"mlp": {"0": True}}, "mlp of layer 0 is true, not a number"),
-        ({"attention": {"0": 0.5}}, "has ratios for attention, which is not being pruned"),
-        ({"heads": {"0": 0.5}}, "unknown axis 'heads'"),
-        ([0.1, 0.2], "holds no object"),
         ({"mlp": [0, 0, 0, 0]}, "every ratio in .*mine.json is 0"),
         ({}, "every ratio in .*mine.json is 0"),
         ({"mlp": {"0": 0.6, "1": 0.2}}, "mlp of layer 0 is to lose 0.6, and --max-ratio is 0.5"),
@@ -320,22 +325,6 @@ def test_blocks_of_a_model_that_scales_attention_by_the_layers_number_stay(prune
 
 def test_all_chosen_blocks_may_go_where_others_stay(pruned):
     assert pruned(tiny_model("llama"), axis="block", layers="1-2", ratio=0.95).plan.blocks == (1, 2)
-    with pytest.raises(RecipeError, match=r"at most 20,928 \(75.0%\) can go"):
-        pruned(tiny_model("llama"), axis="block", ratio=0.95)
-
-
-def test_a_ratio_of_less_than_half_a_layer_is_said(pruned):
-    with pytest.raises(RecipeError, match=r"ratio 0\.05 is less than half of one layer, so none would go"):
-        pruned(tiny_model("llama"), axis="block", ratio=0.05)
-
-
-def test_options_without_effect_are_refused(pruned):
-    for recipe, says in (
-        ({"axis": "attention", "width_multiple": 8}, "--width-multiple is for neurons"),
-        ({"axis": "attention", "min_width": 9}, "--min-width is for neurons"),
-    ):
-        with pytest.raises(RecipeError, match=says):
-            pruned(tiny_model("llama"), **recipe)
 
 
 @pytest.mark.parametrize("split", ["share", "module"])
@@ -362,27 +351,6 @@ def test_no_module_loses_more_than_the_bounds_allow(allocate, pruned):
     assert {len(layer.keep) % 8 for layer in eights.mlp.values()} == {0}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "says"),
-    [
-        ({"axis": "attention", "ratio": 0.6}, r"\(60.0%\) are to go, but at most 6,144 \(50.0%\)"),
-        ({"axis": "attention", "ratio": 0.6, "allocate": "global"}, r"is 7,373, and at most 6,144 \(50.0%\) can go"),
-        (
-            {"ratio": 0.5, "ratio_of": "model"},
-            r"ratio 0.5 of 44,832 parameters \(model\) is 22,416, and at most 14,976",
-        ),
-        ({"ratio": 0.3, "max_ratio": 0.2, "allocate": "global"}, r"at most 3,072 \(20.0%\) can go"),
-        ({"ratio": 0.3, "max_ratio": 0.2}, r"ratio 0.3 is more than the 0.2 that any module may lose"),
-        ({"ratio": 0.9, "axis": "block"}, r"at most 20,928 \(75.0%\) can go"),
-        ({"ratio": 0.5, "min_width": 35, "allocate": "transfer-entropy"}, r"at most 1,920 \(12.5%\) can go"),
-    ],
-)
-def test_what_cannot_be_reached_is_said_with_the_most_that_can(recipe, says, pruned):
-    with pytest.raises(RecipeError, match=says) as caught:
-        pruned(tiny_model("llama"), **recipe)
-    assert "\n" not in str(caught.value)
-
-
 def test_uniform_ratios_round_to_the_nearest_multiple_also_past_the_bounds(pruned):
     plan = pruned(tiny_model("llama"), method="weight-l2", ratio=0.85, width_multiple=8).plan
     assert {len(layer.keep) for layer in plan.mlp.values()} == {8}  # 6 rounds to 8, and 80% is the most that can go
@@ -405,8 +373,7 @@ def logits_of(model):
         return model(input_ids=tiny_tokens(2, 24, seed=5), use_cache=False).logits
 
 
-PLANTED = [(family, index) for family in ("llama", "gpt2") for index in range(LAYERS)]
-PLANTED += [("gemma2", 1), ("phi3", 1), ("opt", 1)]
+PLANTED = [*(("llama", index) for index in range(LAYERS)), ("gpt2", 0), ("gemma2", 1), ("phi3", 2), ("opt", 3)]
 
 
 @pytest.mark.parametrize(("family", "index"), PLANTED)

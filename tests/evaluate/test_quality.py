@@ -437,7 +437,7 @@ def test_several_processes_share_the_tasks_and_the_first_has_the_result(tiny, fo
 def test_smollm2_gets_what_the_command_line_of_the_harness_gives(data_folder, tmp_path):
     make = data_folder.parent / "lm_eval_tasks" / "make.py"
     if not make.is_file():
-        pytest.skip("no lm_eval_tasks/make.py next to the data")
+        pytest.skip("no evaluation data: no lm_eval_tasks/make.py next to it")
     tasks, results = tmp_path / "tasks", tmp_path / "results"
     subprocess.run([sys.executable, make, tasks], check=True, capture_output=True)
     page = json.loads((data_folder / "wikitext2" / "test.pages.jsonl").read_text().splitlines()[0])["page"]

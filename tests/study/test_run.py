@@ -8,10 +8,8 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 import tomllib
 import weakref
 from dataclasses import replace
@@ -24,10 +22,12 @@ from tiny_tasks import write_choice
 
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.recipe import Recipe
+from dicer.cli import main as cli
 from dicer.cli.experiments import describe
 from dicer.decide import together as passes
 from dicer.decide.together import score_all
 from dicer.errors import DicerError, ExperimentError, RecipeError
+from dicer.measure.text import load_calibration
 from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import make_plan
 from dicer.study.grid import Grid, Run, identity, make_experiment, method_name, read_experiment
@@ -108,20 +108,15 @@ def test_a_bit_mask_comes_back():
 
 def test_passes_are_shared_and_plans_the_same_as_alone(model, rows, monkeypatch):
     asked = [run.recipe for run in make_experiment(_values(model, rows, original=False)).runs]
-    calls = []
-    score = passes.score
-    monkeypatch.setattr(passes, "score", lambda jobs, *rest: calls.append(len(jobs)) or score(jobs, *rest))
-    source = open_model(model)
-    loads = []
-    load = passes.load_calibration
-    monkeypatch.setattr(passes, "load_calibration", lambda *args: loads.append(1) or load(*args))
-    found = score_all(source, source.load_model(), asked, source.tokenizer())
-    # weights only; sums (with the norms that all show); gradients; Gram matrices
-    assert sorted(calls) == [2, 2, 4, 7]
-    assert len(loads) <= 1
+    source, forwards, reads = open_model(model), [], []
+    dense = source.load_model()
+    dense.model.layers[1].mlp.register_forward_hook(lambda *_: forwards.append(1))
+    monkeypatch.setattr(passes, "load_calibration", lambda *args: reads.append(1) or load_calibration(*args))
+    found = score_all(source, dense, asked, source.tokenizer())
+    assert len(forwards) == 3, "sums (with the norms that all show), gradients, Gram matrices; none for weights"
+    assert len(reads) <= 1
     for recipe, scored in zip(asked, found, strict=True):
-        alone = make_plan(model, recipe)
-        assert not scored.plan.diff(alone), recipe.method
+        assert not scored.plan.diff(make_plan(model, recipe)), recipe.method
         assert scored.sharing in (2, 4, 6)
 
 
@@ -156,18 +151,16 @@ BEFOREHAND = [
 
 
 @pytest.mark.parametrize(("values", "says"), BEFOREHAND, ids=lambda part: str(part)[-40:])
-def test_what_is_known_beforehand_stops_all_runs(model, rows, tmp_path, monkeypatch, command, values, says):
+def test_what_is_known_before_a_model_is_loaded_stops_all_runs(model, rows, tmp_path, monkeypatch, values, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "BAD.json").write_text("[]")
     (tmp_path / "folder.txt").mkdir()
-    monkeypatch.setattr(ModelSource, "load_model", lambda *_: pytest.fail("a model was loaded"))
     asked = _values(model, rows, methods=["weight-l2"], ratios=[0.25], recipe={}) | values
     asked["methods"] = ["weight-l2", "rc-a", *asked["methods"]]  # a good run in front
-    monkeypatch.setattr("dicer.study.grid.read_experiment", lambda _: make_experiment(asked))
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where no table may flash up first
-    code, out, err = command("run", "grid.toml", "-o", "results")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert says in err
+    with pytest.raises(DicerError) as caught:
+        run_experiment(make_experiment(asked), tmp_path / "results", evaluate=Measure(), watch=pytest.fail)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not list((tmp_path / "results").rglob("*.json"))
 
 
@@ -279,7 +272,7 @@ def test_a_model_is_loaded_once_for_each_dtype_and_the_same_run_written_twice_is
     assert sorted(loads) == ["auto", "bfloat16"]
 
 
-def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, tmp_path, monkeypatch, command):
+def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, tmp_path, monkeypatch, capfd):
     pytest.importorskip("lm_eval", reason="pip install 'dicer[eval]' brings the harness")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -288,14 +281,17 @@ def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, 
 
     stock = lm_eval.tasks.TaskManager  # whose 14,000 files take seconds
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: stock(**options | {"include_defaults": False}))
-    monkeypatch.setattr(ModelSource, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where no table may flash up first
     toml = tmp_path / "grid.toml"
     toml.write_text(
         f'models = ["{model}"]\nmethods = ["weight-l2"]\ncalib = ["{rows}"]\n'
         f'[evaluation]\ntasks = "tiny_choise"\ninclude_path = "{tasks}"\n'
     )
-    code, out, err = command("run", toml, "-o", tmp_path / "results")
-    assert (code, out, err.count("\n")) == (2, "", 1)
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
     assert "unknown task 'tiny_choise'. Did you mean 'tiny_choice'?" in err
     assert not list((tmp_path / "results").rglob("*.json"))
 
@@ -367,7 +363,7 @@ def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):
         (f"models = {'1' * 5_000}", "cannot be read: "),
     ],
 )
-def test_a_bad_file_is_one_line(tmp_path, monkeypatch, refused, text, says):
+def test_a_bad_file_is_one_line(tmp_path, monkeypatch, text, says):
     monkeypatch.delenv("NO_SUCH", raising=False)
     path = tmp_path / "bad.toml"
     path.write_text(text)
@@ -375,7 +371,17 @@ def test_a_bad_file_is_one_line(tmp_path, monkeypatch, refused, text, says):
         read_experiment(path)
     assert str(caught.value).startswith(f"experiment {path}")
     assert says in str(caught.value)
-    refused("run", path, "-o", tmp_path / "results")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_file_typed_is_one_line_and_makes_no_folder(tmp_path, monkeypatch, capfd):
+    (tmp_path / "bad.toml").write_text('models = ["a"]\nmethod = ["rc-a"]\n')
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(tmp_path / "bad.toml"), "-o", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.toml"]
 
 
 def test_variables_are_put_into_paths_only(monkeypatch):
@@ -519,14 +525,18 @@ from pathlib import Path
 from dicer.study.run import run_experiment
 from dicer.study.grid import read_experiment
 
+done = []
+
 def measure(model, tokenizer, evaluation, *, progress=None):
-    print("evaluating", flush=True)
-    time.sleep(float(sys.argv[3]))
+    if len(done) == 3:
+        print("evaluating", flush=True)
+        time.sleep(600)
     return {"perplexity": None, "tasks": {}, "groups": {}, "summary": {"average": 0.5}, "versions": {}}
 
 def watch(event):
-    if event.kind in ("done", "skipped"):
-        print(event.kind, event.task.name, flush=True)
+    if event.kind == "done":
+        done.append(event.task.name)
+        print(event.task.name, flush=True)
 
 run_experiment(read_experiment(Path(sys.argv[1])), Path(sys.argv[2]), evaluate=measure, watch=watch)
 """
@@ -542,43 +552,42 @@ def test_a_killed_experiment_goes_on_where_it_was(model, rows, tmp_path):
         f'models = ["{model}"]\nmethods = ["rc-a", "random", "taylor"]\nratios = [0.25, 0.5]\ncalib = ["{rows}"]\n'
         '[evaluation]\nperplexity = "builtin"\n'
     )
-    command = [sys.executable, "-c", RUNNER, str(toml)]
-    killed = subprocess.Popen([*command, str(tmp_path / "a"), "0.3"], stdout=subprocess.PIPE, text=True)
-    done = []
-    for line in killed.stdout:
-        if line.startswith("done"):
-            done.append(line.split()[1])
-        if len(done) == 3 and line.startswith("evaluating"):
-            time.sleep(0.05)
-            killed.send_signal(signal.SIGKILL)
-            break
+    asked, place = read_experiment(toml), tmp_path / "a"
+    killed = subprocess.Popen([sys.executable, "-c", RUNNER, str(toml), str(place)], stdout=subprocess.PIPE, text=True)
+    *done, last = (killed.stdout.readline().strip() for _ in range(4))
+    assert last == "evaluating"
+    killed.kill()
     killed.stdout.close()
-    assert killed.wait(60) == -signal.SIGKILL
-    assert sorted(path.stem for path in (tmp_path / "a").rglob("*.json")) == sorted(done)
-    left = next((tmp_path / "a").rglob("*.json")).with_name(".dicer-killed.partial")
-    left.mkdir()  # as if it had died while it wrote
-    (left / "new").write_text('{"half')
-    second = subprocess.run([*command, str(tmp_path / "a"), "0"], capture_output=True, text=True, check=True)
-    assert sorted(line.split()[1] for line in second.stdout.splitlines() if line.startswith("skipped")) == sorted(done)
-    assert second.stdout.count("evaluating") == 7 - 3
+    killed.wait(60)
+    assert sorted(path.stem for path in place.rglob("*.json")) == sorted(done)
+    left = next(place.rglob("*.json")).with_suffix(".json.partial")
+    left.write_text('{"half')  # as if it had died while it wrote
+    seen = []
+    assert run_experiment(asked, place, evaluate=_half, watch=seen.append) == {"done": 4, "skipped": 3, "failed": 0}
+    assert sorted(event.task.name for event in seen if event.kind == "skipped") == sorted(done)
     assert not left.exists()
-    run_experiment(read_experiment(toml), tmp_path / "b", evaluate=_half)
+    run_experiment(asked, tmp_path / "b", evaluate=_half)
     resumed, whole = (
         {record["id"]: _untimed(record) for record in read_records(tmp_path / name)} for name in ("a", "b")
     )
     assert resumed == whole
 
 
-def test_without_a_terminal_each_run_is_a_line(model, rows, tmp_path, monkeypatch, command):
+def test_without_a_terminal_each_run_is_a_line(model, rows, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("dicer.evaluate.quality.evaluate", Measure(broken=[3]))
+    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
     toml = tmp_path / "grid.toml"
     toml.write_text(
         f'models = ["{model}"]\nmethods = ["rc-a", "random"]\ncalib = ["{rows}"]\n'
         '[evaluation]\nperplexity = "builtin"\n'
     )
-    code, out, _ = command("run", toml, "-o", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, _ = capfd.readouterr()
     lines = out.splitlines()
-    assert code == 1
+    assert end.value.code == 1
     assert lines[0].startswith("[1/3] done llama original")
     assert lines[1].startswith("[2/3] done llama rc-a 0.25 seed 42, rows.jsonl 10 x 128")
     assert lines[2] == "[3/3] failed llama random 0.25 seed 42, rows.jsonl 10 x 128: ValueError: a number that is none"
@@ -599,7 +608,7 @@ def test_on_a_terminal_there_is_a_live_table(model, rows, tmp_path, monkeypatch,
     assert "llama weight-l2 0.25 seed 42" in out
 
 
-def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkeypatch, command):
+def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("dicer.evaluate.quality.evaluate", Measure())
@@ -607,9 +616,12 @@ def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkey
     toml.write_text(
         f'models = ["{model}"]\nmethods = ["random"]\ncalib = ["{rows}"]\n[evaluation]\nperplexity = "builtin"\n'
     )
+    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
     for says in ("2 runs: 2 done", "0 done, 2 skipped, 0 failed. Records: "):
-        code, out, _ = command("run", toml, "-o", tmp_path / "results")
-        assert code == 0
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, _ = capfd.readouterr()
+        assert end.value.code == 0
         assert says in out
     assert len(out.splitlines()) == 2
 

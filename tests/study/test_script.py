@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ def rows(tmp_path_factory):
     """Seven samples, so that two processes have four and three."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tiny_tokens(samples=7).tolist()))
+    path.with_name("short.txt").write_text("All happy families are alike. " * 20)  # what perplexity is measured on
     return path
 
 
@@ -73,7 +75,7 @@ def test_an_apply_mode_that_is_missing_or_wrong_is_told(script, method, mode, sa
 
 
 def _flags(model, rows, out, method, *more):
-    text = ["--dataset", rows, "--perplexity", "builtin", "--device", "cpu", "--output-dir", out]
+    text = ["--dataset", rows, "--perplexity", rows.with_name("short.txt"), "--device", "cpu", "--output-dir", out]
     return [str(word) for word in ("--model", model, "--method", method, "--layers", "1,2", *text, *more)]
 
 
@@ -87,7 +89,7 @@ def test_a_wrong_flag_is_one_line(model, rows, tmp_path):
 
 # One launch for all methods: what the script does, for a recipe each, and the sums themselves beside it.
 DRIVER = """
-import json, runpy, sys
+import json, os, runpy, sys
 from pathlib import Path
 script, out, calls = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 codes = []
@@ -100,8 +102,9 @@ for call in calls:
 assert codes == [0] * len(calls), codes
 
 import torch
-from accelerate import PartialState
-PartialState(cpu=True)
+if "RANK" in os.environ:
+    from accelerate import PartialState
+    PartialState(cpu=True)
 from dicer.processes import rank
 from dicer.measure.batches import share
 from dicer.measure.entropy.cache import entropy_profile
@@ -111,7 +114,8 @@ from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.walk import walk
 
 source = open_model(calls[0][1])
-tokens = torch.tensor([json.loads(line)["input_ids"] for line in open(calls[0][calls[0].index("--dataset") + 1])])
+rows = Path(calls[0][calls[0].index("--dataset") + 1]).read_text().splitlines()
+tokens = torch.tensor([json.loads(row)["input_ids"] for row in rows])
 needs = [Need("square_sum", "post"), Need("sum", "pre"), Need("gram", "mod")]
 found = {}
 for samples in (7, 1):  # of one sample, the second process sees nothing
@@ -138,35 +142,44 @@ METHODS = (
 )
 
 
-def _launch(words, model, rows, out, processes):
-    out.mkdir()
-    calls = [_flags(model, rows, out / "results", *method) for method in METHODS]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "DICER_CACHE": str(out / "cache")}
+def _words(model, rows, out):
+    """The driver, written, and what it is called with."""
     driver = out / "driver.py"
     driver.write_text(DRIVER)
-    command = [*map(str, words), str(driver), str(SCRIPT), str(out), json.dumps(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    sums = [torch.load(out / f"sums{rank}.pt") for rank in range(processes)]
-    return done.stdout, {record["method"]: record for record in read_records(out / "results")}, sums
+    return [str(driver), str(SCRIPT), str(out), json.dumps([_flags(model, rows, out / "results", *m) for m in METHODS])]
+
+
+def _records(out):
+    return {record["method"]: record for record in read_records(out / "results")}
 
 
 @pytest.fixture(scope="module")
 def alone(model, rows, tmp_path_factory):
-    return _launch([sys.executable], model, rows, tmp_path_factory.mktemp("alone") / "out", 1)
+    """Records, and the sums."""
+    out = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DICER_CACHE", str(out / "cache"))
+        patch.setattr(sys, "argv", _words(model, rows, out))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return _records(out), torch.load(out / "sums0.pt")
 
 
 @pytest.fixture(scope="module")
 def together(model, rows, tmp_path_factory):
+    """What was printed, records, and the sums of either process."""
+    out = tmp_path_factory.mktemp("together")
     # --multi_gpu is accelerate's word for several processes here; on the CPU alone it would want MPI.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return _launch(launch, model, rows, tmp_path_factory.mktemp("together") / "out", 2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DICER_CACHE": str(out / "cache")}
+    command = [*launch, *_words(model, rows, out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, _records(out), [torch.load(out / f"sums{rank}.pt") for rank in range(2)]
 
 
 def test_two_processes_keep_the_same_neurons_and_one_writes(alone, together):
-    (_, one, _), (printed, two, _) = alone, together
+    (one, _), (printed, two, _) = alone, together
     assert set(one) == set(two) == {"rc-a", "taylor", "sim-a-post"}
     assert printed.count("done: ") == len(METHODS)
     for method, record in one.items():
@@ -183,7 +196,7 @@ def test_two_processes_keep_the_same_neurons_and_one_writes(alone, together):
 
 
 def test_sums_and_gradients_of_two_processes_add_up(alone, together):
-    (_, _, (whole,)), (_, _, (first, second)) = alone, together
+    (_, whole), (_, _, (first, second)) = alone, together
     assert whole["7.1.count"] == 7 * 24
     for name, value in whole.items():
         torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-6)
