@@ -19,8 +19,8 @@ from dicer.ask.recipe import make_recipe
 from dicer.decide.decide import score
 from dicer.decide.task import prepare
 from dicer.machine import pick_device
+from dicer.measure.batches import BATCH_TOKENS
 from dicer.model.source import open_model
-from dicer.processes import BATCH_TOKENS
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ from transformers.utils import logging
 
 from dicer.ask.recipe import make_recipe
 from dicer.machine import pick_device
+from dicer.measure.batches import own_batches
 from dicer.measure.entropy.profile import LISTS
 from dicer.measure.entropy.transfer import layer_forwards, measure
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_calibration
 from dicer.model.source import open_model, tokenize_with
-from dicer.processes import own_batches
 
 
 def main() -> None:

@@ -10,16 +10,14 @@ a JSON record in ``results/<model_name>/<method>/logs/``; a run that is there al
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from dicer.ask.methods import PRESETS
 from dicer.cli.terminal import quiet_transformers
 from dicer.errors import DicerError, RecipeError, unknown
-from dicer.processes import rank
+from dicer.processes import join, rank, several
 
 # --method -> --apply-mode -> dicer's preset; "" where the mode is not asked for.
 SEED_METHODS: dict[str, dict[str, str]] = {
@@ -109,11 +107,8 @@ def main() -> int:
         from dicer.study.grid import make_experiment
         from dicer.study.run import Event, run_experiment
 
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
-
-            # joins the processes; patient, as one may have the longer documents
-            PartialState(cpu=flags.device == "cpu", timeout=timedelta(weeks=1))
+        if several():
+            join(cpu=flags.device == "cpu")
         quiet_transformers()
         experiment = make_experiment(values)
 

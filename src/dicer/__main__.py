@@ -2,4 +2,4 @@
 
 from dicer.cli.main import main
 
-main()
+raise SystemExit(main())

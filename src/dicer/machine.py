@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dicer.errors import RecipeError
+from dicer.processes import local_rank
 
 
 def pick_device(asked: str) -> str:
@@ -21,7 +21,8 @@ def pick_device(asked: str) -> str:
     """
     if asked == "auto":
         if torch.cuda.is_available():  # of several processes (accelerate launch) each has its own
-            return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+            own = local_rank()
+            return "cuda" if own is None else f"cuda:{own}"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=asked).tolist()  # 'meta' makes tensors, but they hold nothing

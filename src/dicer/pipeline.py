@@ -1,86 +1,137 @@
-"""The whole path, as Python: make_plan, apply_plan, prune, load."""
+"""The whole path, as Python: look, make_plan, apply_plan, prune, load."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.resources
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dicer.ask.compute import Compute
 from dicer.ask.recipe import Recipe
 from dicer.decide.decide import score
 from dicer.decide.plan import PrunePlan, load_plan
-from dicer.decide.task import Job, prepare
+from dicer.decide.task import Asked, Decided, prepare, with_text
 from dicer.errors import ModelError, RecipeError
 from dicer.evaluate.quality import perplexity
 from dicer.machine import pick_device
-from dicer.measure.stores.resident import Progress, silent
+from dicer.measure.documents import check_source, check_text
+from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_windows
-from dicer.model.find import copy_side_files
+from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource, from_memory, open_model, tokenize_with
-from dicer.write.card import model_card
-from dicer.write.config import MODELING_FILE
-from dicer.write.sink import CheckpointSink, check_output, check_space
-from dicer.write.surgery import Sizes, plan_cut
+from dicer.progress import Progress, silent
+from dicer.write.checkpoint import Result as Result
+from dicer.write.checkpoint import build_model as build_model
+from dicer.write.checkpoint import write_checkpoint
+from dicer.write.sink import check_output, check_space
+from dicer.write.surgery import plan_cut
 
 PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024
 
 
-@dataclass
-class Result:
-    """What a run did.
+@dataclass(frozen=True)
+class Look:
+    """What is known of a run before anything is read or computed.
 
     Attributes:
-        plan: which units stay.
-        before: sizes of the dense model.
-        after: sizes of the pruned one.
-        path: the checkpoint folder, when one was written.
-        model: the pruned model, when it was asked for in memory.
-        seconds: stage -> wall time.
-        perplexities: ``before`` and ``after``, when text for it was given.
-        notes: what the user should know of how the text was sampled, and of choices without effect.
+        task: the recipe, held against the model; a ``Decided`` where it is known how much stays.
+        before: sizes of the model.
+        after: sizes of what it will be; the same as before where only a run of the model can tell.
+        device: to compute on.
     """
 
-    plan: PrunePlan
+    task: Asked
     before: Sizes
     after: Sizes
-    path: Path | None = None
-    model: Any | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    perplexities: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def needs_code(self) -> bool:
-        """Whether the checkpoint carries a model file (its widths differ)."""
-        return self.path is not None and (self.path / MODELING_FILE).is_file()
+    device: str
 
 
-def make_plan(model: str | os.PathLike[str], recipe: Recipe | None = None, *, progress: Progress = silent) -> PrunePlan:
+def look(
+    model: Any,
+    recipe: Recipe | None = None,
+    compute: Compute | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    perplexity_text: str | None = None,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> Look:
+    """Check everything that can be wrong with a run, and say what it would do; no text is read, no weight loaded.
+
+    Args:
+        model: as for :func:`prune`.
+        recipe: what to do.
+        compute: how.
+        output: the folder that would be written.
+        overwrite: whether an earlier checkpoint there may be replaced.
+        perplexity_text: what perplexity would be measured on.
+        inputs: what else the run reads, which must not lie in ``output``.
+
+    Raises:
+        DicerError: anything that the user can mend.
+    """
+    recipe = recipe or Recipe()
+    compute = recipe.compute_or(compute)
+    in_memory = not isinstance(model, str | os.PathLike)
+    if output is not None:
+        read = [*recipe.files(), perplexity_text, None if in_memory else model, *inputs]
+        check_output(Path(output), overwrite=overwrite, inputs=read)
+    source = from_memory(model) if in_memory else open_model(model)
+    task = prepare(source, recipe, _as_it_is(model, compute) if in_memory else compute)
+    if task.runs_model:
+        check_text(recipe.text)
+    if perplexity_text is not None:
+        check_source(perplexity_text, ("builtin",), "perplexity text")
+    before, after = foreseen(task)
+    if output is not None:
+        check_space(Path(output), after.nbytes)
+    return Look(task, before, after, pick_device(task.compute.device))
+
+
+def foreseen(task: Asked) -> tuple[Sizes, Sizes]:
+    """What the model has and what it will have; the same again where the model has to run first."""
+    if isinstance(task, Decided):
+        return plan_cut(task.source, task.outline()).sizes()
+    sizes = count_sizes(task.source.family, task.source.tensors.infos())
+    return sizes, sizes
+
+
+def make_plan(
+    model: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    compute: Compute | None = None,
+    *,
+    progress: Progress = silent,
+) -> PrunePlan:
     """Decide which units of a model stay, and write nothing.
 
     Args:
         model: a hub id, a folder, a ``.gguf`` file, or ``builtin:smollm2``.
         recipe: what to do; the default is rc-a at 25% in all layers.
+        compute: how it is computed.
         progress: called with (stage, done, total).
 
     Raises:
         DicerError: anything that the user can mend.
     """
-    job = prepare(open_model(model), recipe or Recipe())
-    return score([job], _load_for_scoring(job), progress)[0]
+    found = look(model, recipe, compute)
+    task = with_text(found.task)
+    return score([task], _store(_loaded(found), task.source), progress)[0]
 
 
-def _load_for_scoring(job: Job) -> Any:
-    return job.source.load_model(job.recipe.dtype, pick_device(job.recipe.device))
+def _loaded(found: Look) -> Any:
+    return found.task.source.load_model(found.task.compute.dtype, found.device)
+
+
+def _store(model: Any, source: ModelSource) -> ResidentStore:
+    return ResidentStore(model, source.family)
 
 
 def apply_plan(
@@ -104,26 +155,28 @@ def apply_plan(
         DicerError: anything that the user can mend.
     """
     out = Path(output)
-    read = [Path(p) for p in (plan, model) if not isinstance(p, PrunePlan)]
-    check_output(out, overwrite=overwrite, inputs=read)
+    check_output(out, overwrite=overwrite, inputs=[None if isinstance(plan, PrunePlan) else plan, model])
     loaded = plan if isinstance(plan, PrunePlan) else load_plan(Path(plan))
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
-    result = Result(loaded, *plan_cut(source, loaded).sizes())
+    cut = plan_cut(source, loaded)
+    result = Result(loaded, *cut.sizes())
     check_space(out, result.after.nbytes)
-    with _timed(result, "write"):
-        _write(result, source, out, overwrite, progress)
+    with _timed(result.seconds, "write"):
+        write_checkpoint(result, cut, out, progress, overwrite=overwrite)
     return result
 
 
 def prune(
     model: Any,
     recipe: Recipe | None = None,
+    compute: Compute | None = None,
     *,
     tokenizer: Any | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     perplexity_text: str | None = None,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
     progress: Progress = silent,
 ) -> Result:
     """Prune a model: score, decide, cut.
@@ -131,10 +184,12 @@ def prune(
     Args:
         model: a transformers model in memory, or a hub id, a folder, a ``.gguf`` file, ``builtin:smollm2``.
         recipe: what to do; the default is rc-a at 25% in all layers.
+        compute: how it is computed; of a model in memory device and dtype are what they are.
         tokenizer: for a model in memory whose method looks at text.
         output: the folder to write. Without it the pruned model comes back in ``result.model``.
         overwrite: replace an existing checkpoint, once the new one is whole.
         perplexity_text: ``builtin`` or a text file: measure perplexity before and after, and put it into the card.
+        inputs: what else the run was made from (a recipe file), which must not lie in ``output``.
         progress: called with (stage, done, total).
 
     Returns:
@@ -143,62 +198,63 @@ def prune(
     Raises:
         DicerError: anything that the user can mend; then nothing was written.
     """
-    recipe = recipe or Recipe()
-    out = Path(output) if output is not None else None
-    in_memory = not isinstance(model, str | os.PathLike)
-    if out is not None:
-        read = [recipe.calib, recipe.allocate, recipe.entropy_profile, perplexity_text, None if in_memory else model]
-        check_output(out, overwrite=overwrite, inputs=[Path(p) for p in read if p is not None and Path(p).exists()])
-    source = from_memory(model) if in_memory else open_model(model)
-    if in_memory:
-        recipe = recipe.model_copy(update=_as_it_is(model, recipe))
+    found = look(
+        model,
+        recipe,
+        compute,
+        output=output,
+        overwrite=overwrite,
+        perplexity_text=perplexity_text,
+        inputs=inputs,
+    )
     seconds: dict[str, float] = {}
-    start = time.perf_counter()
-    job = prepare(source, recipe, tokenizer)
-    if out is not None:
-        check_space(out, job.sizes()[1].nbytes)
-    windows = perplexity_windows(perplexity_text, source, tokenizer) if perplexity_text else None
-    dense = model if in_memory else _load_for_scoring(job)
-    seconds["load"] = time.perf_counter() - start
-    start = time.perf_counter()
-    plan = score([job], dense, progress)[0]
-    seconds["score"] = time.perf_counter() - start
+    with _timed(seconds, "load"):
+        task = with_text(found.task, tokenizer)
+        source = task.source
+        windows = perplexity_windows(perplexity_text, source, tokenizer) if perplexity_text else None
+        dense = _loaded(found) if source.live is None else source.live
+    with _timed(seconds, "score"):
+        plan = score([task], _store(dense, source), progress)[0]
     cut = plan_cut(source, plan)
-    result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*job.notes, *plan.notes])
+    result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*task.notes, *plan.notes])
     if windows is not None:
-        with _timed(result, "perplexity"):
-            if job.calibration is not None and perplexity_text == recipe.calib != "builtin":  # which keeps blocks apart
-                result.notes.append("the perplexity is that of the calibration text itself; another would tell more")
+        _note_same_text(result, task, perplexity_text)
+        with _timed(seconds, "perplexity"):
             result.perplexities["before"] = _perplexity(dense, windows, "perplexity before", progress)
     where = (dense.dtype, dense.device)
     del dense
-    if out is None or windows is not None:
-        with _timed(result, "cut"):
-            result.model = build_model(source, plan, *where)
+    if output is None or windows is not None:
+        with _timed(seconds, "cut"):
+            result.model = build_model(cut, *where)
     if windows is not None:
-        with _timed(result, "perplexity"):
+        with _timed(seconds, "perplexity"):
             result.perplexities["after"] = _perplexity(result.model, windows, "perplexity after", progress)
-    if out is not None:
+    if output is not None:
         result.model = None
-        with _timed(result, "write"):
-            _write(result, source, out, overwrite, progress, tokenizer, perplexity_text)
+        options: dict[str, Any] = {"overwrite": overwrite, "tokenizer": tokenizer, "perplexity_text": perplexity_text}
+        with _timed(seconds, "write"):
+            write_checkpoint(result, cut, Path(output), progress, **options)
     return result
 
 
-def _as_it_is(model: Any, recipe: Recipe) -> dict[str, str]:
-    """Device and dtype of a model in memory, which no recipe changes.
+def _note_same_text(result: Result, task: Asked, perplexity_text: str | None) -> None:
+    same = task.calibration is not None and perplexity_text == task.recipe.text.source
+    if same and perplexity_text != "builtin":  # which keeps blocks apart
+        result.notes.append("the perplexity is that of the calibration text itself; another would tell more")
+
+
+def _as_it_is(model: Any, compute: Compute) -> Compute:
+    """Machine options with device and dtype of a model in memory, which nothing changes.
 
     Raises:
-        RecipeError: the recipe asks for others.
+        RecipeError: others are asked for.
     """
     found = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     for name, value in found.items():
-        asked = getattr(recipe, name)
+        asked = getattr(compute, name)
         if asked not in ("auto", value):
-            raise RecipeError(
-                f"the recipe asks for {name} {asked}, and the model in memory has {value}; move it first."
-            )
-    return found
+            raise RecipeError(f"{name} {asked} is asked for, and the model in memory has {value}; move it first.")
+    return compute.model_copy(update=found)
 
 
 def perplexity_windows(text: str, source: ModelSource, tokenizer: Any | None) -> Tensor:
@@ -216,81 +272,6 @@ def perplexity_windows(text: str, source: ModelSource, tokenizer: Any | None) ->
 
 def _perplexity(model: Any, windows: Tensor, stage: str, progress: Progress) -> float:
     return perplexity(model, windows, progress=lambda done, total: progress(stage, done, total))
-
-
-def build_model(source: ModelSource, plan: PrunePlan, dtype: Any = "auto", device: Any = "cpu") -> Any:
-    """The pruned model in memory: a new config and sliced tensors; no module is edited.
-
-    Args:
-        source: the model that the plan was made for.
-        plan: which units stay.
-        dtype: ``auto`` (the checkpoint's own) or a torch dtype.
-        device: a torch device.
-    """
-    import transformers
-
-    from dicer.write.export import modeling_pruned
-
-    family = source.family
-    cut = plan_cut(source, plan)
-    raw = dict(cut.config)
-    kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
-    config = transformers.AutoConfig.for_model(kind, **raw)
-    if auto_map is None:
-        model_class = getattr(transformers, family.causal_lm)
-    else:
-        model_class = getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"])
-        config.auto_map = auto_map
-    state = {name: cut.read(name) for name in cut.infos}
-    if source.live is not None:  # what was not cut is still the dense model's own memory
-        state = {name: tensor if name in cut.made else tensor.clone() for name, tensor in state.items()}
-    pruned: Any = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    if (generation := source.generation_config()) is not None:
-        pruned.generation_config = generation
-    return pruned.to(device).eval()
-
-
-def _write(
-    result: Result,
-    source: ModelSource,
-    out: Path,
-    overwrite: bool,
-    progress: Progress,
-    tokenizer: Any | None = None,
-    perplexity_text: str | None = None,
-) -> None:
-    """The checkpoint folder, whole or not at all."""
-    cut = plan_cut(source, result.plan)
-    config = dict(cut.config)
-    if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
-        config["tokenizer_class"] = tokenizer_class
-    live = source.generation_config() if source.folder is None else None
-    generation = None if live is None else live.to_diff_dict()  # not save_pretrained: it refuses odd but usual ones
-    with CheckpointSink(out, overwrite=overwrite) as sink:
-        if source.folder is not None:
-            copy_side_files(source.folder, sink.folder)
-        elif generation is not None:
-            sink.write_json("generation_config.json", generation)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(sink.folder)
-        result.plan.save(sink.folder)
-        if "auto_map" in config:
-            code = importlib.resources.files("dicer.write.export").joinpath(MODELING_FILE)
-            sink.write_text(MODELING_FILE, code.read_text(encoding="utf-8"))
-        sink.write_tensors(cut.infos, cut.read, lambda done: progress("write", done, len(cut.infos)))
-        sink.write_json("config.json", config)
-        sink.write_text(
-            "README.md",
-            model_card(
-                result.plan,
-                before=result.before,
-                after=result.after,
-                needs_code="auto_map" in config,
-                perplexities=result.perplexities,
-                perplexity_text=Path(perplexity_text).name if perplexity_text else None,
-            ),
-        )
-    result.path = out
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Any:
@@ -312,7 +293,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
 
 
 @contextmanager
-def _timed(result: Result, stage: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

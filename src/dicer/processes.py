@@ -1,12 +1,13 @@
-"""Several processes that work on one pass: who sees which samples, and sums over all of them.
+"""Which of several processes this is, and sums over all of them; asked here and nowhere else, by accelerate's word.
 
-Everything here does nothing where torch.distributed was not initialised, so that one process runs the same code.
+Everything here does nothing in a single process, so that one process runs the same code and imports no accelerate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+import os
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -14,38 +15,36 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-BATCH_TOKENS = 4096  # in a forward pass
+
+def several() -> bool:
+    """Whether a launcher (``accelerate launch``, ``torchrun``) started more than one process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _active() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def join(*, cpu: bool) -> Any:
+    """Meet the other processes, once; accelerate's PartialState. They wait for long: one may have the longer texts."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=cpu, timeout=timedelta(weeks=1))
+
+
+def _state() -> Any:
+    return join(cpu=not torch.cuda.is_available())
 
 
 def rank() -> int:
     """Which process this is; 0 is the one that writes."""
-    return torch.distributed.get_rank() if _active() else 0
+    return int(_state().process_index) if several() else 0
+
+
+def local_rank() -> int | None:
+    """Which process of this machine this is, and so whose GPU; None where it is alone."""
+    return int(_state().local_process_index) if several() else None
 
 
 def world_size() -> int:
     """How many processes there are."""
-    return torch.distributed.get_world_size() if _active() else 1
-
-
-def share(samples: Tensor) -> Tensor:
-    """The rows [S', T] of [S, T] that this process sees; every row goes to one process, some may get none."""
-    return samples.tensor_split(world_size())[rank()]
-
-
-def own_batches(samples: Tensor, size: int | None = None, most: int = BATCH_TOKENS) -> Sequence[Tensor]:
-    """This process's rows of [S, T] in batches [B, T]; none where it got no rows.
-
-    Args:
-        samples: what all processes see together.
-        size: B; None for as many rows as fit.
-        most: tokens in a batch where no size is given, but never less than one row.
-    """
-    mine = share(samples)  # [S', T]
-    return mine.split(size or max(1, most // mine.shape[1])) if len(mine) else ()
+    return int(_state().num_processes) if several() else 1
 
 
 def all_reduce(total: Tensor) -> None:

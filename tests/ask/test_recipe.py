@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 import tomllib
 from typing import get_args
 
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dicer import pipeline
+from dicer.ask.layers import select_layers
 from dicer.ask.methods import DEFAULT_METHOD, PRESETS, Method
-from dicer.ask.recipe import CHOICES, Recipe, make_recipe, read_recipe, select_layers
-from dicer.cli import main as cli
+from dicer.ask.recipe import CHOICES, Recipe, make_recipe
+from dicer.ask.spelling import read_recipe
 from dicer.decide.amounts.by_entropy import SCHEDULES, SPLITS
 from dicer.decide.grouping import GROUPINGS
 from dicer.decide.merging import MERGES
@@ -75,7 +75,7 @@ def _flags(values):
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
+def asked(command, monkeypatch, tmp_path):
     """Type ``dicer plan`` with some words; the Recipe that reaches the library."""
 
     def typed(*words):
@@ -86,10 +86,7 @@ def asked(monkeypatch, tmp_path):
             raise RecipeError("far enough")
 
         monkeypatch.setattr(pipeline, "make_plan", make_plan)
-        monkeypatch.setattr(sys, "argv", ["dicer", "plan", "model", "-o", str(tmp_path / "out"), *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert end.value.code == 2
+        assert command("plan", "model", "-o", tmp_path / "out", *words).code == 2
         return caught[0]
 
     return typed

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 
 import pytest
 from tiny import save_tiny
 from tiny_tasks import CHOICES, write_choice
 
-from dicer.cli import main as cli
 from dicer.cli import measure as cli_measure
 from dicer.cli import terminal
 from dicer.errors import OutputError
@@ -41,20 +39,6 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def typed(monkeypatch, capfd, tmp_path_factory):
-    """Type a command; its exit code, standard output and standard error."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dicer", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code, *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture
 def own_cache(monkeypatch, tmp_path_factory):
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("lm_eval", reason="pip install 'dicer[eval]' brings the harness")
@@ -67,10 +51,10 @@ def _cells(out, name):
     return [cell.strip() for cell in line.strip("│").split("│")]
 
 
-def test_eval_prints_a_table_and_writes_the_same_numbers(typed, own_cache, model, tasks, text, tmp_path):
+def test_eval_prints_a_table_and_writes_the_same_numbers(command, own_cache, model, tasks, text, tmp_path):
     file = tmp_path / "result.json"
     words = ("--tasks", "tiny_choice", "--include-path", tasks, "--perplexity", text, "--window", 32, "--windows", 4)
-    code, out, err = typed("eval", model, *words, "--batch-size", 2, "-o", file)
+    code, out, err = command("eval", model, *words, "--batch-size", 2, "-o", file)
     assert (code, err) == (0, "")
     result = json.loads(file.read_text())
     metrics = result["tasks"]["tiny_choice"]["metrics"]
@@ -87,9 +71,9 @@ def test_eval_prints_a_table_and_writes_the_same_numbers(typed, own_cache, model
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "text.txt"]
 
 
-def test_eval_of_a_protocol_prints_its_row(typed, own_cache, model, tasks, text):
+def test_eval_of_a_protocol_prints_its_row(command, own_cache, model, tasks, text):
     words = ("--protocol", "let-llm", "--task-prefix", "mine_", "--include-path", tasks, "--limit", 2)
-    code, out, err = typed("eval", model, *words, "--perplexity", text, "--window", 32)
+    code, out, err = command("eval", model, *words, "--perplexity", text, "--window", 32)
     assert (code, err) == (0, "")
     assert _cells(out, " piqa")[0] == "piqa"
     summary = out[out.index("Summary") :]
@@ -98,28 +82,28 @@ def test_eval_of_a_protocol_prints_its_row(typed, own_cache, model, tasks, text)
     assert _cells(summary, "perplexity")[0] == "perplexity"
 
 
-def test_a_result_is_overwritten_only_when_asked(typed, model, text, tmp_path):
+def test_a_result_is_overwritten_only_when_asked(command, model, text, tmp_path):
     file = tmp_path / "result.json"
     words = ("eval", model, "--perplexity", text, "--window", 16, "--windows", 1, "-o", file)
-    assert typed(*words)[0] == 0
+    assert command(*words)[0] == 0
     first = file.read_bytes()
-    code, _, err = typed(*words)
+    code, _, err = command(*words)
     assert (code, err) == (2, f"dicer: {file} exists; choose another name or pass --overwrite.\n")
-    assert typed(*words, "--overwrite")[0] == 0
+    assert command(*words, "--overwrite")[0] == 0
     assert file.read_bytes() == first
 
 
-def test_other_processes_than_the_first_say_nothing(typed, monkeypatch, model, text, tmp_path):
+def test_other_processes_than_the_first_say_nothing(command, monkeypatch, model, text, tmp_path):
     monkeypatch.setenv("RANK", "1")
     file = tmp_path / "result.json"
-    assert typed("eval", model, "--perplexity", text, "--window", 16, "-o", file) == (0, "", "")
+    assert command("eval", model, "--perplexity", text, "--window", 16, "-o", file) == (0, "", "")
     assert not file.exists()
 
 
-def test_bench_prints_and_writes(typed, model, tmp_path):
+def test_bench_prints_and_writes(command, model, tmp_path):
     file = tmp_path / "bench.json"
     flags = ("--tokens", 3, "--batch-sizes", "1,2", "--prompt-length", 4, "--rounds", 2, "--dtype", "bfloat16")
-    code, out, err = typed("bench", model, model, *flags, "-o", file)
+    code, out, err = command("bench", model, model, *flags, "-o", file)
     assert (code, err) == (0, "")
     result = json.loads(file.read_text())
     assert [m["name"] for m in result["models"]] == ["llama", "llama"]
@@ -137,7 +121,7 @@ def test_bench_prints_and_writes(typed, model, tmp_path):
         (("eval", "MODEL", "--perplexity", "builtin", "--window", "9999"), "use --window 128"),
         (("eval", "MODEL", "--perplexity", "builtin", "--window", "1"), "window: "),
         (("eval", "MODEL", "--perplexity", "none.txt"), "none.txt cannot be read"),
-        (("eval", "MODEL", "--perplexity", "builtin", "--dtype", "int8"), "dtype 'int8' is none of"),
+        (("eval", "MODEL", "--perplexity", "builtin", "--dtype", "int8"), "dtype: Input should be"),
         (("eval", "MODEL", "--perplexity", "builtin", "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
         (("eval", "nowhere/at/all", "--perplexity", "builtin"), "there is no folder nowhere/at/all"),
         (("eval", "MODEL", "--perplexity", "builtin", "-o", "x" * 300), "cannot be written: File name too long"),
@@ -161,9 +145,9 @@ def test_bench_prints_and_writes(typed, model, tmp_path):
         (("bench", "MODEL", "MODEL", "--rounds", "0"), "rounds must be at least 1"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_on_disk(typed, monkeypatch, model, tmp_path, words, says):
+def test_bad_input_is_one_line_and_nothing_on_disk(command, monkeypatch, model, tmp_path, words, says):
     monkeypatch.chdir(tmp_path)
-    code, out, err = typed(*(str(model) if word == "MODEL" else word for word in words))
+    code, out, err = command(*(str(model) if word == "MODEL" else word for word in words))
     assert (code, out) == (2, "")
     assert err.startswith("dicer: ")
     assert err.count("\n") == 1
@@ -199,13 +183,13 @@ def _socket(path):
         (lambda path: path.write_text('{"model": "mine", "evaluation": {}}'), "is no result of this command"),
     ],
 )
-def test_what_is_no_result_is_never_replaced(typed, monkeypatch, model, words, tmp_path, make, says):
+def test_what_is_no_result_is_never_replaced(command, monkeypatch, model, words, tmp_path, make, says):
     monkeypatch.chdir(tmp_path)  # the names of sockets are short
     file = tmp_path / "result.json"
     make(file)
     before = file.lstat()
-    for command in (("eval", model, *words), ("bench", model)):
-        code, out, err = typed(*command, "-o", file, "--overwrite")
+    for asked in (("eval", model, *words), ("bench", model)):
+        code, out, err = command(*asked, "-o", file, "--overwrite")
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert says in err
     assert file.lstat() == before
@@ -221,44 +205,44 @@ def test_a_large_file_is_not_read_to_know_that_it_is_no_result(tmp_path, monkeyp
         terminal.check_file(file, overwrite=True, keys=["a"])
 
 
-def test_what_a_run_reads_is_never_replaced(typed, model, words, text):
+def test_what_a_run_reads_is_never_replaced(command, model, words, text):
     before = text.read_bytes()
-    code, _, err = typed("eval", model, *words, "-o", text, "--overwrite")
+    code, _, err = command("eval", model, *words, "-o", text, "--overwrite")
     assert (code, err) == (2, f"dicer: {text} is what this run reads; choose another name.\n")
     assert text.read_bytes() == before
 
 
-def test_results_of_bench_are_overwritten_and_those_of_eval_are_not(typed, model, words, tmp_path):
+def test_results_of_bench_are_overwritten_and_those_of_eval_are_not(command, model, words, tmp_path):
     speed = ("bench", model, "--tokens", 2, "--batch-sizes", 1, "--prompt-length", 4, "--rounds", 1)
     files = {"bench": tmp_path / "bench.json", "eval": tmp_path / "eval.json"}
     for _ in range(2):
-        assert typed(*speed, "-o", files["bench"], "--overwrite")[0] == 0
-        assert typed("eval", model, *words, "-o", files["eval"], "--overwrite")[0] == 0
-    assert typed(*speed, "-o", files["eval"], "--overwrite")[0] == 2
-    assert typed("eval", model, *words, "-o", files["bench"], "--overwrite")[0] == 2
+        assert command(*speed, "-o", files["bench"], "--overwrite")[0] == 0
+        assert command("eval", model, *words, "-o", files["eval"], "--overwrite")[0] == 0
+    assert command(*speed, "-o", files["eval"], "--overwrite")[0] == 2
+    assert command("eval", model, *words, "-o", files["bench"], "--overwrite")[0] == 2
 
 
-def test_the_folder_of_a_result_is_made_and_a_link_kept(typed, model, words, tmp_path):
+def test_the_folder_of_a_result_is_made_and_a_link_kept(command, model, words, tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "deep" / "result.json")
-    assert typed("eval", model, *words, "-o", tmp_path / "link.json")[0] == 0
+    assert command("eval", model, *words, "-o", tmp_path / "link.json")[0] == 0
     assert (tmp_path / "link.json").is_symlink()
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
 
 
 @pytest.mark.parametrize(("place", "says"), [("text.txt/r.json", "Not a directory"), ("no/r.json", "no permission")])
-def test_a_folder_that_cannot_be_made(typed, monkeypatch, model, words, tmp_path, place, says):
+def test_a_folder_that_cannot_be_made(command, monkeypatch, model, words, tmp_path, place, says):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
-    code, _, err = typed("eval", model, *words, "-o", tmp_path / place)
+    code, _, err = command("eval", model, *words, "-o", tmp_path / place)
     assert (code, err.count("\n")) == (2, 1)
     assert says in err
 
 
-def test_a_result_is_written_before_it_is_printed(typed, monkeypatch, model, words, tmp_path):
+def test_a_result_is_written_before_it_is_printed(command, monkeypatch, model, words, tmp_path):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cli_measure, "say", full)
-    code, _, err = typed("eval", model, *words, "-o", tmp_path / "result.json")
+    code, _, err = command("eval", model, *words, "-o", tmp_path / "result.json")
     assert (code, err.count("\n")) == (2, 1)
     assert json.loads((tmp_path / "result.json").read_text())["perplexity"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,31 +20,22 @@ from tiny import tiny_model, tiny_tokens
 import dicer
 from dicer.ask.methods import ALLOCATIONS
 from dicer.ask.recipe import PRESETS, Recipe
-from dicer.cli import main as cli
 from dicer.cli import terminal
 from dicer.decide.grouping import GROUPINGS
 from dicer.decide.merging import MERGES
 from dicer.measure.criteria import CRITERIA
 
 COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "entropy", "eval", "bench")
-COLOURS = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE")
 FAST = ("--method", "weight-l2")
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(command):
     """Type a command that must succeed; what it printed. Nothing may appear on stderr, which is no terminal here."""
 
-    for name in COLOURS:
-        monkeypatch.delenv(name, raising=False)
-
     def typed(*words):
-        monkeypatch.setattr(sys, "argv", ["dicer", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capfd.readouterr()
-        assert (end.value.code, err) == (0, "")
+        code, out, err = command(*words)
+        assert (code, err) == (0, "")
         assert "\r" not in out
         plain = re.sub(r"\x1b\[[\d;]*m", "", out)
         # typer decides on the colours of its help when it is imported, so only a process of its own can tell.
@@ -389,6 +380,16 @@ def test_methods_lists_every_preset_and_part(run):
     assert max(map(len, printed.splitlines())) <= 160
 
 
+def test_methods_shows_parameters_and_link_of_a_part(run, monkeypatch):
+    link = "https://example.org/papers/" + "x" * 20
+    parameters = {"linkage": SimpleNamespace(default="complete"), "power": SimpleNamespace(default=2.0)}
+    part = SimpleNamespace(needs=("gram",), parameters=parameters, about="Takes [U] out.", source="eq. 7", link=link)
+    monkeypatch.setattr("dicer.decide.merging.MERGES", {"mine": part})
+    printed = run("methods")
+    assert _row(printed, "mine") == ["mine", "gram", "linkage=complete", "Takes [U] out.", "eq. 7", link]
+    assert "power=2.0" in printed
+
+
 @pytest.fixture
 def narrow(monkeypatch):
     """A terminal of 80 columns."""
@@ -461,12 +462,12 @@ def test_help_is_readable(run, monkeypatch, words):
             assert "--" + name.replace("_", "-") in printed
 
 
+@pytest.mark.usefixtures("no_colours")
 @pytest.mark.parametrize("words", [["prune", "MODEL", "-o", "OUT", "--method", "weight-l2"], ["--help"]])
 def test_a_process_of_its_own_writes_to_stdout_only(model, tmp_path, words):
     names = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
     command = [sys.executable, "-m", "dicer.cli", *(names.get(word, word) for word in words)]
-    environment = {name: value for name, value in os.environ.items() if name not in COLOURS}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     if words[0] == "prune":
@@ -553,29 +554,22 @@ def test_a_closed_stderr_is_no_reason_to_fail(model):
         (OSError("several\nlines"), "several lines. Check"),
     ],
 )
-def test_an_error_of_the_system_is_one_line(monkeypatch, capfd, model, tmp_path, error, says):
+def test_an_error_of_the_system_is_one_line(monkeypatch, refused, model, tmp_path, error, says):
     from dicer import pipeline
 
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(pipeline, "prune", fail)
-    monkeypatch.setattr(sys, "argv", ["dicer", "prune", str(model), "-o", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    err = capfd.readouterr().err
-    assert err.startswith(f"dicer: {says}")
-    assert err.count("\n") == 1
+    assert refused("prune", model, "-o", tmp_path / "out").startswith(f"dicer: {says}")
 
 
-def test_anything_else_keeps_its_traceback(monkeypatch, model, tmp_path):
+def test_anything_else_keeps_its_traceback(monkeypatch, command, model, tmp_path):
     from dicer import pipeline
 
     def bug(*_, **__):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(pipeline, "prune", bug)
-    monkeypatch.setattr(sys, "argv", ["dicer", "prune", str(model), "-o", str(tmp_path / "out")])
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        cli.main()
+        command("prune", model, "-o", tmp_path / "out")

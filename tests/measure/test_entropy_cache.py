@@ -192,6 +192,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(entropy_cache.Path, "replace", full)
+    monkeypatch.setattr("pathlib.Path.replace", full)
     assert _profile(model) == _measured(model)
     assert list((tmp_path / "cache" / "entropy").iterdir()) == []

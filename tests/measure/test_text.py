@@ -15,7 +15,8 @@ from tiny import save_tiny, tiny_tokenizer
 from dicer.ask.recipe import Recipe
 from dicer.errors import CalibrationError
 from dicer.measure import text as calibration_module
-from dicer.measure.text import HUB_TEXTS, load_calibration, load_windows
+from dicer.measure.documents import HUB_TEXTS
+from dicer.measure.text import load_calibration, load_windows
 from dicer.model.source import tokenize_with
 from dicer.pipeline import make_plan
 

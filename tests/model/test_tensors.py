@@ -18,14 +18,7 @@ from tiny import save_tiny, tiny_model
 
 from dicer.errors import OutputError
 from dicer.model.source import from_memory, open_model
-from dicer.model.tensors import (
-    INDEX,
-    WEIGHTS,
-    MemorySource,
-    SafetensorsSource,
-    TensorInfo,
-    fingerprint,
-)
+from dicer.model.tensors import INDEX, WEIGHTS, MemorySource, SafetensorsSource, TensorInfo, fingerprint
 from dicer.write.sink import CheckpointSink, check_output, check_space
 
 TENSORS = {
@@ -317,8 +310,9 @@ def test_what_was_set_aside_and_is_no_folder_stays(tmp_path):
 
 @pytest.mark.parametrize("place", ["out", "out/text.txt", "out/deep/model", "link"])
 def test_an_output_folder_never_holds_what_the_run_reads(tmp_path, place):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "dicer_plan.json").write_text("{}")
+    (tmp_path / "out" / "deep" / "model").mkdir(parents=True)
+    for name in ("dicer_plan.json", "text.txt"):
+        (tmp_path / "out" / name).write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with pytest.raises(OutputError, match="which this run reads"):
         check_output(tmp_path / "out", overwrite=True, inputs=[tmp_path / "other", tmp_path / place])

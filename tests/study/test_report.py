@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dicer.cli import main as cli
 from dicer.errors import ExperimentError, OutputError
 from dicer.study.columns import measures
 from dicer.study.records import pack, read_record, record_path, write_record
@@ -398,14 +397,11 @@ def test_what_goes_from_each_layer_is_drawn_where_it_differs(tmp_path):
     assert not any("allocation" in p.name for p in pictures(records[1:], "x"))
 
 
-def test_the_command_says_where_the_report_is(tmp_path, monkeypatch, capfd):
+def test_the_command_says_where_the_report_is(tmp_path, command):
     _save([_record("original")], tmp_path / "results")
-    words = ["dicer", "report", str(tmp_path / "results"), "-o", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0
-    assert capfd.readouterr().out.endswith(f"open {tmp_path / 'out' / 'report.html'}\n")
+    code, out, _ = command("report", tmp_path / "results", "-o", tmp_path / "out")
+    assert code == 0
+    assert out.endswith(f"open {tmp_path / 'out' / 'report.html'}\n")
 
 
 def test_nothing_to_report_is_one_line(tmp_path):
@@ -441,15 +437,11 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         write_report(_save([_record("original")], tmp_path / "results"), tmp_path / "out")
 
 
-def _refused(tmp_path, monkeypatch, capfd, out, results="results"):
+@pytest.fixture
+def report_refused(refused, tmp_path, monkeypatch):
     """The one line that ``dicer report`` ends with, before anything is drawn."""
     monkeypatch.setattr("dicer.study.report.pages.pictures", lambda *_: pytest.fail("a figure was drawn"))
-    monkeypatch.setattr(sys, "argv", ["dicer", "report", str(tmp_path / results), "-o", str(tmp_path / out)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    written, line = capfd.readouterr()
-    assert (end.value.code, written, line.count("\n")) == (2, "", 1)
-    return line
+    return lambda out, results="results": refused("report", tmp_path / results, "-o", tmp_path / out)
 
 
 @pytest.mark.parametrize(
@@ -465,14 +457,14 @@ def _refused(tmp_path, monkeypatch, capfd, out, results="results"):
         ("link", {}, "lies within the results"),
     ],
 )
-def test_what_others_wrote_is_left_alone(tmp_path, monkeypatch, capfd, out, there, says):
+def test_what_others_wrote_is_left_alone(tmp_path, report_refused, out, there, says):
     _save([_record("original"), _record("rc-a", 0.25)], tmp_path / "results")
     (tmp_path / "link").symlink_to(tmp_path / "results")
     for name, text in there.items():
         (tmp_path / out / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / out / name).write_text(text)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert says in _refused(tmp_path, monkeypatch, capfd, out)
+    assert says in report_refused(out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -495,15 +487,15 @@ def test_the_committed_reports_are_known_as_such():
         assert report._is_report(folder, {path.name for path in folder.iterdir()})
 
 
-def test_a_place_without_permission_is_told_before_anything_is_drawn(tmp_path, monkeypatch, capfd):
+def test_a_place_without_permission_is_told_before_anything_is_drawn(tmp_path, monkeypatch, report_refused):
     _save([_record("original")], tmp_path / "results")
     monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)  # root is denied nothing
-    assert f"no permission in {tmp_path}" in _refused(tmp_path, monkeypatch, capfd, "out/deep")
+    assert f"no permission in {tmp_path}" in report_refused("out/deep")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["is_dir", "iterdir"])
-def test_results_that_may_not_be_read_are_one_line(tmp_path, monkeypatch, capfd, name):
+def test_results_that_may_not_be_read_are_one_line(tmp_path, monkeypatch, report_refused, name):
     _save([_record("original")], tmp_path / "closed" / "results")
     found = getattr(Path, name)
 
@@ -513,10 +505,10 @@ def test_results_that_may_not_be_read_are_one_line(tmp_path, monkeypatch, capfd,
         return found(path, *rest, **more)
 
     monkeypatch.setattr(Path, name, denied)  # root is denied nothing
-    assert "Permission denied" in _refused(tmp_path, monkeypatch, capfd, "out", "closed/results")
+    assert "Permission denied" in report_refused("out", "closed/results")
 
 
-def test_a_folder_of_records_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch, capfd):
+def test_a_folder_of_records_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch, report_refused):
     _save([_record("original"), _record("rc-a", 0.25)], tmp_path / "results")
     found = Path.iterdir
 
@@ -526,7 +518,7 @@ def test_a_folder_of_records_that_may_not_be_read_is_not_passed_over(tmp_path, m
         return found(path)
 
     monkeypatch.setattr(Path, "iterdir", denied)
-    assert "rc-a/logs cannot be read: Permission denied." in _refused(tmp_path, monkeypatch, capfd, "out")
+    assert "rc-a/logs cannot be read: Permission denied." in report_refused("out")
 
 
 def _changed(record, where, value):
@@ -575,22 +567,22 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("where", "value", "says"), DAMAGES, ids=lambda part: str(part)[:30])
-def test_a_damaged_record_is_one_line_that_says_where(tmp_path, monkeypatch, capfd, where, value, says):
+def test_a_damaged_record_is_one_line_that_says_where(tmp_path, report_refused, where, value, says):
     _save([_record("original")], tmp_path / "results")
     path = tmp_path / "results" / "a" / "rc-a" / "logs" / "b.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(_changed(_record("rc-a", 0.25), where, value)))
-    line = _refused(tmp_path, monkeypatch, capfd, "out")
+    line = report_refused("out")
     assert f"{path} is no whole record of a run {says}" in line
     assert line.endswith("; move it out of the results folder.\n")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5_000 + "1" + "}" * 5_000, '"\\ud800"', "\0", ""])
-def test_what_is_no_json_object_is_one_line(tmp_path, monkeypatch, capfd, text):
+def test_what_is_no_json_object_is_one_line(tmp_path, report_refused, text):
     path = tmp_path / "results" / "a" / "b" / "logs" / "c.json"
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert f"{path} is no record of a run" in _refused(tmp_path, monkeypatch, capfd, "out")
+    assert f"{path} is no record of a run" in report_refused("out")
 
 
 def test_odd_records_that_are_whole_make_a_report(tmp_path):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic.config import JsonDict
 
-from dicer.ask.recipe import first_line
+from dicer.ask.strict import Strict
 from dicer.errors import RecipeError, unknown
 
 _WINDOW = 1024  # tokens, where neither the user nor a protocol says
+_TASKS: JsonDict = {"panel": "Tasks"}  # a box of the help
+_TEXT: JsonDict = {"panel": "Text"}
 
 
 class Protocol(NamedTuple):
@@ -58,37 +61,56 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
 )
 
 
-class Evaluation(BaseModel):
+class Evaluation(Strict):
     """What to measure; every field is also a flag of ``dicer eval``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    kind = "evaluation key"
 
-    tasks: tuple[str, ...] = Field(default=(), description="tasks, groups or tags of the harness, with commas between")
-    protocol: str | None = Field(default=None, description="what a paper measures: randomness or let-llm")
-    task_prefix: str = Field(default="", description="put before the protocol's task names, e.g. local_")
-    num_fewshot: int | None = Field(default=None, ge=0, description="examples in the prompt (default: the task's own)")
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="tasks, groups or tags of the harness, with commas between",
+        json_schema_extra={"metavar": "A,B"},
+    )
+    protocol: str | None = Field(
+        default=None, description="what a paper measures: randomness or let-llm", json_schema_extra={"metavar": "NAME"}
+    )
+    task_prefix: str = Field(
+        default="", description="put before the protocol's task names, e.g. local_", json_schema_extra=_TASKS
+    )
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="examples in the prompt (default: the task's own)", json_schema_extra=_TASKS
+    )
     limit: int | None = Field(default=None, ge=1, description="documents a task (default: all)")
     limits: dict[str, int] = Field(
-        default={}, description="documents of single tasks or groups, over limit: NAME=N, with commas between"
+        default={},
+        description="documents of single tasks or groups, over limit, with commas between",
+        json_schema_extra=_TASKS | {"metavar": "NAME=N"},
     )
-    batch_size: int | Literal["auto"] = Field(default="auto", description="auto, or requests in a forward pass")
-    include_path: str | None = Field(default=None, description="folder with task files of your own")
+    batch_size: int | Literal["auto"] = Field(
+        default="auto",
+        description="auto, or requests in a forward pass",
+        json_schema_extra={"panel": "Machine", "metavar": "auto|N"},
+    )
+    include_path: str | None = Field(
+        default=None,
+        description="folder with task files of your own",
+        json_schema_extra=_TASKS | {"metavar": "DIR"},
+    )
     perplexity: str | None = Field(
-        default=None, description="token perplexity on builtin, wikitext2 (hub) or a .txt/.jsonl(.gz)"
+        default=None,
+        description="token perplexity on builtin, wikitext2 (hub) or a .txt/.jsonl(.gz)",
+        json_schema_extra={"metavar": "TEXT"},
     )
-    window: int = Field(default=_WINDOW, ge=2, description="tokens in a window of that text")
+    window: int = Field(default=_WINDOW, ge=2, description="tokens in a window of that text", json_schema_extra=_TEXT)
     also_window: int | None = Field(
-        default=None, ge=2, description="another window length, measured over as much of the text"
+        default=None,
+        ge=2,
+        description="another window length, measured over as much of the text",
+        json_schema_extra=_TEXT,
     )
-    windows: int | None = Field(default=None, ge=1, description="how many windows, from the start (default: all)")
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _one_line(cls, values: Any, handler: Callable[[Any], Evaluation]) -> Evaluation:
-        try:
-            return handler(values)
-        except ValidationError as error:
-            raise RecipeError(first_line(error, "evaluation key", Evaluation.model_fields)) from None
+    windows: int | None = Field(
+        default=None, ge=1, description="how many windows, from the start (default: all)", json_schema_extra=_TEXT
+    )
 
     @field_validator("tasks", mode="before")
     @classmethod

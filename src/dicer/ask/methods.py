@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from dicer.ask.axes import CHOSEN
+
 Activation = Literal["pre", "post", "mod"]
 AxisName = Literal["mlp", "attention", "block", "all"]
 RatioOf = Literal["chosen", "mlp", "decoder", "model"]
 DEFAULT_METHOD = "rc-a"
+XU_2025 = "https://openreview.net/forum?id=YncWrbIxnN"
 ALLOCATIONS: Mapping[str, str] = MappingProxyType(
     {
         "uniform": "the same ratio in every layer (Xu et al. 2025, 3)",
@@ -85,9 +88,14 @@ class Method(NamedTuple):
     ratio_of: RatioOf = "chosen"
 
     @property
+    def from_file(self) -> bool:
+        """Whether the ratios are the user's own."""
+        return self.allocate.endswith(".json")
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """The axes whose units are scored; none where whole blocks go."""
-        return {"all": ("attention", "mlp"), "block": ()}.get(self.axis, (self.axis,))
+        return CHOSEN[self.axis]
 
 
 def is_preset(preset: Preset, method: Method) -> bool:

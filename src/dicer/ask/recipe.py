@@ -1,15 +1,17 @@
-"""What the user asks, validated: Recipe, the presets of the paper, layer lists, and their TOML form."""
+"""What the user wants done, validated, and the choices that it comes to."""
 
 from __future__ import annotations
 
-import re
-import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import json
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator
 
+from dicer.ask.axes import AXES
+from dicer.ask.compute import COMPUTE_KEYS, Compute
+from dicer.ask.layers import layer_ranges
 from dicer.ask.methods import (
     ALLOCATIONS,
     DEFAULT_METHOD,
@@ -21,23 +23,38 @@ from dicer.ask.methods import (
     complete,
     is_preset,
 )
+from dicer.ask.panels import ENTROPY, HOW, WHAT
+from dicer.ask.strict import Strict
+from dicer.ask.text import TEXT_KEYS, Text
 from dicer.errors import RecipeError, unknown
 
+Settings = tuple[tuple[str, str | int | float | bool | None], ...]  # parameter of a part -> value
 
-class Recipe(BaseModel):
-    """Everything that decides the result, in one value; every field is also a flag and a TOML key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+class Recipe(Strict):
+    """What the user wants done to a model, beside the model itself; how it is computed is :class:`.Compute`.
+
+    Every field, and every field of ``text`` under the name that :class:`.Text` says, is also a flag and a TOML key.
+    """
 
     method: str | None = Field(
         default=None, description="preset of the paper; 'dicer methods' lists them (default: rc-a)"
     )
-    criterion: str | None = Field(default=None, description="criterion by name, or FILE.py:NAME for your own")
-    activation: Activation | None = Field(default=None, description="which activation is read: pre, post or mod")
-    grouping: str | None = Field(default=None, description="none, random or similarity")
-    merge: str | None = Field(default=None, description="what a group leaves: prune, mean or dominant")
+    criterion: str | None = Field(
+        default=None, description="criterion by name, or FILE.py:NAME for your own", json_schema_extra=HOW
+    )
+    activation: Activation | None = Field(
+        default=None, description="which activation is read: pre, post or mod", json_schema_extra=HOW
+    )
+    grouping: str | None = Field(default=None, description="none, random or similarity", json_schema_extra=HOW)
+    merge: str | None = Field(
+        default=None, description="what a group leaves: prune, mean or dominant", json_schema_extra=HOW
+    )
     groups: int | None = Field(
-        default=None, ge=1, description="random groups C that keep K/C neurons each (default: C = K)"
+        default=None,
+        ge=1,
+        description="random groups C that keep K/C neurons each (default: C = K)",
+        json_schema_extra=HOW,
     )
     axis: AxisName | None = Field(
         default=None,
@@ -49,67 +66,119 @@ class Recipe(BaseModel):
         default=None,
         description="fraction of what: chosen (the units of the chosen axis and layers), or all of the mlp, decoder "
         "or model (default: chosen)",
+        json_schema_extra=WHAT,
     )
     allocate: str | None = Field(
         default=None,
         description="how the ratio is shared out: uniform, transfer-entropy, global, or FILE.json (default: uniform)",
     )
-    max_ratio: float = Field(default=1.0, description="no module loses more than this fraction", gt=0, le=1)
-    min_width: int = Field(default=1, ge=1, description="neurons that every layer keeps at least")
+    max_ratio: float = Field(
+        default=1.0, description="no module loses more than this fraction", gt=0, le=1, json_schema_extra=WHAT
+    )
+    min_width: int = Field(
+        default=1, ge=1, description="neurons that every layer keeps at least", json_schema_extra=WHAT
+    )
     drop_threshold: float | None = Field(
-        default=None, gt=0, le=1, description="a module whose ratio reaches this is removed whole (default: none is)"
+        default=None,
+        gt=0,
+        le=1,
+        description="a module whose ratio reaches this is removed whole (default: none is)",
+        json_schema_extra=WHAT,
     )
     compensate: Literal["none", "bias"] = Field(
-        default="none", description="bias: the removed units' mean output stays, as a bias of the output projection"
+        default="none",
+        description="bias: the removed units' mean output stays, as a bias of the output projection",
+        json_schema_extra=WHAT,
     )
     schedule: str = Field(
-        default="linear", description="how ratios fall with transfer entropy: linear, softmax or rank"
+        default="linear",
+        description="how ratios fall with transfer entropy: linear, softmax or rank",
+        json_schema_extra=ENTROPY,
     )
     split: str = Field(
         default="share",
         description="how a block's ratio is split between attention and MLP: share, model or equal; "
         "module: no blocks, every module by its own transfer entropy",
+        json_schema_extra=ENTROPY,
     )
     entropy_search: str = Field(
-        default="independent", description="transfer entropy of each module by itself (independent) or greedy"
+        default="independent",
+        description="transfer entropy of each module by itself (independent) or greedy",
+        json_schema_extra=ENTROPY,
     )
-    entropy_at: str = Field(default="norm", description="entropy after the final norm (norm) or before it (hidden)")
+    entropy_at: str = Field(
+        default="norm",
+        description="entropy after the final norm (norm) or before it (hidden)",
+        json_schema_extra=ENTROPY,
+    )
     entropy_profile: str | None = Field(
-        default=None, description="transfer entropy from this file of 'dicer entropy'; it is not measured then"
+        default=None,
+        description="transfer entropy from this file of 'dicer entropy'; it is not measured then",
+        json_schema_extra=ENTROPY,
     )
     layers: str = Field(
         default="all", description="'all', or indices and ranges as in 5,6,9-12 or 5-; -1 is the last layer"
     )
-    width_multiple: int = Field(default=1, ge=1, description="round the kept width to a multiple of this")
-    calib: str = Field(
-        default="builtin", description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a .txt/.jsonl(.gz)"
+    width_multiple: int = Field(
+        default=1, ge=1, description="round the kept width to a multiple of this", json_schema_extra=WHAT
     )
-    calib_config: str | None = Field(default=None, description="configuration of the hub data set OWNER/NAME")
-    calib_split: str = Field(default="train", description="split of the hub data set OWNER/NAME")
-    calib_field: str = Field(default="text", description="text field of the hub data set or of the .jsonl file")
-    samples: int = Field(default=10, ge=1, description="calibration samples")
-    seq_len: int = Field(default=128, ge=2, description="tokens in a sample")
-    calib_seed: int = Field(
-        default=42, ge=0, lt=2**63, description="seed of the choice of calibration samples, apart from --seed"
+    seed: int = Field(
+        default=42, ge=0, lt=2**63, description="seed of random criteria and groupings", json_schema_extra=HOW
     )
-    seed: int = Field(default=42, ge=0, lt=2**63, description="seed of random criteria and groupings")
-    batch_size: int | None = Field(
-        default=None, ge=1, description="samples in a forward pass (default: 4,096 tokens' worth)"
+    set: Settings = Field(
+        default=(),
+        description="NAME=VALUE: a parameter of the criterion, grouping or merge ('dicer methods' lists them)",
+        json_schema_extra={**HOW, "metavar": "NAME=VALUE", "repeat": True},
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="dtype that calibration computes in (auto: the checkpoint's own, which the output keeps)",
-    )
-    gradient_checkpointing: bool = Field(default=False, description="taylor only: less memory, one more forward pass")
+    text: Text = Field(default_factory=Text, description="what is read")
+    _compute: Compute | None = PrivateAttr(default=None)
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _one_line(cls, values: Any, handler: Callable[[Any], Recipe]) -> Recipe:
-        try:
-            return handler(values)
-        except ValidationError as error:
-            raise RecipeError(first_line(error, "recipe key", Recipe.model_fields)) from None
+    def keys(cls) -> Iterable[str]:
+        """The fields as users spell them, those of the text among them."""
+        return [*(name for name in cls.model_fields if name != "text"), *TEXT_KEYS]
+
+    @classmethod
+    def _prepared(cls, values: Any) -> Any:
+        """Fields of the text may stand beside the recipe's own, as flags and TOML keys do."""
+        if not isinstance(values, Mapping) or not (flat := {k: v for k, v in values.items() if k in TEXT_KEYS}):
+            return values
+        text = values.get("text", Text()).model_dump(by_alias=True, exclude_unset=True)
+        return {**{k: v for k, v in values.items() if k not in flat}, "text": Text(**{**text, **flat})}
+
+    def __init__(self, **values: Any) -> None:
+        machine = {name: values.pop(name) for name in COMPUTE_KEYS if name in values}
+        super().__init__(**values)
+        if machine:
+            self._compute = Compute(**machine)
+            warnings.warn(
+                f"{', '.join(machine)}: no part of a recipe any more; give dicer.Compute({next(iter(machine))}=...) as "
+                "compute= to what runs it.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+
+    def compute_or(self, compute: Compute | None) -> Compute:
+        """Machine options: those that are given, else those that an old call put into the recipe, else the default."""
+        return compute or self._compute or Compute()
+
+    def files(self) -> list[str]:
+        """What it may name on the disk: text, ratios, a profile, and the files of parts of one's own."""
+        parts = (part.rpartition(":")[0] for part in (self.criterion, self.grouping, self.merge) if part)
+        named = (self.text.source, self.allocate, self.entropy_profile, *parts)
+        return [name for name in named if name]
+
+    def flat(self) -> dict[str, Any]:
+        """Every value by the name that users spell; ``set`` as a table, and only where there is one."""
+        values = self.model_dump(exclude={"text", "set"})
+        return {**values, **self.text.flat(), **({"set": dict(self.set)} if self.set else {})}
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _settings_apart(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return tuple(value.items())
+        return tuple(_setting(pair) if isinstance(pair, str) else pair for pair in value)
 
     @field_validator("ratio")
     @classmethod
@@ -128,7 +197,7 @@ class Recipe(BaseModel):
     @field_validator("layers")
     @classmethod
     def _layers_readable(cls, value: str) -> str:
-        _layer_ranges(value)
+        layer_ranges(value)
         return value
 
     def resolve(self) -> Method:
@@ -160,25 +229,28 @@ class Recipe(BaseModel):
         _check_axis(self, method)
         _check_allocation(self, method)
         same = (name for name, preset in PRESETS.items() if is_preset(preset, method))
-        none = self.groups is not None or axis == "block"  # nothing is scored where whole layers go
+        none = bool(self.groups or self.set) or axis == "block"  # nothing is scored where whole layers go
         return method._replace(preset=None if none else next(same, None))
 
 
 def _check_axis(recipe: Recipe, method: Method) -> None:
     """Refuse what an axis cannot do."""
-    if "attention" in method.axes and method.merge != "prune":
+    unable = next((AXES[axis] for axis in method.axes if not AXES[axis].merges), None)
+    if unable is not None and method.merge != "prune":
         raise RecipeError(
-            f"merge '{method.merge}' is for neurons, and --axis {method.axis} has heads, which stay or go; "
+            f"merge '{method.merge}' is for neurons, and --axis {method.axis} has {unable.units}, which stay or go; "
             "use --merge prune, or --axis mlp."
         )
-    if method.axis == "attention":
+    if method.axes and not any(AXES[axis].widths for axis in method.axes):
         for name in ("min_width", "width_multiple"):
             if getattr(recipe, name) != Recipe.model_fields[name].default:
-                raise RecipeError(f"--{name.replace('_', '-')} is for neurons and has no effect on --axis attention.")
+                raise RecipeError(
+                    f"--{name.replace('_', '-')} is for neurons and has no effect on --axis {method.axis}."
+                )
     if method.axis != "block":
         return
     unread = (
-        *("criterion", "activation", "grouping", "merge", "groups", "schedule", "split"),
+        *("criterion", "activation", "grouping", "merge", "groups", "set", "schedule", "split"),
         *("drop_threshold", "max_ratio", "min_width", "width_multiple"),
     )
     named = [name for name in unread if getattr(recipe, name) != Recipe.model_fields[name].default]
@@ -231,80 +303,13 @@ def _check_allocation(recipe: Recipe, method: Method) -> None:
         raise RecipeError(f"{method.allocate} says the ratios; leave --ratio out.")
 
 
-def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """A Recipe from flags or a TOML table; None values are left to their defaults.
-
-    Raises:
-        RecipeError: one line for the first thing that is wrong.
-    """
-    return Recipe(**{key: value for key, value in values.items() if value is not None})
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The values of a recipe file, to be overridden by flags and given to :func:`make_recipe`.
-
-    Raises:
-        RecipeError: the file cannot be read, is no TOML, or has a key or value that no recipe has; the line names it.
-    """
+def _setting(pair: str) -> tuple[str, Any]:
+    """NAME=VALUE; a number or a truth value is one, whichever way it was typed."""
+    name, equals, value = (part.strip() for part in pair.partition("="))
+    if not (name and equals and value):
+        raise RecipeError(f"--set {pair!r} cannot be read: write NAME=VALUE, as in --set linkage=average.")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RecipeError(f"recipe {path} cannot be read: {reason}.") from None
-    for key in values:
-        if key not in Recipe.model_fields:
-            raise RecipeError(f"recipe {path}: " + unknown("key", key, Recipe.model_fields))
-    try:
-        make_recipe(values)
-    except RecipeError as error:
-        raise RecipeError(f"recipe {path}: {error}") from None
-    return values
-
-
-def select_layers(text: str, count: int) -> list[int]:
-    """The layer indices that ``--layers`` names, sorted, each once.
-
-    Args:
-        text: as in ``5-26``, ``5,6,9-12``, ``all``, ``5-`` (to the last), ``-4--1``; ranges include both ends.
-        count: how many layers the model has.
-
-    Raises:
-        RecipeError: a layer that does not exist, or a range that runs backwards.
-    """
-    if text.strip() == "all":
-        return list(range(count))
-    chosen: set[int] = set()
-    for first, last in _layer_ranges(text):
-        ends = []
-        for index in (first, last):
-            if not -count <= index < count:
-                raise RecipeError(f"layer {index} does not exist: the model has layers 0 to {count - 1}.")
-            ends.append(index % count)
-        if ends[0] > ends[1]:
-            raise RecipeError(f"layer range '{first}-{last}' runs backwards (layers {ends[0]} to {ends[1]}).")
-        chosen.update(range(ends[0], ends[1] + 1))
-    return sorted(chosen)
-
-
-def _layer_ranges(text: str) -> list[tuple[int, int]]:
-    if text.strip() == "all":
-        return []
-    ranges = []
-    for piece in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d{1,6})(-(-?\d{1,6})?)?\s*", piece)
-        if match is None:
-            raise RecipeError(
-                f"layers '{text}' cannot be read at '{piece}'; write 'all', or as in 5,6,9-12,15- or -4--1."
-            )
-        last = match[3] or "-1" if match[2] else match[1]
-        ranges.append((int(match[1]), int(last)))
-    return ranges
-
-
-def first_line(error: ValidationError, kind: str, fields: Iterable[str]) -> str:
-    """The first thing that is wrong, as one line; ``kind`` is what an unknown field is called."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return unknown(kind, field, fields)
-    return f"{field}: {first['msg']}, got {first['input']!r}."
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = value
+    return name, found if isinstance(found, str | int | float | bool) or found is None else value

@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dicer.ask.recipe import make_recipe
-from dicer.cli.flags import recipe_flags
+from dicer.ask.compute import Compute
+from dicer.ask.spelling import make_wanted
+from dicer.ask.text import Text
+from dicer.cli.flags import fields_of, with_flags
 from dicer.cli.terminal import (
     Bar,
     ModelArgument,
+    OverwriteOption,
     check_file,
     output_path,
     quiet_transformers,
@@ -24,13 +27,12 @@ from dicer.cli.terminal import (
 
 app = typer.Typer()
 
-_FIELDS = ("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len", "calib_seed", "batch_size")
-_MACHINE = ("device", "dtype")
+_FIELDS = fields_of(Text) | fields_of(Compute, "device", "dtype", "batch_size")
 _KEYS = ("entropy", "search", "at", "tokens", "channels")  # of a profile
 
 
 @app.command(name="entropy")
-@recipe_flags((*_FIELDS, *_MACHINE))
+@with_flags(_FIELDS)
 def entropy_command(
     model: ModelArgument,
     output: Annotated[
@@ -45,7 +47,7 @@ def entropy_command(
         str, typer.Option(help="The final state: behind the final norm (norm) or before it (hidden).")
     ] = "norm",
     lists: Annotated[str, typer.Option(metavar="A,B", help="What to measure, of blocks, attention, mlp.")] = "all",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the profile that is there.")] = False,
+    overwrite: OverwriteOption = False,
     *,
     flags: dict[str, Any],
 ) -> None:
@@ -53,34 +55,35 @@ def entropy_command(
 
     What was measured is kept in the user's cache, so a run that was stopped goes on where it was.
     """
-    recipe = make_recipe(flags)
+    recipe, compute = make_wanted(flags)
     from dicer.measure.entropy.profile import LISTS, check_choices
 
     chosen = LISTS if lists.strip() == "all" else tuple(name.strip() for name in lists.split(","))
     check_choices(chosen, search, at)
-    check_file(output, overwrite=overwrite, keys=_KEYS, inputs=[recipe.calib])
+    check_file(output, overwrite=overwrite, keys=_KEYS, inputs=[recipe.text.source])
     from dicer.decide.task import check_tokens
     from dicer.machine import pick_device
     from dicer.measure.entropy.cache import entropy_profile
+    from dicer.measure.stores.resident import ResidentStore
     from dicer.measure.text import load_calibration
     from dicer.model.source import open_model, tokenize_with
 
     quiet_transformers()
     source = open_model(model)
-    calibration = load_calibration(recipe, tokenize_with(source.tokenizer()))
+    calibration = load_calibration(recipe.text, tokenize_with(source.tokenizer()))
     check_tokens(calibration.tokens, source)
-    loaded = source.load_model(recipe.dtype, pick_device(recipe.device))
+    loaded = source.load_model(compute.dtype, pick_device(compute.device))
     _show_cost(len(source.family.widths(source.config)), chosen, search, calibration.tokens.shape)
     try:
         with Bar() as progress:
             profile = entropy_profile(
                 source,
-                loaded,
+                ResidentStore(loaded, source.family),
                 calibration.tokens,
                 lists=chosen,
                 search=search,
                 at=at,
-                batch_size=recipe.batch_size,
+                batch_size=compute.batch_size,
                 progress=progress,
             )
     except KeyboardInterrupt:

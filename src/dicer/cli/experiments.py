@@ -100,7 +100,7 @@ def describe(task: Task) -> str:
     recipe = task.run.recipe
     if recipe is None:
         return f"{task.source.name} {task.run.method}"
-    text = f"{task.run.text} {recipe.samples} x {recipe.seq_len}"
+    text = f"{task.run.text} {recipe.text.samples} x {recipe.text.seq_len}"
     ratio = "" if (recipe.allocate or "").endswith(".json") else f" {recipe.ratio:g}"
     return f"{task.source.name} {task.run.method}{ratio} seed {recipe.seed}, {text}"
 

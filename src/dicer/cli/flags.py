@@ -1,51 +1,78 @@
-"""Recipe fields as flags of a command."""
+"""Fields of a model as flags of a command: said once, checked once, explained once."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Annotated, Any, get_args
 
 import typer
+from pydantic.fields import FieldInfo
 
-from dicer.ask.recipe import Recipe
+from dicer.ask.strict import Strict
 
 Command = Callable[..., None]
 
+# The boxes of a help, below a first one with what most people need: those have no panel.
+PANELS = ("What goes", "How it is chosen", "Transfer entropy", "Tasks", "Text", "Machine", "Output")
 
-def recipe_flags(fields: Collection[str] = tuple(Recipe.model_fields)) -> Callable[[Command], Command]:
-    """Give a command one flag for each of these fields of Recipe; those that were typed arrive in ``flags``.
+
+def fields_of(model: type[Strict], *names: str) -> dict[str, FieldInfo]:
+    """Some fields of a model by the names that users spell, in its order; all where none is named."""
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    return {name: field for name, field in fields.items() if not names or name in names}
+
+
+def with_flags(fields: Mapping[str, FieldInfo], into: str = "flags") -> Callable[[Command], Command]:
+    """Give a command a flag for each of these fields; it gets those that were typed as a dict.
+
+    Of a field come the type and the help, its description. Its ``json_schema_extra`` may say more: ``panel`` (which box
+    of the help it stands in), ``metavar`` (what stands for the value) and ``repeat`` (it is typed once for each value).
 
     Args:
-        fields: names of fields; the flags come in the order of Recipe.
+        fields: flag, with underscores -> field.
+        into: the argument of the command that takes the dict; decorators with different ones can be stacked.
     """
-    chosen = [name for name in Recipe.model_fields if name in fields]
-    added = [_flag(name) for name in chosen]
+    added = [_flag(name, field) for name, field in fields.items()]
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.name != "flags"]
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != into]
+        parameters = sorted((*own, *added), key=_panel)
 
         def run(**values: Any) -> None:
-            flags = {name: values.pop(name) for name in chosen}
-            command(**values, flags=flags)
+            typed = {name: values.pop(name) for name in fields}
+            command(**values, **{into: {name: value for name, value in typed.items() if value not in (None, [])}})
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        run.__signature__ = signature.replace(parameters=[*keyword_only, *added])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*keyword_only, *added)}
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
     return decorate
 
 
-def _flag(name: str) -> inspect.Parameter:
-    field = Recipe.model_fields[name]
-    kinds = (field.annotation, *get_args(field.annotation))
-    kind: Any = next((t for t in (bool, int, float) if t in kinds), str)
-    default = "" if field.default is None or kind is bool else f" [default: {field.default}]"
-    text = f"{field.description}{default}"
-    option = typer.Option("--" + name.replace("_", "-"), help=text, show_default=False, rich_help_panel="Recipe")
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    more: Any = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    kinds = {*(get_args(field.annotation) or [field.annotation])} - {NoneType}
+    kind: Any = kinds.pop() if kinds in ({bool}, {int}, {float}) else str
+    default = "" if field.default in (None, "", (), {}) or kind is bool else f" (default: {field.default})"
+    option = typer.Option(
+        "--" + name.replace("_", "-"),
+        help=f"{field.description}{default}",
+        show_default=False,
+        metavar="" if kind is bool else more.get("metavar"),
+        rich_help_panel=more.get("panel"),
+    )
+    kind = list[kind] if more.get("repeat") else kind
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    """Where a parameter stands in the help: with its panel; without one, in front."""
+    option = next(iter(getattr(parameter.annotation, "__metadata__", ())), None)
+    panel = getattr(option, "rich_help_panel", None)
+    return 0 if panel is None else 1 + PANELS.index(panel)

@@ -1,36 +1,50 @@
-"""What a model is made of, and what pruning would leave of it, from its headers alone."""
+"""The commands that only look: info and methods."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+import typer
+from rich.table import Table
+
+from dicer.ask.methods import ALLOCATIONS, PRESETS
 from dicer.ask.recipe import Recipe
-from dicer.decide.task import prepare
-from dicer.model.source import ModelSource
-from dicer.write.surgery import count_sizes
+from dicer.cli.terminal import ModelArgument, quiet_transformers, show
+
+if TYPE_CHECKING:
+    from dicer.model.source import ModelSource
+
+app = typer.Typer()
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What ``dicer info`` shows.
+@app.command()
+def info(model: ModelArgument) -> None:
+    """Show what MODEL is made of, and what pruning 10 to 50% of its MLP neurons would leave."""
+    from dicer.model.source import open_model
 
-    Attributes:
-        name: of the model.
-        rows: (what, value).
-        left: one row for each ratio: removed, width, parameters, share, bytes.
-    """
+    quiet_transformers()
+    source = open_model(model)
+    table = Table(title=source.name, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, value in _made_of(source):
+        table.add_row(name, value)
+    show(table)
+    left = Table("removed", "neurons a layer", "parameters", "of the model", "weights", title="All layers pruned")
+    for row in _what_is_left(source):
+        left.add_row(*row)
+    show(left)
 
-    name: str
-    rows: list[tuple[str, str]]
-    left: list[tuple[str, str, str, str, str]]
 
+def _made_of(source: ModelSource) -> list[tuple[str, str]]:
+    """(what, value) of a model, from its headers alone."""
+    from dicer.model.sizes import count_sizes
 
-def describe(source: ModelSource) -> Facts:
-    """Family, widths and parameters of a model, and what 10 to 50% would leave; reads headers only."""
     infos, family = source.tensors.infos(), source.family
-    widths = family.widths(source.config)
+    widths, heads = family.widths(source.config), family.units(source.config, "attention")
     inside = {name: info.numel for name, info in infos.items() if family.locate(name)}
-    sizes, heads = count_sizes(family, infos), family.units(source.config, "attention")
+    sizes = count_sizes(family, infos)
     counts = {
         "MLP neurons": sizes.mlp,
         "attention heads": sizes.attention,
@@ -38,30 +52,73 @@ def describe(source: ModelSource) -> Facts:
             info.numel for name, info in infos.items() if name not in inside and len(info.shape) == 2
         ),
     }
-    total = sizes.parameters
-    counts["norms and the rest"] = total - sum(counts.values())
-    rows = [
+    counts["norms and the rest"] = sizes.parameters - sum(counts.values())
+    return [
         ("family", family.model_type),
         ("layers", f"{len(widths)} (0 to {len(widths) - 1})"),
         ("neurons a layer", _span(widths)),
         ("key-value heads a layer", _span(heads)),
         ("legal widths", f"any from 1 to {max(widths)}; multiples of 64 or 256 suit tensor cores and K-quants"),
         ("dtypes", ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))),
-        ("parameters", f"{total:,}"),
-        *((f"- {name}", f"{count:,} ({count / total:.1%})") for name, count in counts.items()),
+        ("parameters", f"{sizes.parameters:,}"),
+        *((f"- {name}", f"{count:,} ({count / sizes.parameters:.1%})") for name, count in counts.items()),
         ("bytes of weights", f"{sum(info.nbytes for info in infos.values()):,}"),
     ]
-    left = []
+
+
+def _what_is_left(source: ModelSource) -> Iterator[tuple[str, str, str, str, str]]:
+    """For each ratio: removed, width, parameters, their share, bytes."""
+    from dicer.decide.task import Decided, prepare
+    from dicer.pipeline import foreseen
+
     for percent in (10, 20, 25, 30, 40, 50):
-        job = prepare(source, Recipe(method="random", ratio=percent / 100))
-        _, after = job.sizes()
-        kept = sorted(set(job.decision.keep.values())) if job.decision else [0]
-        share = after.parameters / total
-        left.append(
-            (f"{percent}%", _span(kept), f"{after.parameters:,}", f"{share:.1%}", f"{after.nbytes / 1e9:.3f} GB")
-        )
-    return Facts(source.name, rows, left)
+        task = prepare(source, Recipe(method="random", ratio=percent / 100))
+        before, after = foreseen(task)
+        kept = sorted(set(task.amounts.keep.values())) if isinstance(task, Decided) else [0]
+        share = f"{after.parameters / before.parameters:.1%}"
+        yield f"{percent}%", _span(kept), f"{after.parameters:,}", share, f"{after.nbytes / 1e9:.3f} GB"
 
 
 def _span(values: list[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, and the parts that they are made of."""
+    from dicer.decide.grouping import GROUPINGS
+    from dicer.decide.merging import MERGES
+    from dicer.measure.criteria import CRITERIA
+
+    presets = _named("--method", "criterion", "activation", "grouping", "merge", "axis")
+    papers = _named("--method", folds=("paper", "in llm-random-prune"))
+    for name, p in PRESETS.items():
+        presets.add_row(name, p.criterion, p.activation or "-", p.grouping, p.merge, p.axis)
+        papers.add_row(name, p.paper, p.seed_code_name or "-")
+    shared = _named("--allocate", folds=("what it does",))
+    for name, text in ALLOCATIONS.items():
+        shared.add_row(name, text)
+    parts = {"--criterion": CRITERIA, "--grouping": GROUPINGS, "--merge": MERGES}
+    for table in (presets, papers, *(_parts(flag, known) for flag, known in parts.items()), shared):
+        show(table)
+
+
+def _parts(flag: str, known: Mapping[str, Any]) -> Table:
+    """What can be named after a flag: what it needs of the text, its parameters for ``--set``, where it comes from."""
+    table = _named(flag, "needs", "--set", folds=("what it does", "source"))
+    table.add_column("link", no_wrap=True)
+    for name, part in known.items():
+        parameters = "\n".join(f"{key}={value.default}" for key, value in part.parameters.items())
+        needs = ", ".join(part.needs)
+        table.add_row(name, needs or "-", parameters or "-", part.about, part.source, part.link or "-")
+    return table
+
+
+def _named(*names: str, folds: Iterable[str] = ()) -> Table:
+    """A table whose names are never broken; descriptions fold."""
+    table = Table()
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for name in folds:
+        table.add_column(name)
+    return table

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from dicer.ask.compute import Compute
+from dicer.ask.evaluation import Evaluation
+from dicer.cli.flags import fields_of, with_flags
 from dicer.cli.terminal import (
     Bar,
     ModelArgument,
+    OverwriteOption,
     check_file,
     output_path,
     quiet_transformers,
@@ -23,71 +27,38 @@ from dicer.errors import RecipeError
 
 app = typer.Typer()
 
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
-DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 ResultOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", parser=output_path, metavar="FILE.json", help="Also write everything to this file."),
 ]
-ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace the result that is there.")]
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_MACHINE = fields_of(Compute, "device", "dtype")
 _EVALUATION_KEYS = ("model", "evaluation", "perplexity", "tasks", "groups", "summary")
 _BENCH_KEYS = ("device", "prompt_length", "tokens", "rounds", "models")
 
 
 @app.command(name="eval")
+@with_flags(_MACHINE, into="machine")
+@with_flags(fields_of(Evaluation))
 def evaluate(
     model: ModelArgument,
     output: ResultOption = None,
-    overwrite: ReplaceOption = False,
-    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks, groups or tags of the harness.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="What a paper measures: randomness or let-llm.")] = None,
-    task_prefix: Annotated[
-        str | None, typer.Option(metavar="local_", help="Put before the protocol's task names.")
-    ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt (default: the task's own).")] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents a task (default: all).")] = None,
-    limits: Annotated[
-        str | None, typer.Option(metavar="TASK=N,...", help="Documents of single tasks or groups, over --limit.")
-    ] = None,
-    batch_size: Annotated[str, typer.Option(metavar="auto|N", help="Requests in a forward pass.")] = "auto",
-    include_path: Annotated[str | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")] = None,
-    perplexity: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Token perplexity on builtin, wikitext2 (hub), or a .txt/.jsonl(.gz)."),
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens in a window of that text (default: 1024).")] = None,
-    windows: Annotated[int | None, typer.Option(help="How many windows, from the start (default: all).")] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    overwrite: OverwriteOption = False,
+    *,
+    flags: dict[str, Any],
+    machine: dict[str, Any],
 ) -> None:
     """Measure MODEL, pruned or not: tasks of lm-evaluation-harness, and perplexity.
 
     Any causal language model that transformers loads, also of a family that dicer cannot prune. Under `accelerate
     launch -m dicer.cli eval ...` several processes share the tasks.
     """
-    from dicer.ask.evaluation import Evaluation
-
-    typed: dict[str, Any] = {
-        "tasks": tasks,
-        "protocol": protocol,
-        "task_prefix": task_prefix,
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "limits": limits,
-        "batch_size": batch_size,
-        "include_path": include_path,
-        "perplexity": perplexity,
-        "window": window,
-        "windows": windows,
-    }
-    _refuse_idle(typed)
-    asked = Evaluation(**{name: value for name, value in typed.items() if value is not None})
+    _refuse_idle(flags)
+    asked = Evaluation(**flags)
     asked.require_something()
-    check_file(output, overwrite=overwrite, keys=_EVALUATION_KEYS, inputs=[perplexity])
+    check_file(output, overwrite=overwrite, keys=_EVALUATION_KEYS, inputs=[asked.perplexity])
     from dicer.evaluate.quality import evaluate as measure
 
-    name, loaded, tokenizer = _load([model], device, dtype)[0]
+    name, loaded, tokenizer = _load([model], machine)[0]
     with Bar() as progress:
         result = measure(loaded, tokenizer, asked, progress=progress)
     if not result:  # not the first of several processes
@@ -100,16 +71,17 @@ def evaluate(
 
 
 @app.command(name="bench")
+@with_flags(_MACHINE, into="machine")
 def bench_command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL [OTHER ...]", help="Ratios are to the first.")],
     output: ResultOption = None,
-    overwrite: ReplaceOption = False,
+    overwrite: OverwriteOption = False,
     tokens: Annotated[int, typer.Option(help="New tokens for each prompt.")] = 128,
     batch_sizes: Annotated[str, typer.Option(metavar="1,8", help="Prompts at once.")] = "1,8",
     prompt_length: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 128,
     rounds: Annotated[int, typer.Option(help="Timed runs of each model at each batch size.")] = 5,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    *,
+    machine: dict[str, Any],
 ) -> None:
     """Time how fast models generate, side by side: dense and pruned, in turns.
 
@@ -119,7 +91,7 @@ def bench_command(
     check_file(output, overwrite=overwrite, keys=_BENCH_KEYS)
     from dicer.evaluate.speed import bench
 
-    loaded = [(name, model) for name, model, _ in _load(models, device, dtype)]
+    loaded = [(name, model) for name, model, _ in _load(models, machine)]
     with Bar() as progress:
         result = bench(
             loaded, tokens=tokens, batch_sizes=sizes, prompt_length=prompt_length, rounds=rounds, progress=progress
@@ -131,28 +103,27 @@ def bench_command(
         say(f"Results: {output}")
 
 
-def _refuse_idle(typed: Mapping[str, Any]) -> None:
+def _refuse_idle(typed: Collection[str]) -> None:
     """Refuse flags of ``eval`` that would change nothing."""
-    for flags, needed in (
+    for names, needed in (
         (("num_fewshot", "limit", "limits", "include_path"), ("tasks", "protocol")),
         (("task_prefix",), ("protocol",)),
-        (("window", "windows"), ("perplexity", "protocol")),
+        (("window", "also_window", "windows"), ("perplexity", "protocol")),
     ):
-        idle = [name for name in flags if typed[name] is not None]
-        if idle and not any(typed[name] for name in needed):
+        idle = [name for name in names if name in typed]
+        if idle and not {*needed} & {*typed}:
             flag = "--" + idle[0].replace("_", "-")
             raise RecipeError(f"{flag} has no effect without {' or '.join('--' + n for n in needed)}; leave it out.")
 
 
-def _load(models: list[str], device: str, dtype: str) -> list[tuple[str, Any, Any]]:
-    if dtype not in _DTYPES:
-        raise RecipeError(f"dtype '{dtype}' is none of {', '.join(_DTYPES)}.")
+def _load(models: list[str], machine: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    asked = Compute(**machine)
     from dicer.machine import pick_device
     from dicer.model.source import load_any
 
     quiet_transformers()
-    where = pick_device(device)
-    return [load_any(model, dtype, where) for model in models]
+    device = pick_device(asked.device)
+    return [load_any(model, asked.dtype, device) for model in models]
 
 
 def _numbers(text: str) -> list[int]:
@@ -163,10 +134,11 @@ def _numbers(text: str) -> list[int]:
 
 
 def _show_evaluation(name: str, result: Mapping[str, Any]) -> None:
-    if measured := result["perplexity"]:
+    measured = result["perplexity"] or {}
+    for one in filter(None, (measured, measured.get("also"))):
         say(
-            f"Perplexity of {name} on {measured['text']}: {measured['value']:.4f} per token "
-            f"({measured['windows']} windows of {measured['window']} tokens)."
+            f"Perplexity of {name} on {one['text']}: {one['value']:.4f} per token "
+            f"({one['windows']} windows of {one['window']} tokens)."
         )
     if result["tasks"]:
         table = Table("task", "version", "n", "shots", "metric", "value", "stderr", title=name)

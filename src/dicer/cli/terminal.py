@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from dicer.errors import OutputError
+from dicer.files import as_output_error, check_writable, finite, write_whole
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
+
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", metavar="", rich_help_panel="Output", help="Replace what is there, once the new one is whole."
+    ),
+]
 
 _SHOW_AFTER = 2.0  # seconds; a bar for less is noise
 _LARGEST_RESULT = 64 * 1024**2  # bytes; whatever is larger is no result of ours, and need not be read to know it
@@ -107,13 +113,6 @@ def output_path(text: str) -> Path:
         raise typer.BadParameter(f"'{text}' begins with the home folder of a user that is not known.") from None
 
 
-def is_there(name: str | Path) -> bool:
-    """Whether a path is there; not, where nobody may look or no disk takes the name."""
-    with suppress(OSError):
-        return Path(name).exists()
-    return False
-
-
 def quiet_transformers() -> None:
     """Its bars and warnings speak to programmers; dicer has its own. Bars of downloads stay, on a terminal."""
     from huggingface_hub import constants
@@ -140,34 +139,18 @@ def check_file(path: Path | None, *, overwrite: bool, keys: Collection[str], inp
     """
     if path is None:
         return
-    try:
-        _check_file(path, overwrite, keys, inputs)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
-
-
-def _check_file(path: Path, overwrite: bool, keys: Collection[str], inputs: Iterable[str | None]) -> None:
-    try:
-        path.stat()
-    except FileNotFoundError:
-        parent = next(p for p in path.resolve().parents if p.exists())
-        if not parent.is_dir():
-            raise OutputError(f"{path} cannot be written: {parent} is a file.") from None
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{path} cannot be written: no permission in {parent}.") from None
-        return
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; name a file.")
-    if not path.is_file():
-        raise OutputError(f"{path} is no regular file; choose another name.")
-    if not overwrite:
-        raise OutputError(f"{path} exists; choose another name or pass --overwrite.")
-    if any(path.samefile(name) for name in inputs if name and is_there(name)):
-        raise OutputError(f"{path} is what this run reads; choose another name.")
-    if not _is_result(path, keys):
-        raise OutputError(f"{path} is no result of this command, so --overwrite leaves it; choose another name.")
-    if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{path} cannot be written: no permission in its folder.")
+    with as_output_error(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; name a file.")
+        target = check_writable(path, inputs)
+        if not target.exists():
+            return
+        if not target.is_file():
+            raise OutputError(f"{path} is no regular file; choose another name.")
+        if not overwrite:
+            raise OutputError(f"{path} exists; choose another name or pass --overwrite.")
+        if not _is_result(target, keys):
+            raise OutputError(f"{path} is no result of this command, so --overwrite leaves it; choose another name.")
 
 
 def _is_result(path: Path, keys: Collection[str]) -> bool:
@@ -186,16 +169,5 @@ def write_result(path: Path, value: object) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    from dicer.study.records import finite  # brings numpy, which the start of the program does without
-
-    target = path.resolve()  # of a link, the file that it points to is replaced
-    partial = target.with_name(f".dicer-{os.getpid()}.partial")  # not the whole name once more: that may be too long
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    with as_output_error(path):
+        write_whole(path.resolve(), json.dumps(finite(value), indent=2) + "\n")  # of a link, what it points to

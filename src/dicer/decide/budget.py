@@ -1,4 +1,4 @@
-"""The budget: what a ratio comes to in parameters of a model, and how many units of each module it leaves."""
+"""The budget: what a ratio comes to in parameters of a model, and how many units of each sub-layer it leaves."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
+from dicer.ask.axes import AXES
+from dicer.ask.layers import select_layers
 from dicer.ask.methods import Method
-from dicer.ask.recipe import Recipe, select_layers
+from dicer.ask.recipe import Recipe
 from dicer.decide.amounts.by_entropy import entropy_ratios
 from dicer.decide.amounts.by_rank import block_removal, global_units
-from dicer.decide.amounts.modules import HAIR, Bounds, Module, most, read_ratios, uniform_units, whole_units
+from dicer.decide.amounts.from_file import read_ratios
+from dicer.decide.amounts.prunable import TOLERANCE, Bounds, Prunable, most, total
+from dicer.decide.amounts.rounding import whole_units
+from dicer.decide.amounts.uniform import uniform_units
 from dicer.errors import RecipeError
 from dicer.measure.entropy.profile import Profile, read_profile
+from dicer.model.sizes import count_sizes, layer_parameters, sub_layer_parameters
 from dicer.model.source import ModelSource
-from dicer.write.surgery import count_sizes
-
-Key = tuple[str, int]  # axis, layer
+from dicer.model.units import SubLayer
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Budget:
     """A recipe's ratio, held against a model.
 
     Attributes:
-        modules: every module that units can be taken out of; empty where whole blocks go.
+        sub_layers: every one that units can be taken out of; empty where whole blocks go.
         blocks: layer -> its parameters, where whole blocks go.
         whole: parameters that the ratio is a fraction of.
         target: parameters that are to go.
@@ -35,7 +39,7 @@ class Budget:
         layers: how many decoder layers the model has.
     """
 
-    modules: tuple[Module, ...]
+    sub_layers: tuple[Prunable, ...]
     blocks: dict[int, int]
     whole: int
     target: float
@@ -44,88 +48,80 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Amounts:
     """How much of everything stays.
 
     Attributes:
-        keep: (axis, layer) -> units that stay.
+        keep: sub-layer -> units that stay.
         blocks: layers that go whole.
-        told: what led to it, for the plan.
+        provenance: what led to it, for the plan.
     """
 
-    keep: dict[Key, int]
+    keep: dict[SubLayer, int]
     blocks: tuple[int, ...] = ()
-    told: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
     """Hold a recipe's ratio against a model.
 
     Raises:
-        RecipeError: layers that do not exist, or a ratio that the chosen modules cannot give.
+        RecipeError: layers that do not exist, or a ratio that the chosen sub-layers cannot give.
     """
-    units = {axis: source.family.units(source.config, axis) for axis in ("attention", "mlp")}
-    count = len(units["mlp"])
+    infos, family = source.tensors.infos(), source.family
+    units = {axis: family.units(source.config, axis) for axis in family.axes}
+    count = len(source.config.per_layer_config)
     chosen = select_layers(recipe.layers, count)
-    modules = tuple(
-        Module(axis, layer, units[axis][layer], _parameters(source, axis, layer) // units[axis][layer])
-        for layer in chosen
-        for axis in method.axes
-        if units[axis][layer]
-    )
-    infos = source.tensors.infos()
-    inside = {name: place[0] for name in infos if (place := source.family.locate(name))}
-    blocks = {i: sum(infos[name].numel for name, layer in inside.items() if layer == i) for i in chosen}
-    if method.axes:
-        blocks = {}
-    sizes = count_sizes(source.family, infos)
-    eligible = sum(module.parameters for module in modules) + sum(blocks.values())
+    owned, inside = sub_layer_parameters(family, infos), layer_parameters(family, infos)
+    places = {SubLayer(layer, axis): units[axis][layer] for layer in chosen for axis in method.axes}
+    sub_layers = tuple(Prunable(place, n, owned[place] // n) for place, n in places.items() if n)
+    blocks = {} if method.axes else {layer: inside.get(layer, 0) for layer in chosen}
+    sizes, eligible = count_sizes(family, infos), total(sub_layers) + sum(blocks.values())
     whole = {"mlp": sizes.mlp, "decoder": sizes.decoder, "model": sizes.parameters, "chosen": eligible}[method.ratio_of]
     if not eligible:
         raise RecipeError(f"the chosen layers have nothing left along --axis {method.axis}.")
-    from_file = method.allocate.endswith(".json")  # there, a ratio of 1 means whole
-    threshold = 1.0 if from_file else recipe.drop_threshold
+    threshold = 1.0 if method.from_file else recipe.drop_threshold  # in a file, a ratio of 1 means whole
     bounds = Bounds(recipe.max_ratio, recipe.min_width, threshold, recipe.width_multiple)
-    budget = Budget(modules, blocks, whole, recipe.ratio * whole, bounds, count)
-    can = most(modules, bounds) if modules else eligible - (min(blocks.values()) if len(blocks) == count else 0)
+    budget = Budget(sub_layers, blocks, whole, recipe.ratio * whole, bounds, count)
+    _check_reach(budget, recipe, method, eligible)
+    return budget
+
+
+def _check_reach(budget: Budget, recipe: Recipe, method: Method, eligible: int) -> None:
+    """Refuse a ratio that is more than can go, or less than the smallest step."""
+    blocks, whole = budget.blocks, budget.whole
+    one_stays = min(blocks.values()) if len(blocks) == budget.layers else 0
+    can = most(budget.sub_layers, budget.bounds) if budget.sub_layers else eligible - one_stays
     by_width = method.allocate == "uniform" and method.ratio_of == "chosen"  # whose rounding may pass it by a step
-    if not from_file and not by_width and budget.target > can:
+    if not method.from_file and not by_width and budget.target > can:
         raise RecipeError(
             f"ratio {recipe.ratio} of {whole:,} parameters ({method.ratio_of}) is {budget.target:,.0f}, and at most "
             f"{can:,} ({can / whole:.1%}) can go from what was chosen; ask for less, or choose more."
         )
     if blocks and budget.target < min(blocks.values()) / 2:
         raise _less_than_a_layer(recipe.ratio)
-    return budget
 
 
 def _less_than_a_layer(ratio: float) -> RecipeError:
     return RecipeError(f"ratio {ratio} is less than half of one layer, so none would go: ask for more.")
 
 
-def _parameters(source: ModelSource, axis: str, layer: int) -> int:
-    """What the units of one module own, biases included."""
-    places = {(layer, piece.name) for piece in getattr(source.family, axis).slices}
-    return sum(info.numel for name, info in source.tensors.infos().items() if source.family.locate(name) in places)
-
-
-def decide_beforehand(source: ModelSource, budget: Budget, method: Method, recipe: Recipe) -> Decision | None:
+def known_beforehand(source: ModelSource, budget: Budget, method: Method, recipe: Recipe) -> Amounts | None:
     """What can be said before anything is computed: uniform ratios, and those of a file or a profile; else None.
 
     Raises:
         RecipeError: a ratio that leaves nothing, or a file that does not fit the model.
     """
-    modules, bounds = budget.modules, budget.bounds
     if recipe.entropy_profile is not None:
-        profile = _read_profile(Path(recipe.entropy_profile), source, lists_needed(method, recipe.split), budget.layers)
-        return decide_by_entropy(budget, recipe, profile)
-    if method.allocate.endswith(".json"):
-        return _decide_by_file(Path(method.allocate), budget)
+        lists = lists_needed(method, recipe.split)
+        profile = _read_profile(Path(recipe.entropy_profile), source, lists, budget.layers)
+        return amounts_by_entropy(budget, recipe, profile)
+    if method.from_file:
+        return _amounts_from_file(Path(method.allocate), budget)
     if method.allocate != "uniform":
         return None
-    eligible = sum(module.parameters for module in modules)
-    ratio = recipe.ratio if method.ratio_of == "chosen" else budget.target / eligible
-    return _decision(modules, uniform_units(modules, ratio, bounds))
+    ratio = recipe.ratio if method.ratio_of == "chosen" else budget.target / total(budget.sub_layers)
+    return _amounts(budget.sub_layers, uniform_units(budget.sub_layers, ratio, budget.bounds))
 
 
 def _read_profile(path: Path, source: ModelSource, lists: Sequence[str], layers: int) -> Profile:
@@ -143,71 +139,71 @@ def _read_profile(path: Path, source: ModelSource, lists: Sequence[str], layers:
     return replace(profile, notes=(*profile.notes, f"the profile {path.name} was not measured on these weights"))
 
 
-def _decide_by_file(path: Path, budget: Budget) -> Decision:
+def _amounts_from_file(path: Path, budget: Budget) -> Amounts:
     """A file's ratios: 1 is whole, 0 is untouched, and no bound may change one."""
-    asked = dict(zip(budget.modules, read_ratios(path, budget.modules, budget.layers), strict=True))
+    asked = dict(zip(budget.sub_layers, read_ratios(path, budget.sub_layers, budget.layers), strict=True))
     if not any(asked.values()):
         raise RecipeError(f"every ratio in {path} is 0, so nothing would go.")
     bounds = replace(budget.bounds, drop_threshold=None)
-    cut = {module: ratio for module, ratio in asked.items() if 0 < ratio < 1}
-    for module, ratio in cut.items():
-        least = min(bounds.min_width, module.units) if module.axis == "mlp" else 1
-        if ratio > bounds.max_ratio + HAIR:
-            broken = f"--max-ratio is {bounds.max_ratio}"
-        elif least > max(round(module.units * (1 - ratio)), 1):
-            broken = f"--min-width is {bounds.min_width}"
-        else:
-            continue
-        raise RecipeError(
-            f"{path}: {module.axis} of layer {module.layer} is to lose {ratio}, and {broken}: change one."
-        )
-    keep = {module: 0 if ratio == 1 else module.units for module, ratio in asked.items()}
+    cut = {sub_layer: ratio for sub_layer, ratio in asked.items() if 0 < ratio < 1}
+    for sub_layer, ratio in cut.items():
+        if broken := _broken_bound(sub_layer, ratio, bounds):
+            raise RecipeError(f"{path}: {sub_layer.place} is to lose {ratio}, and {broken}: change one.")
+    keep = {sub_layer: 0 if ratio == 1 else sub_layer.units for sub_layer, ratio in asked.items()}
     if cut:
-        part = sum(ratio * module.parameters for module, ratio in cut.items())
+        part = sum(ratio * sub_layer.parameters for sub_layer, ratio in cut.items())
         keep |= dict(zip(cut, whole_units(list(cut), list(cut.values()), bounds, part), strict=True))
-    told = {"target": sum(ratio * module.parameters for module, ratio in asked.items())}
-    return _decision(budget.modules, [keep[module] for module in budget.modules], told)
+    provenance = {"target": sum(ratio * sub_layer.parameters for sub_layer, ratio in asked.items())}
+    return _amounts(budget.sub_layers, list(keep.values()), provenance)
 
 
-def decide_by_entropy(budget: Budget, recipe: Recipe, profile: Profile) -> Decision:
+def _broken_bound(sub_layer: Prunable, ratio: float, bounds: Bounds) -> str:
+    """Which bound a ratio of the user's own would break, if one."""
+    if ratio > bounds.max_ratio + TOLERANCE:
+        return f"--max-ratio is {bounds.max_ratio}"
+    least = min(bounds.min_width, sub_layer.units) if sub_layer.kind.widths else 1
+    too_narrow = least > max(round(sub_layer.units * (1 - ratio)), 1)
+    return f"--min-width is {bounds.min_width}" if too_narrow else ""
+
+
+def amounts_by_entropy(budget: Budget, recipe: Recipe, profile: Profile) -> Amounts:
     """Ratios from transfer entropy; blocks of the lowest, where whole blocks go.
 
     Raises:
         RecipeError: a target that the bounds cannot reach.
     """
     blocks = {entry.layer: entry.te for entry in profile.blocks}
-    told: dict[str, Any] = {"transfer_entropy": profile.te_lists(), "notes": list(profile.notes)}
+    provenance: dict[str, Any] = {"transfer_entropy": profile.te_lists(), "notes": list(profile.notes)}
     if budget.blocks:
         layers = list(budget.blocks)
         sizes = [budget.blocks[i] for i in layers]
         gone = block_removal([blocks[i] for i in layers], sizes, budget.target, all_may_go=len(layers) < budget.layers)
         if not gone:
             raise _less_than_a_layer(recipe.ratio)
-        return Decision({}, tuple(sorted(layers[i] for i in gone)), told)
-    te = {(axis, entry.layer): entry.te for axis in ("attention", "mlp") for entry in getattr(profile, axis)}
+        return Amounts({}, tuple(sorted(layers[i] for i in gone)), provenance)
+    te = {SubLayer(entry.layer, axis): entry.te for axis in AXES for entry in profile.lists.get(axis, ())}
     ratios = entropy_ratios(
-        budget.modules, te, blocks or None, budget.target, budget.bounds, recipe.schedule, recipe.split
+        budget.sub_layers, te, blocks or None, budget.target, budget.bounds, recipe.schedule, recipe.split
     )
-    kept = whole_units(budget.modules, ratios, budget.bounds, budget.target)
-    return _decision(budget.modules, kept, told)
+    return _amounts(budget.sub_layers, whole_units(budget.sub_layers, ratios, budget.bounds, budget.target), provenance)
 
 
-def decide_by_scores(budget: Budget, scores: Mapping[Key, Tensor]) -> Decision:
-    """One ranking of all units of all modules.
+def amounts_by_rank(budget: Budget, scores: Mapping[SubLayer, Tensor]) -> Amounts:
+    """One ranking of all units of all sub-layers.
 
     Raises:
         RecipeError: a target that the bounds cannot reach.
     """
-    ranked = [scores[module.axis, module.layer] for module in budget.modules]
-    return _decision(budget.modules, global_units(budget.modules, ranked, budget.target, budget.bounds))
+    ranked = [scores[sub_layer.place] for sub_layer in budget.sub_layers]
+    return _amounts(budget.sub_layers, global_units(budget.sub_layers, ranked, budget.target, budget.bounds))
 
 
-def _decision(modules: Sequence[Module], kept: Sequence[int], told: dict[str, Any] | None = None) -> Decision:
-    return Decision({(m.axis, m.layer): k for m, k in zip(modules, kept, strict=True)}, told=told or {})
+def _amounts(sub_layers: Sequence[Prunable], kept: Sequence[int], provenance: dict[str, Any] | None = None) -> Amounts:
+    keep = {sub_layer.place: units for sub_layer, units in zip(sub_layers, kept, strict=True)}
+    return Amounts(keep, provenance=provenance or {})
 
 
 def lists_needed(method: Method, split: str) -> tuple[str, ...]:
     """The lists of a transfer-entropy profile that an allocation reads."""
-    if method.axis == "all" and split == "module":
-        return ("attention", "mlp")
-    return {"all": ("blocks", "attention", "mlp"), "block": ("blocks",)}.get(method.axis, (method.axis,))
+    levels = len(method.axes) > 1 and split != "module"
+    return (*(["blocks"] if levels or not method.axes else []), *method.axes)

@@ -1,51 +1,95 @@
-"""Which neurons belong together: none, random, similarity (docs/methods.md)."""
+"""Which units belong together: none, random, similarity (docs/methods.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import linkage
+from scipy.cluster.hierarchy import linkage as cluster
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from dicer.ask.methods import XU_2025
 from dicer.errors import RecipeError
+from dicer.measure.parts import Part, registered, registry
+from dicer.measure.statistics import LayerStatistics
 
-GROUPINGS: Mapping[str, str] = MappingProxyType(
-    {
-        "none": "no groups: the K neurons with the highest scores stay (Xu et al. 2025, 3.2)",
-        "random": "a random permutation dealt round-robin into groups (Xu et al. 2025, 4.1, B.5)",
-        "similarity": "complete-linkage clusters on the cosine distance of activation vectors (Xu et al. 2025, B.6)",
-    }
-)
+Linkage = Literal["complete", "average", "single", "weighted"]
 
 
-def random_groups(units: int, groups: int, rng: np.random.Generator) -> Tensor:
-    """Deal a random permutation round-robin into groups (Xu et al. 2025, 4.1 and B.5).
+@dataclass(frozen=True)
+class Grouping(Part):
+    """A grouping function: (scores [N], keep K, statistics) -> groups int64 [N], numbered from 0, at most K of them."""
+
+    what: ClassVar[str] = "grouping"
+
+    def __call__(self, scores: Tensor, keep: int, statistics: LayerStatistics) -> Tensor:
+        """Labels, int64 [N], checked.
+
+        Raises:
+            RecipeError: the function returned something else, or an empty group, or more groups than units may stay.
+        """
+        labels = self.run(scores, keep, statistics)
+        if not isinstance(labels, Tensor) or labels.shape != scores.shape or labels.dtype != torch.int64:
+            raise self.refuse(f"must return one group for each of the {len(scores)} units, int64 ({len(scores)},).")
+        found = torch.unique(labels)
+        if len(found) > keep or not torch.equal(found, torch.arange(len(found))):
+            raise self.refuse(f"must number its groups from 0 without a gap, and make at most {keep} of them.")
+        return labels
+
+
+def grouping(
+    name: str, *, needs: tuple[str, ...] = (), source: str, link: str = ""
+) -> Callable[[Callable[..., Any]], Grouping]:
+    """Decorator that makes a function a grouping; its keyword-only arguments are its parameters.
 
     Args:
-        units: N.
-        groups: how many, 1..N; no group is empty and sizes differ by at most one.
-        rng: where the permutation comes from.
-
-    Returns:
-        int64 [N], the group of each unit.
+        name: what users type.
+        needs: ``square_sum``, ``sum``, ``gram`` of the activation that is grouped by.
+        source: paper and equation.
+        link: where to read it.
     """
-    labels = torch.empty(units, dtype=torch.int64)
-    labels[torch.from_numpy(rng.permutation(units))] = torch.arange(units) % groups
+    return registered(Grouping, name, needs, source, link)
+
+
+@grouping("none", source="Xu et al. 2025, 3.2", link=XU_2025)
+def no_groups(scores: Tensor, keep: int, statistics: LayerStatistics) -> Tensor:
+    """No groups: the K units with the highest scores stay."""
+    return torch.zeros(len(scores), dtype=torch.int64)
+
+
+@grouping("random", source="Xu et al. 2025, 4.1, B.5", link=XU_2025)
+def random_groups(scores: Tensor, keep: int, statistics: LayerStatistics, *, groups: int | None = None) -> Tensor:
+    """A random permutation dealt round-robin into C groups of sizes that differ by at most one (default: C = K)."""
+    units, labels = len(scores), torch.empty(len(scores), dtype=torch.int64)
+    labels[torch.from_numpy(statistics.rng.permutation(units))] = torch.arange(units) % min(groups or keep, keep)
     return labels
 
 
-def similarity_groups(gram: Tensor, groups: int) -> Tensor:
-    """Agglomerative clustering with complete linkage on cosine distance (Xu et al. 2025, B.6).
+@grouping("similarity", needs=("gram",), source="Xu et al. 2025, B.6", link=XU_2025)
+def similarity_groups(
+    scores: Tensor, keep: int, statistics: LayerStatistics, *, linkage: Linkage = "complete"
+) -> Tensor:
+    """K clusters on the cosine distance of activation vectors; a zero vector is at distance 1 from every other."""
+    return clusters(statistics.gram, keep, linkage)
+
+
+GROUPINGS: Mapping[str, Grouping] = MappingProxyType(registry((no_groups, random_groups, similarity_groups)))
+
+
+def clusters(gram: Tensor, groups: int, linkage: Linkage = "complete") -> Tensor:
+    """Agglomerative clustering on cosine distance.
 
     Args:
-        gram: [N, N], A A^T of the activation vectors; a zero vector is at distance 1 from every other.
+        gram: [N, N], A A^T of the activation vectors.
         groups: K, 1..N.
+        linkage: what the distance of two clusters is (scipy's name for it).
 
     Returns:
         int64 [N], the group of each unit, in 0..K-1.
@@ -53,7 +97,7 @@ def similarity_groups(gram: Tensor, groups: int) -> Tensor:
     units = gram.shape[0]
     if groups == units:
         return torch.arange(units)
-    tree = linkage(_condensed_cosine(gram), method="complete")
+    tree = cluster(_condensed_cosine(gram), method=linkage)
     # The first N - K merges leave exactly K clusters, also where merge heights tie (a cut by height would not).
     merges = tree[: units - groups, :2].astype(np.int64)  # [N-K, 2]
     made = units + np.arange(len(merges))

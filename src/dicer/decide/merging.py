@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-MERGES: Mapping[str, str] = MappingProxyType(
-    {
-        "prune": "the neuron with the highest score, unchanged (Xu et al. 2025, B.5, B.6.1)",
-        "mean": "the mean of the group's weights (Xu et al. 2025, B.6.2)",
-        "dominant": "gate and up of the neuron with the highest norm, scaled sum of down (Xu et al. 2025, B.6.3 eq. 3)",
-    }
-)
-
-
-@dataclass(frozen=True)
-class Merge:
-    """The sparse maps M_in and M_out [K, N] of one layer; every neuron belongs to at most one survivor.
-
-    Attributes:
-        row: int64 [N], the survivor (its place in ``keep``) that a neuron goes into, -1 for none.
-        weight_in: float32 [N], its entry of M_in (gate and up rows).
-        weight_out: float32 [N], its entry of M_out (down columns).
-    """
-
-    row: Tensor
-    weight_in: Tensor
-    weight_out: Tensor
+from dicer.ask.methods import XU_2025
+from dicer.decide.plan import Merge
+from dicer.measure.parts import Part, registered, registry
+from dicer.measure.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -46,15 +29,60 @@ class Survivors:
     merge: Merge | None = None
 
 
-def keep_top(scores: Tensor, keep: int) -> Survivors:
-    """No groups: the K highest scores (Xu et al. 2025, 3.2); equal scores keep the lower index.
+@dataclass(frozen=True)
+class Merging(Part):
+    """What a group leaves: (scores [N], labels [N], keep K, statistics of the modulated activation) -> Survivors."""
+
+    what: ClassVar[str] = "merge"
+
+    def __call__(self, scores: Tensor, labels: Tensor, keep: int, statistics: LayerStatistics) -> Survivors:
+        """Survivors, checked.
+
+        Raises:
+            RecipeError: the function returned something else, or another number of units than may stay.
+        """
+        survivors = self.run(scores, labels, keep, statistics)
+        if not isinstance(survivors, Survivors):
+            raise self.refuse(f"returned {type(survivors).__name__}, expected dicer.Survivors.")
+        kept = survivors.keep
+        if len(kept) != keep or not bool((kept.diff() > 0).all()):
+            raise self.refuse(f"must keep {keep} units, sorted; it keeps {len(kept)}.")
+        return survivors
+
+
+def merge(
+    name: str, *, needs: tuple[str, ...] = (), source: str, link: str = ""
+) -> Callable[[Callable[..., Any]], Merging]:
+    """Decorator that makes a function a merge; its keyword-only arguments are its parameters.
 
     Args:
-        scores: [N], higher = keep.
-        keep: K.
+        name: what users type.
+        needs: ``square_sum``, ``sum``, ``gram`` of the modulated activation.
+        source: paper and equation.
+        link: where to read it.
     """
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return Survivors(order[:keep].sort().values)
+    return registered(Merging, name, needs, source, link)
+
+
+@merge("prune", source="Xu et al. 2025, B.5, B.6.1", link=XU_2025)
+def prune(scores: Tensor, labels: Tensor, keep: int, statistics: LayerStatistics) -> Survivors:
+    """The unit with the highest score, unchanged; of C < K groups the first K mod C keep one more."""
+    return keep_strongest(scores, labels, keep)
+
+
+@merge("mean", source="Xu et al. 2025, B.6.2", link=XU_2025)
+def mean(scores: Tensor, labels: Tensor, keep: int, statistics: LayerStatistics) -> Survivors:
+    """The mean of the group's weights."""
+    return mean_of_groups(scores, labels)
+
+
+@merge("dominant", needs=("square_sum",), source="Xu et al. 2025, B.6.3 eq. 3", link=XU_2025)
+def dominant(scores: Tensor, labels: Tensor, keep: int, statistics: LayerStatistics) -> Survivors:
+    """Gate and up of the neuron with the highest norm, scaled sum of down."""
+    return dominant_of_groups(statistics.square_sum.sqrt().float().cpu(), labels)
+
+
+MERGES: Mapping[str, Merging] = MappingProxyType(registry((prune, mean, dominant)))
 
 
 def keep_strongest(scores: Tensor, labels: Tensor, keep: int) -> Survivors:
@@ -74,7 +102,7 @@ def keep_strongest(scores: Tensor, labels: Tensor, keep: int) -> Survivors:
     return Survivors(order[rank < quota[labels[order]]].sort().values)
 
 
-def merge_mean(scores: Tensor, labels: Tensor) -> Survivors:
+def mean_of_groups(scores: Tensor, labels: Tensor) -> Survivors:
     """Every group becomes the mean of its rows of G and U and its columns of D (Xu et al. 2025, B.6.2).
 
     Args:
@@ -89,7 +117,7 @@ def merge_mean(scores: Tensor, labels: Tensor) -> Survivors:
     )  # safetensors: no sharing
 
 
-def merge_dominant(norms: Tensor, labels: Tensor) -> Survivors:
+def dominant_of_groups(norms: Tensor, labels: Tensor) -> Survivors:
     """G and U of the dominant neuron, D = sum_i (s_i / s_dominant) D_:,i (Xu et al. 2025, B.6.3 eq. 3).
 
     Args:

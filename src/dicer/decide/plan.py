@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dicer.errors import OutputError, PlanError
-from dicer.model.units import AXES
+from dicer.ask.axes import AXES
+from dicer.decide.plan_file import FORMAT, PlanFile, Widths, first_fault
+from dicer.errors import PlanError
+from dicer.files import as_output_error, write_whole
 
 PLAN_JSON = "dicer_plan.json"
 PLAN_TENSORS = "dicer_plan.safetensors"
-FORMAT = 2  # 1 knew neurons alone; it is still read
 
-_MERGE_FIELDS = ("row", "weight_in", "weight_out")
-_FIELDS = (*_MERGE_FIELDS, "means")
+_MERGE = ("row", "weight_in", "weight_out")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The sparse maps M_in and M_out [K, N] of one layer; every unit belongs to at most one survivor.
+
+    Attributes:
+        row: int64 [N], the survivor (its place in ``keep``) that a unit goes into, -1 for none.
+        weight_in: float32 [N], its entry of M_in (gate and up rows).
+        weight_out: float32 [N], its entry of M_out (down columns).
+    """
+
+    row: Tensor
+    weight_in: Tensor
+    weight_out: Tensor
+
+    def matrices(self, keep: int) -> tuple[Tensor, Tensor]:
+        """(M_in, M_out), each a sparse float32 [K, N]."""
+        unit = torch.nonzero(self.row >= 0).flatten()  # [M]
+        place = torch.stack([self.row[unit], unit])  # [2, M]
+        first, second = (
+            torch.sparse_coo_tensor(place, weight[unit], (keep, len(self.row)), check_invariants=True)
+            for weight in (self.weight_in, self.weight_out)
+        )
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -33,9 +58,7 @@ class LayerPlan:
         units: N, before.
         keep: int64 [K], sorted; empty where the whole sub-layer goes.
         scores: float32 [N], what the criterion said; kept for whoever wants to know which units mattered.
-        row: int64 [N], the survivor that a unit is merged into, -1 for none; None where nothing is merged.
-        weight_in: float32 [N], entries of M_in.
-        weight_out: float32 [N], entries of M_out.
+        merge: how the units that go live on in others; None where nothing is merged.
         means: float32 [N * C], the dense model's mean inputs of the output projection, C for each unit; a bias makes up
             for what the cut takes of them. None where nothing is compensated.
     """
@@ -43,10 +66,14 @@ class LayerPlan:
     units: int
     keep: Tensor
     scores: Tensor
-    row: Tensor | None = None
-    weight_in: Tensor | None = None
-    weight_out: Tensor | None = None
+    merge: Merge | None = None
     means: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by its name in the file."""
+        merged = {} if self.merge is None else vars(self.merge)
+        found = {"keep": self.keep, "scores": self.scores, **merged, "means": self.means}
+        return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
     def explain(self) -> str:
         """How much stays and goes."""
@@ -61,16 +88,7 @@ class LayerPlan:
 
     def merge_matrices(self) -> tuple[Tensor, Tensor] | None:
         """(M_in, M_out), each a sparse float32 [K, N]; None where nothing is merged."""
-        if self.row is None or self.weight_in is None or self.weight_out is None:
-            return None
-        unit = torch.nonzero(self.row >= 0).flatten()  # [M]
-        place = torch.stack([self.row[unit], unit])  # [2, M]
-        shape = (len(self.keep), self.units)
-        make = torch.sparse_coo_tensor
-        return (
-            make(place, self.weight_in[unit], shape, check_invariants=True),
-            make(place, self.weight_out[unit], shape, check_invariants=True),
-        )
+        return None if self.merge is None else self.merge.matrices(len(self.keep))
 
 
 @dataclass(frozen=True)
@@ -126,15 +144,12 @@ class PrunePlan:
 
     def files(self) -> dict[str, bytes]:
         """The plan as file name -> content; the same plan gives the same bytes."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         axes: dict[str, dict[str, Any]] = {}
         for axis, layers in self.axes.items():
             for index, layer in sorted(layers.items()):
                 axes.setdefault(axis, {})[str(index)] = {"units": layer.units, "keep": len(layer.keep)}
-                for name in ("keep", "scores", *_FIELDS):
-                    value = getattr(layer, name)
-                    if value is not None:
-                        tensors[f"{axis}.{index}.{name}"] = value.contiguous()
+                tensors |= {f"{axis}.{index}.{name}": tensor for name, tensor in layer.tensors().items()}
         record = {
             "format": FORMAT,
             "model": self.model,
@@ -154,14 +169,9 @@ class PrunePlan:
         Raises:
             OutputError: they cannot be written.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with as_output_error(f"the plan to {folder}"):
             for name, content in self.files().items():
-                partial = folder / f"{name}.partial"
-                partial.write_bytes(content)
-                partial.replace(folder / name)
-        except OSError as error:
-            raise OutputError(f"cannot write the plan to {folder}: {error.strerror or error}.") from error
+                write_whole(folder / name, content)
 
     def explain(self) -> list[str]:
         """One line for each block and module: how much goes, its transfer entropy if that decided, and its scores."""
@@ -195,7 +205,7 @@ class PrunePlan:
                     lines.append(
                         f"layer {index} {axis}: {both} kept by both, {len(a) - both} and {len(b) - both} by one"
                     )
-                elif not _same_tensors(mine[index], theirs[index], _MERGE_FIELDS):
+                elif not _same_tensors(mine[index], theirs[index], _MERGE):
                     lines.append(f"layer {index} {axis}: the same kept, others merged into them differently")
                 elif not _same_tensors(mine[index], theirs[index], ("means",)):
                     lines.append(f"layer {index} {axis}: the same kept, compensated differently")
@@ -208,11 +218,8 @@ def _te(entropy: Mapping[str, list[float]], name: str, index: int) -> str:
 
 
 def _same_tensors(first: LayerPlan, second: LayerPlan, names: tuple[str, ...]) -> bool:
-    for name in names:
-        a, b = getattr(first, name), getattr(second, name)
-        if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
-            return False
-    return True
+    a, b = ({n: t for n, t in layer.tensors().items() if n in names} for layer in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def load_plan(path: Path) -> PrunePlan:
@@ -225,90 +232,60 @@ def load_plan(path: Path) -> PrunePlan:
     if folder.is_file():
         raise PlanError(f"{path} is no plan: give the folder of one, or its {PLAN_JSON}.")
     try:
-        record = json.loads((folder / PLAN_JSON).read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("it holds no object")
-        if record.get("format") not in (1, FORMAT):
-            raise PlanError(
-                f"{folder / PLAN_JSON} has format {record.get('format')}; this version of dicer reads 1 to {FORMAT}."
-            )
-        record.setdefault("allocation", {})
-        for part in ("model", "recipe", "calibration", "versions", "axes", "allocation"):
-            if not isinstance(record.get(part), dict):
-                raise ValueError(f"'{part}' is no table")
-        _check_told(record)
-        if "method" not in record["recipe"]:
-            raise ValueError("its recipe does not say 'method'")
-        blocks = _blocks(record)
-        if not record["axes"].keys() <= set(AXES) or not (blocks or any(record["axes"].values())):
-            raise ValueError(f"its axes are {sorted(record['axes'])}, expected layers of {' or '.join(AXES)}")
+        file = PlanFile.model_validate_json((folder / PLAN_JSON).read_bytes())
         tensors = load_file(folder / PLAN_TENSORS)
         axes = {
-            str(axis): {
-                int(i): _layer(tensors, axis, int(i), entry)
-                for i, entry in sorted(layers.items(), key=lambda item: int(item[0]))
-            }
-            for axis, layers in record["axes"].items()
+            axis: {int(i): _layer(tensors, axis, i, layers[i]) for i in sorted(layers, key=int)}
+            for axis, layers in file.axes.items()
         }
-        model = {key: str(record["model"][key]) for key in ("name", "model_type", "fingerprint")}
-        if any(index in layers for index in blocks for layers in axes.values()):
-            raise ValueError("a layer that goes whole is also cut")
-        told = (record["recipe"], record["calibration"], record["versions"])
-        return PrunePlan(model, *told, axes, blocks, record["allocation"])
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name if error.filename else PLAN_TENSORS
         raise PlanError(f"no plan at {path}: {name} is missing. 'dicer plan' writes one.") from None
     except PermissionError as error:
         raise PlanError(f"the plan at {path} cannot be read: {error.strerror}.") from None
-    except KeyError as error:
-        raise PlanError(f"the plan at {path} is broken: {error} is missing. Make it again with 'dicer plan'.") from None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except ValidationError as error:
+        raise PlanError(
+            f"the plan at {path} is broken: {first_fault(error)}. Make it again with 'dicer plan'."
+        ) from None
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
+    allocation = {} if file.allocation is None else file.allocation.model_dump()
+    return PrunePlan(
+        file.model.model_dump(), file.recipe, file.calibration, file.versions, axes, tuple(file.blocks), allocation
+    )
 
 
-def _check_told(record: Mapping[str, Any]) -> None:
-    """What is shown of an allocation: numbers, and what they are a fraction of."""
-    told = record["allocation"]
-    if not told:
-        return
-    numbers = [told.get(name) for name in ("target", "whole")]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or told["whole"] <= 0:
-        raise ValueError("its allocation has no 'target' and 'whole' in parameters")
-    if not isinstance(record["recipe"].get("ratio_of"), str):
-        raise ValueError("its recipe does not say 'ratio_of'")
+def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -> LayerPlan:
+    def fault(what: str) -> ValueError:
+        return ValueError(f"layer {index} {what}")
 
-
-def _blocks(record: Mapping[str, Any]) -> tuple[int, ...]:
-    blocks = record.get("blocks", [])
-    good = isinstance(blocks, list) and all(type(i) is int and i >= 0 for i in blocks)
-    if not good or blocks != sorted(set(blocks)):
-        raise ValueError("'blocks' is no sorted list of layers")
-    return tuple(blocks)
-
-
-def _layer(tensors: Mapping[str, Tensor], axis: str, index: int, entry: Mapping[str, Any]) -> LayerPlan:
-    prefix, units = f"{axis}.{index}.", int(entry["units"])
-    keep, scores = tensors[prefix + "keep"], tensors[prefix + "scores"]
-    merges = [tensors.get(prefix + name) for name in _MERGE_FIELDS]
-    means = tensors.get(prefix + "means")
+    own = {name: tensors.get(f"{axis}.{index}.{name}") for name in ("keep", "scores", *_MERGE, "means")}
+    keep, scores, means, units = own["keep"], own["scores"], own["means"], said.units
+    if keep is None or scores is None:
+        raise fault(f"has no '{'scores' if keep is not None else 'keep'}' in {PLAN_TENSORS}")
     ordered = keep.ndim == 1 and keep.dtype == torch.int64 and bool((keep.diff() > 0).all())
     outside = ordered and len(keep) and (int(keep[0]) < 0 or int(keep[-1]) >= units)
     if not ordered or outside or scores.shape != (units,):
-        raise ValueError(f"layer {index} does not keep a sorted selection of its {units} units")
-    if len(keep) != entry["keep"]:
-        raise ValueError(f"layer {index} keeps {len(keep)} units in one file and {entry['keep']} in the other")
-    if any(m is None for m in merges) != all(m is None for m in merges):
-        raise ValueError(f"layer {index} has a part of a merge only")
-    row = merges[0]
-    if row is not None and (
-        any(m is None or m.shape != (units,) for m in merges)
-        or row.dtype != torch.int64
-        or int(row.min()) < -1
-        or int(row.max()) >= len(keep)
-        or any(m.dtype != torch.float32 or not m.isfinite().all() for m in merges[1:] if m is not None)
-        or axis != "mlp"
-    ):
-        raise ValueError(f"layer {index} has a merge that does not fit its {units} units")
+        raise fault(f"does not keep a sorted selection of its {units} units")
+    if len(keep) != said.keep:
+        raise fault(f"keeps {len(keep)} units in one file and {said.keep} in the other")
     if means is not None and (means.ndim != 1 or not len(means) or len(means) % units or not means.isfinite().all()):
-        raise ValueError(f"layer {index} has means that do not fit its {units} units")
-    return LayerPlan(units, keep, scores, merges[0], merges[1], merges[2], means)
+        raise fault(f"has means that do not fit its {units} units")
+    found = [tensor for name in _MERGE if (tensor := own[name]) is not None]
+    if not found:
+        return LayerPlan(units, keep, scores, means=means)
+    if len(found) < len(_MERGE):
+        raise fault("has a part of a merge only")
+    merge = Merge(*found)
+    if not AXES[axis].merges or not _fits(merge, units, len(keep)):
+        raise fault(f"has a merge that does not fit its {units} units")
+    return LayerPlan(units, keep, scores, merge, means)
+
+
+def _fits(merge: Merge, units: int, keep: int) -> bool:
+    weights = (merge.weight_in, merge.weight_out)
+    if merge.row.dtype != torch.int64 or any(tensor.shape != (units,) for tensor in (merge.row, *weights)):
+        return False
+    if any(weight.dtype != torch.float32 or not weight.isfinite().all() for weight in weights):
+        return False
+    return int(merge.row.min()) >= -1 and int(merge.row.max()) < keep

@@ -2,79 +2,98 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from dicer.ask.axes import AXES
+from dicer.ask.compute import Compute
 from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
-from dicer.decide.budget import Budget, Decision, Key, decide_beforehand, make_budget
-from dicer.decide.grouping import GROUPINGS
-from dicer.decide.merging import MERGES
+from dicer.decide.budget import Amounts, Budget, known_beforehand, make_budget
+from dicer.decide.grouping import GROUPINGS, Grouping
+from dicer.decide.merging import MERGES, Merging
 from dicer.decide.plan import LayerPlan, PrunePlan
-from dicer.errors import RecipeError, unknown
-from dicer.measure.criteria import CRITERIA, Criterion, find_criterion
-from dicer.measure.statistics import Need
+from dicer.errors import RecipeError
+from dicer.measure.criteria import CRITERIA, Criterion
+from dicer.measure.parts import Part, bind, find_part
+from dicer.measure.statistics import Kind, Need
 from dicer.measure.text import Calibration, load_calibration
+from dicer.model.shapes import layer_shapes
 from dicer.model.source import ModelSource, tokenize_with
-from dicer.model.units import AXES, UNITS
-from dicer.write.config import layer_shapes
-from dicer.write.surgery import Sizes, plan_cut
+from dicer.model.units import SubLayer
 
 
-@dataclass(frozen=True)
-class Job:
-    """A recipe held against a model: everything that can be wrong has been looked at, and nothing been computed.
+class Parts(NamedTuple):
+    """What a method is made of, with the parameters that were set."""
+
+    criterion: Criterion
+    grouping: Grouping
+    merge: Merging
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A recipe held against a model, before it is known how much stays.
 
     Attributes:
         source: the model.
         recipe: what was asked.
+        compute: how it is computed.
         method: every choice of the recipe made.
-        criterion: the scoring function.
+        parts: the functions of the method.
         budget: how many parameters are to go, and from where.
-        decision: how much of everything stays; None where the model has to run before it can be said.
-        calibration: the tokens, or None when nothing of the method looks at text.
+        calibration: the tokens; None until they are read, and where nothing of the method looks at text.
     """
 
     source: ModelSource
     recipe: Recipe
+    compute: Compute
     method: Method
-    criterion: Criterion
+    parts: Parts
     budget: Budget
-    decision: Decision | None
-    calibration: Calibration | None
+    calibration: Calibration | None = None
+
+    @property
+    def places(self) -> frozenset[SubLayer]:
+        """The sub-layers whose units are scored."""
+        return frozenset(sub_layer.place for sub_layer in self.budget.sub_layers)
 
     @property
     def layers(self) -> list[int]:
-        """The layers whose units are scored."""
-        return sorted({module.layer for module in self.budget.modules})
+        """The layers that they lie in."""
+        return sorted({place.layer for place in self.places})
 
     @property
     def needs(self) -> frozenset[Need]:
         """The sums over activations that the method reads."""
-        return frozenset().union(*(self._needs(axis) for axis in self.method.axes))
+        return frozenset(need for axis in self.method.axes for need in self._needs(axis))
 
     def _needs(self, axis: str) -> set[Need]:
-        kinds = [kind for kind in ("square_sum", "sum") if kind in self.criterion.needs]
-        needs = {Need(kind, activation_on(axis, self.method.activation), axis) for kind in kinds}
-        if self.method.grouped_by is not None:
-            needs.add(Need("gram", activation_on(axis, self.method.grouped_by), axis))
-        if self.method.merge == "dominant" and self.method.grouping != "none":
-            needs.add(Need("square_sum", "mod", axis))
-        if self.recipe.compensate == "bias":
-            needs.add(Need("channel_sum", "mod", axis))
-        return needs
+        read: list[tuple[Part, str]] = [(self.parts.criterion, self.method.activation), (self.parts.merge, "mod")]
+        read.append((self.parts.grouping, self.method.grouped_by or self.method.activation))
+        kinds: list[Kind] = ["square_sum", "sum", "gram"]
+        needs = {
+            Need(kind, AXES[axis].activation(activation), axis)
+            for part, activation in read
+            for kind in kinds
+            if kind in part.needs
+        }
+        return needs | ({Need("channel_sum", "mod", axis)} if self.recipe.compensate == "bias" else set())
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the criterion reads the gradient of the loss."""
+        return "gradient" in self.parts.criterion.needs
 
     @property
     def runs_model(self) -> bool:
         """Whether tokens have to go through the model."""
         measures = self.method.allocate == "transfer-entropy" and self.recipe.entropy_profile is None
-        return bool(self.needs) or "gradient" in self.criterion.needs or measures
+        return bool(self.needs) or self.needs_gradient or measures
 
     @property
     def notes(self) -> list[str]:
@@ -84,12 +103,6 @@ class Job:
             notes.append(f"{len(ignored)} tensors that are no part of the model are left out ({ignored[0]} ...)")
         if self.method.merge != "prune" and self.method.grouping == "none":
             notes.append(f"merge '{self.method.merge}' has nothing to merge without groups; name a --grouping")
-        for axis in self.method.axes if self.decision else ():
-            modules = [module for module in self.budget.modules if module.axis == axis]
-            whole = sum(self.decision.keep[axis, m.layer] == m.units for m in modules) if self.decision else 0
-            # Of the few heads of a layer all may stay, as rounding goes over all layers; a file may ask for it.
-            if whole and not self.method.allocate.endswith(".json") and (axis == "mlp" or whole == len(modules)):
-                notes.append(f"{whole} layers keep all their {UNITS[axis]}: the ratio rounds to nothing there")
         return notes
 
     @property
@@ -99,63 +112,125 @@ class Job:
         stays = getattr(config, "scale_attn_by_inverse_layer_idx", False) or self.recipe.compensate == "bias"
         return not stays and getattr(config, "do_layer_norm_before", True)
 
+    def decided(self, amounts: Amounts) -> Decided:
+        """The same, now that it is known how much stays.
+
+        Raises:
+            RecipeError: nothing of the model would stay.
+        """
+        task = Decided(**{field.name: getattr(self, field.name) for field in fields(Asked)}, amounts=amounts)
+        if len(task.outline().blocks) == self.budget.layers:
+            raise RecipeError("this removes every layer whole, and one has to stay: ask for less.")
+        return task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided(Asked):
+    """A recipe held against a model, and how much of everything stays.
+
+    Attributes:
+        amounts: units of each sub-layer, and the blocks that go.
+    """
+
+    amounts: Amounts
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before the result surprises her; also where a ratio rounds to nothing."""
+        notes = super().notes
+        for axis in self.method.axes if not self.method.from_file else ():  # a file may ask for it
+            own = [sub_layer for sub_layer in self.budget.sub_layers if sub_layer.axis == axis]
+            whole = sum(self.amounts.keep[sub_layer.place] == sub_layer.units for sub_layer in own)
+            # Of the few heads of a layer all may stay, as rounding goes over all layers.
+            if whole and (AXES[axis].widths or whole == len(own)):
+                notes.append(f"{whole} layers keep all their {AXES[axis].units}: the ratio rounds to nothing there")
+        return notes
+
     def outline(self) -> PrunePlan:
-        """A plan with the widths that can be known before anything is computed, and nothing else."""
-        layers: dict[Key, LayerPlan] = {}
-        for module in self.budget.modules if self.decision else ():
-            keep = self.decision.keep[module.axis, module.layer] if self.decision else 0
-            layers[module.axis, module.layer] = LayerPlan(module.units, torch.arange(keep), torch.zeros(module.units))
+        """A plan with the widths that are decided, and nothing else."""
+        layers: dict[SubLayer, LayerPlan] = {}
+        for sub_layer in self.budget.sub_layers:
+            keep = torch.arange(self.amounts.keep[sub_layer.place])
+            layers[sub_layer.place] = LayerPlan(sub_layer.units, keep, torch.zeros(sub_layer.units))
         axes, blocks = without_empty(self, layers)
         return PrunePlan({}, {}, {}, {}, axes, blocks)
 
-    def sizes(self) -> tuple[Sizes, Sizes]:
-        """What the model has and what it will have; the same again where the model has to run first."""
-        return plan_cut(self.source, self.outline()).sizes()
 
-
-def activation_on(axis: str, activation: str) -> str:
-    """The activation by its name on an axis: heads have but one, what goes into the output projection."""
-    return activation if axis == "mlp" else "mod"
-
-
-def prepare(
-    source: ModelSource, recipe: Recipe, tokenizer: Any | None = None, calibration: Calibration | None = None
-) -> Job:
-    """Hold a recipe against a model.
+def prepare(source: ModelSource, recipe: Recipe, compute: Compute | None = None) -> Asked:
+    """Hold a recipe against a model; no text is read.
 
     Args:
         source: the model.
         recipe: what was asked.
-        tokenizer: for models in memory; others bring their own.
-        calibration: what the recipe's text gave before, so that it need not be read again.
+        compute: how it is to be computed.
+
+    Returns:
+        What is asked; :class:`Decided` already, where how much stays is known beforehand.
 
     Raises:
         RecipeError: names that are in no registry, layers that do not exist, a ratio that leaves no neuron.
-        CalibrationError: the text cannot be had or is too short.
     """
     method = recipe.resolve()
-    criterion = find_criterion(method.criterion, CRITERIA)
-    for kind, name, known in (("grouping", method.grouping, GROUPINGS), ("merge", method.merge, MERGES)):
-        if name not in known:
-            raise RecipeError(unknown(kind, name, known))
+    parts = _parts(recipe, method)
     if method.axis == "block" and getattr(source.config, "scale_attn_by_inverse_layer_idx", False):
         raise RecipeError(f"{source.name} scales attention by the layer's number, so no layer can go whole.")
     budget = make_budget(source, recipe, method)
-    decision = decide_beforehand(source, budget, method, recipe)
-    for (axis, index), keep in decision.keep.items() if decision else ():
-        if method.groups is not None and method.groups > keep > 0:
+    task = Asked(
+        source=source,
+        recipe=recipe,
+        compute=recipe.compute_or(compute),
+        method=method,
+        parts=parts,
+        budget=budget,
+    )
+    amounts = known_beforehand(source, budget, method, recipe)
+    if amounts is None:
+        return task
+    for (layer, axis), keep in amounts.keep.items():
+        if fewer_groups(parts) > keep > 0:
             raise RecipeError(
-                f"--groups {method.groups} is more than the {keep} {UNITS[axis]} that layer {index} keeps; "
+                f"--groups {fewer_groups(parts)} is more than the {keep} {AXES[axis].units} that layer {layer} keeps; "
                 f"ask for at most {keep}."
             )
-    job = Job(source, recipe, method, criterion, budget, decision, None)
-    if len(job.outline().blocks) == budget.layers:
-        raise RecipeError("this removes every layer whole, and one has to stay: ask for less.")
-    if not job.runs_model:
-        return job
-    calibration = calibration or load_calibration(recipe, tokenize_with(tokenizer or source.tokenizer()))
+    return task.decided(amounts)
+
+
+def fewer_groups(parts: Parts) -> int:
+    """How many groups were asked for, where that is less than one a kept unit; else 0."""
+    return int(parts.grouping.settings.get("groups") or 0) if parts.grouping.name == "random" else 0
+
+
+def _parts(recipe: Recipe, method: Method) -> Parts:
+    asked = {**dict(recipe.set), **({"groups": method.groups} if method.groups is not None else {})}
+    grouping = find_part(Grouping, method.grouping, GROUPINGS)
+    merge = find_part(Merging, method.merge, MERGES)
+    if grouping is GROUPINGS["none"]:  # without groups there is nothing to merge
+        merge = MERGES["prune"]
+    parts = (find_part(Criterion, method.criterion, CRITERIA), grouping, merge)
+    return Parts(*bind(parts, asked))
+
+
+T = TypeVar("T", bound=Asked)
+
+
+def with_text(task: T, tokenizer: Any | None = None, known: Calibration | None = None) -> T:
+    """The same with its calibration tokens, where its method looks at text.
+
+    Args:
+        task: from :func:`prepare`.
+        tokenizer: for models in memory; others bring their own.
+        known: what the text gave before, so that it need not be read again.
+
+    Raises:
+        CalibrationError: the text cannot be had or is too short.
+        RecipeError: the tokens are not the model's.
+    """
+    if not task.runs_model:
+        return task
+    source = task.source
+    calibration = known or load_calibration(task.recipe.text, tokenize_with(tokenizer or source.tokenizer()))
     check_tokens(calibration.tokens, source)
-    return replace(job, calibration=calibration)
+    return replace(task, calibration=calibration)
 
 
 def check_tokens(tokens: Tensor, source: ModelSource) -> None:
@@ -178,41 +253,22 @@ def check_tokens(tokens: Tensor, source: ModelSource) -> None:
         raise RecipeError(f"samples of {tokens.shape[1]} tokens are longer than the model's {limit} positions.")
 
 
-def without_empty(job: Job, layers: Mapping[Key, LayerPlan]) -> tuple[dict[str, dict[int, LayerPlan]], tuple[int, ...]]:
+def without_empty(
+    task: Asked, layers: Mapping[SubLayer, LayerPlan]
+) -> tuple[dict[str, dict[int, LayerPlan]], tuple[int, ...]]:
     """(axis -> layer -> what stays, layers that go whole because nothing of them would stay)."""
-    shapes = layer_shapes(job.source.family, job.source.config)
+    shapes = layer_shapes(task.source.family, task.source.config)
 
-    def keeps(axis: str, index: int) -> bool:
-        if (axis, index) in layers:
-            return len(layers[axis, index].keep) > 0
-        return bool(shapes[index].units[axis]) or axis in shapes[index].output_bias
+    def keeps(place: SubLayer) -> bool:
+        if place in layers:
+            return len(layers[place].keep) > 0
+        shape = shapes[place.layer]
+        return bool(shape.units[place.axis]) or place.axis in shape.output_bias
 
-    empty = [i for i in job.layers if job.goes_with_its_layer and not any(keeps(axis, i) for axis in AXES)]
-    axes: dict[str, dict[int, LayerPlan]] = {axis: {} for axis in job.method.axes}
-    for (axis, index), layer in sorted(layers.items()):
-        if index not in empty:
-            axes[axis][index] = layer
+    places = {i: [SubLayer(i, axis) for axis in task.source.family.axes] for i in task.layers}
+    empty = [i for i in task.layers if task.goes_with_its_layer and not any(map(keeps, places[i]))]
+    axes: dict[str, dict[int, LayerPlan]] = {axis: {} for axis in task.method.axes}
+    for place, layer in sorted(layers.items()):
+        if place.layer not in empty:
+            axes[place.axis][place.layer] = layer
     return axes, tuple(empty)
-
-
-def portable(recipe: Recipe, method: Method) -> dict[str, Any]:
-    """The recipe with every choice made and without paths of this machine."""
-    criterion, allocate = method.criterion, method.allocate
-    if ".py:" in criterion:
-        file, _, name = criterion.rpartition(":")
-        criterion = f"{Path(file).name}:{name} ({_digest(file)})"
-    if allocate.endswith(".json"):
-        allocate = f"{Path(allocate).name} ({_digest(allocate)})"
-    calib = Path(recipe.calib).name if recipe.calib.endswith((".txt", ".jsonl", ".gz")) else recipe.calib
-    choices = method._asdict()
-    named = {"criterion": criterion, "allocate": allocate, "calib": calib}
-    if profile := recipe.entropy_profile:
-        named["entropy_profile"] = f"{Path(profile).name} ({_digest(profile)})"
-    return {**recipe.model_dump(), "method": choices.pop("preset"), **choices, **named}
-
-
-def _digest(file: str) -> str:
-    try:
-        return f"sha256 {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
-    except OSError as error:
-        raise RecipeError(f"{file} cannot be read: {error.strerror or error}.") from None

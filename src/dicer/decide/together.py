@@ -11,19 +11,19 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from dicer.ask.recipe import Recipe
+from dicer.ask.spelling import Wanted
+from dicer.ask.text import Text
 from dicer.decide.decide import score
 from dicer.decide.plan import PrunePlan
-from dicer.decide.task import Job, prepare
+from dicer.decide.task import Asked, Decided, prepare, with_text
 from dicer.machine import peak_memory, reset_peak_memory
-from dicer.measure.stores.resident import Progress, silent
+from dicer.measure.stores.store import LayerStore
 from dicer.measure.text import Calibration, load_calibration
 from dicer.model.source import ModelSource, tokenize_with
 from dicer.processes import world_size
+from dicer.progress import Progress, silent
 
 T = TypeVar("T")
-
-_TEXT_FIELDS = ("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len", "calib_seed")
-_NORM_FIELDS = (*_TEXT_FIELDS, "layers", "batch_size", "device", "dtype")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scored:
     """What a pass gave for one recipe.
 
     Attributes:
-        job: the recipe, held against the model.
+        task: the recipe, held against the model.
         plan: which units stay.
         norms: layer -> L2 norm of each unit's post activation over the calibration tokens, float32 [N]; None where the
             text cannot be had and the method does not look at it.
@@ -40,7 +40,7 @@ class Scored:
         memory: most bytes that were held meanwhile.
     """
 
-    job: Job
+    task: Asked
     plan: PrunePlan
     norms: dict[int, Tensor] | None
     seconds: float
@@ -49,10 +49,10 @@ class Scored:
 
 
 class _Member(NamedTuple):
-    """One job of a pass, and whose it is: a recipe's number, or the key of the norms that all recipes show."""
+    """One task of a pass, and whose it is: a recipe's number, or the key of the norms that all recipes show."""
 
     owner: object
-    job: Job
+    task: Asked
 
 
 class _Pass(NamedTuple):
@@ -63,53 +63,57 @@ class _Pass(NamedTuple):
 
 
 def score_all(
-    source: ModelSource, model: Any, recipes: Sequence[Recipe], tokenizer: Any, progress: Progress = silent
+    source: ModelSource,
+    store: LayerStore,
+    wanted: Sequence[Wanted],
+    tokenizer: Any,
+    progress: Progress = silent,
 ) -> list[Scored | Exception]:
     """One plan for each recipe, with as few passes as there are kinds of statistics and token sets.
 
     Args:
         source: the model.
-        model: the same, in memory.
-        recipes: what to do, each on its own.
+        store: its layers.
+        wanted: what to do and how it is computed, each on its own.
         tokenizer: of the model, or None where it has none.
         progress: called with (stage, done, total).
 
     Returns:
-        In the order of the recipes; where one failed, its error: the others do not suffer.
+        In their order; where one failed, its error: the others do not suffer.
     """
     texts = _Texts(tokenizer)
-    jobs = [_tried(lambda recipe=recipe: _prepare(source, recipe, tokenizer, texts)) for recipe in recipes]  # type: ignore[misc]
-    passes: dict[tuple[object, str], list[_Member]] = {}
-    for number, job in enumerate(jobs):
-        if isinstance(job, Exception):
+    tasks = [_tried(partial(_with_text, source, asked, texts)) for asked in wanted]
+    passes: dict[tuple[Text | None, str], list[_Member]] = {}
+    for number, task in enumerate(tasks):
+        if isinstance(task, Exception):
             continue
-        text = texts.key(job.recipe) if job.calibration else None
-        passes.setdefault((text, _kind(job)), []).append(_Member(number, job))
-        norms = _tried(partial(_norms_job, job, tokenizer, texts))
-        members = passes.setdefault((texts.key(job.recipe), "sums"), [])
-        if not isinstance(norms, Exception) and all(_norms_key(job) != member.owner for member in members):
-            members.append(_Member(_norms_key(job), norms))
+        text = task.recipe.text if task.calibration else None
+        passes.setdefault((text, _kind(task)), []).append(_Member(number, task))
+        norms = _tried(partial(_with_text, source, Wanted(_norms_recipe(task), task.compute), texts))
+        members = passes.setdefault((task.recipe.text, "sums"), [])
+        if not isinstance(norms, Exception) and all(_norms_key(task) != member.owner for member in members):
+            members.append(_Member(_norms_key(task), norms))
     found: dict[object, _Pass | Exception] = {}
     for members in passes.values():
-        found.update(_run_pass(members, model, progress))
-    return [job if isinstance(job, Exception) else _scored(job, number, found) for number, job in enumerate(jobs)]
+        found.update(_run_pass(members, store, progress))
+    return [task if isinstance(task, Exception) else _scored(task, number, found) for number, task in enumerate(tasks)]
 
 
-def _scored(job: Job, number: int, found: dict[object, _Pass | Exception]) -> Scored | Exception:
-    own, norms = found[number], found.get(_norms_key(job))
+def _scored(task: Asked, number: int, found: dict[object, _Pass | Exception]) -> Scored | Exception:
+    own, norms = found[number], found.get(_norms_key(task))
     if isinstance(own, Exception):
         return own
     scores = {i: layer.scores for i, layer in norms.plan.mlp.items()} if isinstance(norms, _Pass) else None
-    return Scored(job, own.plan, scores, own.seconds, own.sharing, own.memory)
+    return Scored(task, own.plan, scores, own.seconds, own.sharing, own.memory)
 
 
-def _run_pass(members: list[_Member], model: Any, progress: Progress) -> dict[object, _Pass | Exception]:
+def _run_pass(members: list[_Member], store: LayerStore, progress: Progress) -> dict[object, _Pass | Exception]:
     """Score together; where that fails, one after the other, so that only those fail that must."""
     if not members:
         return {}
     reset_peak_memory()
     start = time.perf_counter()
-    plans = _tried(lambda: score([member.job for member in members], model, progress))
+    plans = _tried(lambda: score([member.task for member in members], store, progress))
     if not isinstance(plans, Exception):
         seconds, memory = time.perf_counter() - start, peak_memory()
         runs = sum(isinstance(member.owner, int) for member in members)
@@ -118,34 +122,31 @@ def _run_pass(members: list[_Member], model: Any, progress: Progress) -> dict[ob
         raise plans
     if len(members) == 1:
         return {members[0].owner: plans}
-    return {owner: value for member in members for owner, value in _run_pass([member], model, progress).items()}
+    return {owner: value for member in members for owner, value in _run_pass([member], store, progress).items()}
 
 
-def _kind(job: Job) -> str:
+def _kind(task: Asked) -> str:
     """Passes of different cost stay apart, so that the time of each says something about its methods."""
-    if job.method.allocate == "transfer-entropy" and job.decision is None:
+    if task.method.allocate == "transfer-entropy" and not isinstance(task, Decided):
         return "entropy"
-    if "gradient" in job.criterion.needs:
+    if task.needs_gradient:
         return "gradient"
-    if any(need.kind == "gram" for need in job.needs):
+    if any(need.kind == "gram" for need in task.needs):
         return "gram"
-    return "sums" if job.needs else "weights"
+    return "sums" if task.needs else "weights"
 
 
-def _prepare(source: ModelSource, recipe: Recipe, tokenizer: Any, texts: _Texts) -> Job:
-    job = prepare(source, recipe, tokenizer, texts.known(recipe))
-    if job.calibration is not None:
-        texts.keep(recipe, job.calibration)
-    return job
+def _with_text(source: ModelSource, wanted: Wanted, texts: _Texts) -> Asked:
+    task = prepare(source, *wanted)
+    return with_text(task, known=texts.get(task.recipe.text)) if task.runs_model else task
 
 
-def _norms_key(job: Job) -> object:
-    return (*(getattr(job.recipe, name) for name in _TEXT_FIELDS), tuple(job.layers))
+def _norms_key(task: Asked) -> object:
+    return (task.recipe.text, tuple(task.layers))
 
 
-def _norms_job(job: Job, tokenizer: Any, texts: _Texts) -> Job:
-    recipe = Recipe(method="act-l2", **{name: getattr(job.recipe, name) for name in _NORM_FIELDS})
-    return prepare(job.source, recipe, tokenizer, texts.get(recipe))
+def _norms_recipe(task: Asked) -> Recipe:
+    return Recipe(method="act-l2", layers=task.recipe.layers, text=task.recipe.text)
 
 
 class _Texts:
@@ -153,23 +154,12 @@ class _Texts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenize = tokenize_with(tokenizer)
-        self._held: dict[object, Calibration | Exception] = {}
+        self._held: dict[Text, Calibration | Exception] = {}
 
-    def key(self, recipe: Recipe) -> object:
-        return tuple(getattr(recipe, name) for name in _TEXT_FIELDS)
-
-    def known(self, recipe: Recipe) -> Calibration | None:
-        found = self._held.get(self.key(recipe))
-        return found if isinstance(found, Calibration) else None
-
-    def keep(self, recipe: Recipe, calibration: Calibration) -> None:
-        self._held[self.key(recipe)] = calibration
-
-    def get(self, recipe: Recipe) -> Calibration:
-        key = self.key(recipe)
-        if key not in self._held:
-            self._held[key] = _tried(lambda: load_calibration(recipe, self._tokenize))
-        found = self._held[key]
+    def get(self, text: Text) -> Calibration:
+        if text not in self._held:
+            self._held[text] = _tried(lambda: load_calibration(text, self._tokenize))
+        found = self._held[text]
         if isinstance(found, Exception):
             raise found
         return found

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 
 from dicer.errors import EvaluationError, unknown
+from dicer.processes import join, several
 
 _KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 _SEED = 1234  # the default of its command line
@@ -124,13 +123,13 @@ class _Counter:
 
 def _share(harness_model: Any) -> None:
     """Give each process its part of the requests: the harness does so only for models that it loads itself."""
-    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not several():
         return
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
 
-    patient = InitProcessGroupKwargs(timeout=timedelta(weeks=1))  # one process may have the longer documents
-    accelerator = Accelerator(cpu=harness_model.device.type == "cpu", kwargs_handlers=[patient])
+    cpu = harness_model.device.type == "cpu"
+    join(cpu=cpu)
+    accelerator = Accelerator(cpu=cpu)
     harness_model.accelerator = accelerator
     harness_model._rank, harness_model._world_size = accelerator.process_index, accelerator.num_processes
 

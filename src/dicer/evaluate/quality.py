@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,12 @@ from dicer.ask.evaluation import Evaluation as Evaluation
 from dicer.ask.evaluation import Protocol
 from dicer.errors import CalibrationError, ModelError, RecipeError
 from dicer.evaluate.harness import load_tasks, run_tasks
-from dicer.measure.stores.resident import Progress, evaluating, silent
-from dicer.measure.text import HUB_TEXTS, load_windows
+from dicer.measure.documents import HUB_TEXTS
+from dicer.measure.stores.resident import evaluating
+from dicer.measure.text import load_windows
 from dicer.model.source import tokenize_with
+from dicer.processes import rank
+from dicer.progress import Progress, silent
 
 
 def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
             for kind in ("tasks", "groups"):
                 result[kind] |= (found or {}).get(kind, {})
             result["versions"] = {"lm_eval": importlib.metadata.version("lm_eval")}
-        if int(os.environ.get("RANK", "0")):
+        if rank():
             return {}
         measured = [_measure(model, one, Path(str(text)).name, evaluation, progress) for one in windows]
         if measured:
@@ -98,7 +100,7 @@ def _windows(model: Any, tokenizer: Any, evaluation: Evaluation, text: str, othe
         if protocol or other or "window" in evaluation.model_fields_set:
             raise RecipeError(
                 f"a window of {length} tokens is longer than the model's {positions} positions; "
-                f"use --window {positions}."
+                f"use {'--also-window' if other else '--window'} {positions}."
             )
         length = int(positions)
     tokenize = tokenize_with(tokenizer)

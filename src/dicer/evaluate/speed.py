@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dicer.errors import RecipeError
 from dicer.machine import peak_memory
-from dicer.measure.stores.resident import Progress, evaluating, silent
+from dicer.measure.stores.resident import evaluating
+from dicer.progress import Progress, silent
 
 
 @dataclass(frozen=True)

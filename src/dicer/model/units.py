@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dicer.errors import RecipeError
+from dicer.ask.axes import AXES, AxisKind
 
-AXES = ("attention", "mlp")  # the order of a layer's sub-layers
-UNITS = {"attention": "key-value heads", "mlp": "neurons"}  # what users know them as
+
+class SubLayer(NamedTuple):
+    """The attention or the MLP of one layer; they sort as a model runs them.
+
+    Attributes:
+        layer: its number in the model.
+        axis: ``attention`` or ``mlp``; for what can be bypassed also ``block``, the whole layer.
+    """
+
+    layer: int
+    axis: str
+
+    @property
+    def key(self) -> str:
+        """As in ``mlp.3``."""
+        return f"{self.axis}.{self.layer}"
+
+    def __str__(self) -> str:
+        return f"{self.axis} of layer {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,12 @@ class Axis:
             there is only the output projection's input.
         output: submodule whose input is the modulated activation (for attention: the heads' outputs side by side).
         bias_option: config switch of the stock family that gives the output projection a bias, if it has one.
+        returns: how many values the last module returns, of which the first joins the residual stream; the others are
+            None where the sub-layer is bypassed.
+        size_key: config key that says how large a unit is; it must be said as soon as their number is another.
+        fixed: the stock class takes the size of a unit from the number of units, so fewer need own code.
+        divides: config key whose value the first of ``width_keys`` must divide in the stock class, if it must.
+        default: (other config key, factor): how many units there are where the config does not say it.
     """
 
     name: str
@@ -84,6 +108,29 @@ class Axis:
     activation: str | None
     output: str
     bias_option: str | None = None
+    returns: int = 1
+    size_key: str | None = None
+    fixed: bool = False
+    divides: str | None = None
+    default: tuple[str, int] | None = None
+
+    def width(self, read: Callable[[str], Any]) -> int:
+        """How many units there are, from a function that gives a config's value by its key (or None)."""
+        said = read(self.width_keys[-1])
+        if said is None and self.default is not None:
+            key, factor = self.default
+            return factor * int(read(key))
+        return int(said)
+
+    @property
+    def kind(self) -> AxisKind:
+        """What can be done with its units, whatever the family."""
+        return AXES[self.name]
+
+    @property
+    def output_slice(self) -> Slice:
+        """The output projection."""
+        return next(piece for piece in self.slices if piece.is_output)
 
     def sized(self, query: int, head: int) -> Axis:
         """The axis with the number of rows that a unit owns in each tensor.
@@ -106,7 +153,7 @@ class Axis:
     @property
     def channels(self) -> int:
         """How many inputs of the output projection one unit owns."""
-        return next(piece.blocks[0] for piece in self.slices if piece.is_output)
+        return self.output_slice.blocks[0]
 
     def owns(self, name: str) -> bool:
         """Whether a tensor (by its name inside the layer) lies in this sub-layer."""
@@ -154,23 +201,3 @@ def unit_weights(axis: Axis, tensors: Mapping[str, Tensor]) -> UnitWeights:
             parts.setdefault(_PLACES.get(role, role), []).append(part.reshape(count, -1))  # [U, block*d]
     joined = {role: found[0] if len(found) == 1 else torch.cat(found, 1) for role, found in parts.items()}
     return UnitWeights(joined.get("gate"), joined["up"], joined["down"].T)
-
-
-def legal(width: int, ratio: float, multiple: int) -> int:
-    """How many units stay of ``width`` when the fraction ``ratio`` goes.
-
-    K = round(width * (1 - ratio)), then the nearest multiple of ``multiple`` that is not more than ``width``
-    (docs/methods.md).
-
-    Raises:
-        RecipeError: when no unit would stay.
-    """
-    keep = round(width * (1 - ratio))
-    if multiple > 1:
-        keep = min(round(keep / multiple), width // multiple) * multiple
-    if keep < 1:
-        of = f" in multiples of {multiple}" if multiple > 1 else ""
-        raise RecipeError(
-            f"ratio {ratio} leaves no neuron of {width}{of}: ask for a smaller --ratio or a smaller --width-multiple."
-        )
-    return keep

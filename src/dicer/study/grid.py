@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
@@ -14,17 +13,17 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dicer.ask.compute import WITHOUT_EFFECT, Compute
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.methods import PRESETS, Method
-from dicer.ask.recipe import Recipe, make_recipe
+from dicer.ask.portable import base_name, portable_evaluation, portable_text
+from dicer.ask.recipe import Recipe
+from dicer.ask.spelling import make_wanted
 from dicer.errors import ExperimentError, RecipeError, unknown
 
 ORIGINAL = "original"
 _PATHS = ("allocate", "calib", "criterion", "entropy_profile", "include_path", "models", "perplexity")
 _AXES = {"ratio": "ratios", "seed": "seeds", "samples": "samples", "calib": "calib"}  # recipe value -> key of the grid
-# These change how long a run takes and what it needs, not what it gives.
-_WITHOUT_EFFECT = ("device", "batch_size", "gradient_checkpointing")
-
 # Recipe fields that earlier records do not have: what they held then, so that those runs are still known.
 _LATER = {"entropy_profile": None}
 
@@ -54,13 +53,13 @@ class Run(NamedTuple):
         model: as it is typed.
         recipe: what to do; None for the model as it is.
         text: what the calibration text is called; for stand-ins, what they stand in for.
-        loading: dtype and device that the model is loaded with.
+        compute: how it is computed; the model is loaded once for all runs with the same.
     """
 
     model: str
     recipe: Recipe | None
     text: str
-    loading: Recipe
+    compute: Compute
 
     @property
     def method(self) -> str:
@@ -126,12 +125,11 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
     runs: dict[Run, None] = {}
     for model in grid.models:
         for values_, text in _points(grid):
-            recipe = make_recipe(values_)
+            recipe, compute = make_wanted(values_)
             recipe.resolve()
-            loading = Recipe(dtype=recipe.dtype, device=recipe.device)
             if grid.original:
-                runs[Run(model, None, "", loading)] = None
-            runs[Run(model, recipe, text, loading)] = None
+                runs[Run(model, None, "", compute)] = None
+            runs[Run(model, recipe, text, compute)] = None
     evaluation.require_something()
     return Experiment(sorted(runs, key=lambda run: (grid.models.index(run.model), run.recipe is not None)), evaluation)
 
@@ -152,7 +150,7 @@ def _points(grid: Grid) -> Iterator[tuple[dict[str, Any], str]]:
             ratios = [None]  # one point, and its recipe names no ratio
         for ratio, seed, samples in itertools.product(ratios, seeds, grid.samples):
             point = {**grid.recipe, "ratio": ratio, "seed": seed, "samples": samples, **text, **own}
-            yield point, str(name or _base(str(text.get("calib", "builtin"))))
+            yield point, str(name or base_name(str(text.get("calib", "builtin"))))
 
 
 def _own_list(own: dict[str, Any], name: str, default: list[Any]) -> list[Any]:
@@ -160,10 +158,6 @@ def _own_list(own: dict[str, Any], name: str, default: list[Any]) -> list[Any]:
     if not isinstance(found, list) or not found:
         raise ExperimentError(f"methods.{name}: expected a list, got {found!r}.")
     return found
-
-
-def _base(text: str) -> str:
-    return Path(text).name if text.endswith((".txt", ".jsonl", ".gz")) else text
 
 
 def _expand(values: Any, key: str = "") -> Any:
@@ -233,6 +227,7 @@ def _how(recipe: Recipe, method: Method) -> list[str]:
     fields = Recipe.model_fields
     changed = {name: v for name in fields if (v := getattr(recipe, name)) != fields[name].default}
     words += [str(changed[name]) for name in _SAID_BY_VALUE if name in changed]
+    words += [f"{name}-{value}" for name, value in recipe.set]
     return [*words, *(f"{word}{changed[name]}" for name, word in _SAID_BY_NAME.items() if name in changed)]
 
 
@@ -245,26 +240,10 @@ def identity(run: Run, recipe: dict[str, Any], evaluation: Evaluation, fingerpri
         evaluation: what is measured.
         fingerprint: of the model.
     """
-    decides = {name: value for name, value in recipe.items() if name not in _WITHOUT_EFFECT}
+    decides = {name: value for name, value in recipe.items() if name not in WITHOUT_EFFECT}
     decides = {name: value for name, value in decides.items() if name not in _LATER or value != _LATER[name]}
     if run.recipe is not None:
-        decides["calib"] = _content(run.recipe.calib)
+        decides["calib"] = portable_text(run.recipe.text.source)
     measured = portable_evaluation(evaluation)
     measured.pop("batch_size", None)
     return {"recipe": decides, "text": run.text, "evaluation": measured, "fingerprint": fingerprint}
-
-
-def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as JSON values; folders and texts by name, local texts also by content."""
-    values = evaluation.record()
-    if evaluation.perplexity:
-        values["perplexity"] = _content(evaluation.perplexity)
-    return values
-
-
-def _content(text: str) -> str:
-    path = Path(text)
-    if _base(text) == text or not path.is_file():
-        return _base(text)
-    with path.open("rb") as file:
-        return f"{path.name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"

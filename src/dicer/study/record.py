@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-_Number = float | Literal["inf", "-inf", "nan"]  # as :func:`dicer.study.records.finite` writes them
+_Number = float | Literal["inf", "-inf", "nan"]  # as :func:`dicer.files.finite` writes them
 _Index = Annotated[str, Field(pattern="^[0-9]{1,6}$")]  # of a layer
 _Units = Annotated[int, Field(ge=0)]
 

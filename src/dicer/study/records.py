@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +15,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from dicer.errors import ExperimentError, OutputError
+from dicer.files import as_output_error, finite, remove_unfinished, write_whole
 from dicer.study.record import validate
 
 FORMAT = 1
-PARTIAL = ".partial"
 LOCK = ".dicer-lock"
 
 
@@ -41,26 +39,9 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    partial = path.with_name(path.name + PARTIAL)
     text = json.dumps(finite({"format": FORMAT, **record}), indent=2, sort_keys=True, ensure_ascii=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write the record {path}: {error.strerror or error}.") from error
-
-
-def finite(value: Any) -> Any:
-    """A value as JSON can say it. JSON has no infinity and no NaN: they become the text that ``float`` reads back."""
-    if isinstance(value, Mapping):
-        return {name: finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    with as_output_error(f"the record {path}"):
+        write_whole(path, text + "\n", sync=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -129,20 +110,17 @@ def locked(results: Path) -> Iterator[None]:
         ExperimentError: another run holds it.
         OutputError: the folder cannot be made.
     """
-    lock = filelock.FileLock(results / LOCK)
     try:
         results.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        held = filelock.FileLock(results / LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise ExperimentError(f"another run is writing to {results}; wait for it, or name another folder.") from None
     except OSError as error:
         raise OutputError(f"cannot use the results folder {results}: {error.strerror or error}.") from error
-    try:
-        for left in results.glob(f"*/*/logs/*.json{PARTIAL}"):  # of a run that was killed while it wrote
-            left.unlink(missing_ok=True)
+    with held:
+        for logs in results.glob("*/*/logs"):
+            remove_unfinished(logs)  # of a run that was killed while it wrote
         yield
-    finally:
-        lock.release()
 
 
 def pack(keep: Any, units: int) -> str:

@@ -6,31 +6,31 @@ import gc
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
-
 from dicer.ask.evaluation import Evaluation
-from dicer.decide.task import portable, prepare
+from dicer.ask.portable import portable, portable_evaluation
+from dicer.ask.spelling import Wanted
+from dicer.decide.task import prepare
 from dicer.decide.together import Scored, score_all
-from dicer.errors import DicerError, ExperimentError, unknown
+from dicer.errors import DicerError, ExperimentError
 from dicer.machine import peak_memory, pick_device, reset_peak_memory
-from dicer.measure.stores.resident import Progress, silent
-from dicer.measure.text import HUB_TEXTS, Calibration
+from dicer.measure.documents import check_source, check_text
+from dicer.measure.stores.resident import ResidentStore
 from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import build_model
 from dicer.processes import from_first, rank, world_size
-from dicer.study.grid import Experiment, Run, identity, portable_evaluation
+from dicer.progress import Progress, silent
+from dicer.study.grid import Experiment, Run, identity
 from dicer.study.records import locked, read_records, record_path, run_id, write_record
 from dicer.study.run_record import facts_of, surroundings
-
-_FILES = (".txt", ".jsonl", ".jsonl.gz")
+from dicer.write.surgery import plan_cut
 
 
 class Evaluate(Protocol):
@@ -136,7 +136,7 @@ def run_experiment(
         groups: dict[object, list[Task]] = {}
         for task in tasks:
             if task.name not in finished:
-                groups.setdefault((task.run.model, task.run.loading), []).append(task)
+                groups.setdefault((task.run.model, task.run.compute.dtype, task.run.compute.device), []).append(task)
         if groups:
             _check_evaluation(experiment.evaluation)
             for group in groups.values():
@@ -172,7 +172,7 @@ def _on_first(work: Callable[[], set[str]]) -> set[str]:
 
 def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path) -> Task:
     try:
-        recipe = portable(run.recipe, run.recipe.resolve()) if run.recipe else {"dtype": run.loading.dtype}
+        recipe = portable(run.recipe, run.recipe.resolve(), run.compute) if run.recipe else {"dtype": run.compute.dtype}
         name = run_id(identity(run, recipe, evaluation, source.fingerprint))
     except OSError as error:  # a criterion of one's own, or a text, is part of a run's name
         raise ExperimentError(f"{error.filename} cannot be read: {error.strerror}.") from None
@@ -182,42 +182,35 @@ def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path) 
 def _check_evaluation(evaluation: Evaluation) -> None:
     """See to it that the perplexity text is there, before any model is loaded."""
     if (text := evaluation.text()) is not None:
-        _check_text("perplexity text", text, ("builtin", "wikitext2"))
+        with _as_experiment_error():
+            check_source(text, ("builtin", "wikitext2"), "perplexity text")
 
 
 def _check_runs(tasks: list[Task]) -> None:
     """Hold the runs of one model against it, its device and the files that they read; the hub is not asked."""
-    pick_device(tasks[0].run.loading.device)
-    stand_in = Calibration(torch.zeros(1, 2, dtype=torch.int64), {})  # the text itself is read when its turn comes
+    pick_device(tasks[0].run.compute.device)
     for task in tasks:
-        if (recipe := task.run.recipe) is None:
-            continue
-        try:
-            if prepare(task.source, recipe, calibration=stand_in).runs_model:
-                named = (recipe.calib,) if recipe.calib.count("/") == 1 else ("OWNER/NAME",)
-                _check_text("calibration text", recipe.calib, ("builtin", *HUB_TEXTS, *named))
-        except DicerError as error:
-            raise ExperimentError(f"{task.source.name} {task.run.method}: {error}") from None
+        if (recipe := task.run.recipe) is not None:
+            with _as_experiment_error(f"{task.source.name} {task.run.method}: "):
+                if prepare(task.source, recipe, task.run.compute).runs_model:
+                    check_text(recipe.text)
 
 
-def _check_text(what: str, text: str, known: Sequence[str]) -> None:
-    if text.endswith(_FILES):
-        try:
-            if not Path(text).is_fifo():  # which can be opened once only
-                Path(text).open("rb").close()
-        except OSError as error:
-            raise ExperimentError(f"{what} {text} cannot be read: {error.strerror or error}.") from None
-    elif text not in known:
-        raise ExperimentError(unknown(what, text, (*known, *(f"FILE{ending}" for ending in _FILES))))
+@contextmanager
+def _as_experiment_error(where: str = "") -> Iterator[None]:
+    try:
+        yield
+    except DicerError as error:
+        raise ExperimentError(f"{where}{error}") from None
 
 
 def _run_model(tasks: list[Task], bench: Bench) -> None:
     """All runs of one model: it is loaded once, measured if asked, scored for all, and gone before the first cut."""
-    source, loading = tasks[0].source, tasks[0].run.loading
+    source, compute = tasks[0].source, tasks[0].run.compute
     start = time.perf_counter()
     try:
         tokenizer = source.tokenizer()
-        model = source.load_model(loading.dtype, pick_device(loading.device))
+        model = source.load_model(compute.dtype, pick_device(compute.device))
     except Exception as error:
         for task in tasks:
             _fail(task, bench, error)
@@ -230,9 +223,10 @@ def _run_model(tasks: list[Task], bench: Bench) -> None:
     del model
     for task, found in scored:
         gc.collect()  # a model that is gone but not collected would double the peak
-        build = partial(build_model, source, found.plan, dtype, device)
-        facts = facts_of(found)
-        if found.job.method.allocate.endswith(".json"):  # the file said it; reports go by what it comes to
+        cut = plan_cut(source, found.plan)
+        build = partial(build_model, cut, dtype, device)
+        facts = facts_of(found, cut)
+        if found.task.method.from_file:  # the file said it; reports go by what it comes to
             told = facts["allocation"]
             facts["recipe"] = {**task.recipe, "ratio": round(told["target"] / told["whole"], 4)}
         _measure(task, bench, build, tokenizer, {**load, "score": found.seconds}, facts)
@@ -243,9 +237,10 @@ def _score(tasks: list[Task], model: Any, tokenizer: Any, bench: Bench) -> list[
     asked = [(task, task.run.recipe) for task in tasks if task.run.recipe is not None]
     for task, _ in asked:
         bench.tell("scoring", task)
+    source, wanted = tasks[0].source, [Wanted(recipe, task.run.compute) for task, recipe in asked]
     found: Sequence[Scored | Exception]
     try:
-        found = score_all(tasks[0].source, model, [recipe for _, recipe in asked], tokenizer, bench.progress)
+        found = score_all(source, ResidentStore(model, source.family), wanted, tokenizer, bench.progress)
     except Exception as error:
         found = [error] * len(asked)
     scored: list[tuple[Task, Scored]] = []

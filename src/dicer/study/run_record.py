@@ -15,12 +15,12 @@ from dicer.decide.plan import PrunePlan
 from dicer.decide.together import Scored
 from dicer.processes import world_size
 from dicer.study.records import pack
-from dicer.write.surgery import plan_cut
+from dicer.write.surgery import Cut
 
 
-def facts_of(scored: Scored) -> dict[str, Any]:
+def facts_of(scored: Scored, cut: Cut) -> dict[str, Any]:
     """What a record says of a plan."""
-    before, after = plan_cut(scored.job.source, scored.plan).sizes()
+    before, after = cut.sizes()
     digest = hashlib.sha256(b"".join(content for _, content in sorted(scored.plan.files().items())))
     return {
         "parameters": {"before": before.parameters, "after": after.parameters},
@@ -31,7 +31,7 @@ def facts_of(scored: Scored) -> dict[str, Any]:
         "kept": _kept(scored.plan),
         "bytes": {"before": before.nbytes, "after": after.nbytes},
         "calibration": scored.plan.calibration,
-        "notes": scored.job.notes,
+        "notes": scored.task.notes,
         "plan_sha256": digest.hexdigest(),
         "layers": _layers(scored.plan, scored.norms or {}),
         "pass_shared_by": scored.sharing,

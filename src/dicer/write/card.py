@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from dicer.ask.axes import AXES
 from dicer.decide.plan import PrunePlan
-from dicer.model.units import UNITS
-from dicer.write.surgery import Sizes
+from dicer.model.sizes import Sizes
 
 
 def loading_line(folder: str, *, needs_code: bool) -> str:
@@ -37,7 +37,9 @@ def size_rows(before: Sizes, after: Sizes) -> list[tuple[str, int, int]]:
 
 
 def _what(plan: PrunePlan) -> str:
-    kinds = [UNITS[axis] for axis, layers in plan.axes.items() if any(len(p.keep) < p.units for p in layers.values())]
+    kinds = [
+        AXES[axis].units for axis, layers in plan.axes.items() if any(len(p.keep) < p.units for p in layers.values())
+    ]
     return " and ".join([*kinds, *(["whole layers"] if plan.blocks else [])]) or "nothing"
 
 
@@ -45,7 +47,7 @@ def _widths(plan: PrunePlan) -> list[str]:
     rows = {index: [f"| {index} | whole layer | | removed |"] for index in plan.blocks}
     for axis, layers in plan.axes.items():
         for index, layer in layers.items():
-            rows.setdefault(index, []).append(f"| {index} | {UNITS[axis]} | {layer.units} | {len(layer.keep)} |")
+            rows.setdefault(index, []).append(f"| {index} | {AXES[axis].units} | {layer.units} | {len(layer.keep)} |")
     return [row for _, found in sorted(rows.items()) for row in found]
 
 

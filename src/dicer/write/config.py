@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dicer.model.families import Family, head_size
+from dicer.model.shapes import LayerShape
 from dicer.model.source import ModelSource
-from dicer.model.units import AXES
+from dicer.model.units import Axis
 
 MODELING_FILE = "modeling_pruned.py"
 _OWN_KEYS = (
@@ -17,43 +17,23 @@ _OWN_KEYS = (
 )
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What one decoder layer is made of.
-
-    Attributes:
-        units: axis -> how many, 0 where the sub-layer is gone.
-        output_bias: axes whose output projection (or what is left of a sub-layer that is gone) has a bias that the
-            stock class would not give it.
-    """
-
-    units: dict[str, int]
-    output_bias: frozenset[str] = frozenset()
-
-
-def layer_shapes(family: Family, config: Any) -> list[LayerShape]:
-    """Every layer of a model, from its transformers config (stock or pruned)."""
-    units = {axis: family.units(config, axis) for axis in AXES}
-    return [
-        LayerShape({axis: units[axis][i] for axis in AXES}, frozenset(getattr(layer, "output_bias", ())))
-        for i, layer in enumerate(config.per_layer_config)
-    ]
-
-
 def fits_stock(source: ModelSource, shapes: Sequence[LayerShape]) -> bool:
     """Whether the family's own class can be all these layers."""
-    family, first = source.family, shapes[0].units
+    axes, first = source.family.axes, shapes[0].units
     if any(shape.units != first for shape in shapes) or not all(first.values()):
         return False
-    biased = frozenset().union(*(shape.output_bias for shape in shapes))
-    if any(getattr(family, axis).bias_option is None for axis in biased):
+    if any(axes[axis].bias_option is None for shape in shapes for axis in shape.output_bias):
         return False
     values = source.config.to_dict()
-    heads, groups = _heads(family, values)
-    if first["attention"] == groups:
+    return all(_is_legal(axis, values, first[name]) for name, axis in axes.items())
+
+
+def _is_legal(axis: Axis, values: dict[str, Any], units: int) -> bool:
+    """Whether the stock class takes another number of these units."""
+    if axis.size_key is None or units == axis.width(values.get):
         return True
-    ours = first["attention"] * heads // groups
-    return not family.fixed_heads and not (family.even_heads and values["hidden_size"] % ours)
+    keys = _width_keys(axis, values, units)
+    return not axis.fixed and not (axis.divides and values[axis.divides] % keys[axis.width_keys[0]])
 
 
 def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, Any]:
@@ -68,20 +48,20 @@ def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Seque
         kept: which layers of the source those are.
     """
     family, values = source.family, source.config.to_dict()
+    neurons = family.axes["mlp"].width_keys[-1]
     config = {key: value for key, value in source.raw_config.items() if key not in _OWN_KEYS}
     config.update(model_type=family.model_type, architectures=[family.causal_lm])
     if len(kept) < len(values.get("layer_types") or ()):
         config["layer_types"] = [values["layer_types"][i] for i in kept]
     config[family.layers_key] = len(kept)
-    config[family.mlp.width_keys[0]] = max(shape.units["mlp"] for shape in shapes) or source.widest
+    config[neurons] = max(shape.units["mlp"] for shape in shapes) or source.widest
     if fits_stock(source, shapes):
-        return config | _stock_heads(family, values, shapes)
-    module, per_layer = MODELING_FILE.removesuffix(".py"), {}
-    for i, shape in enumerate(shapes):
-        if said := _differs(family, values, config, shape):
-            per_layer[f"{i:03d}"] = said
+        return config | _stock_keys(family, values, shapes)
+    said = values | {neurons: config[neurons]}
+    per_layer = {f"{i:03d}": own for i, shape in enumerate(shapes) if (own := _differs(family, said, shape))}
     if any(shape.output_bias for shape in shapes):
         config["output_bias"] = []
+    module = MODELING_FILE.removesuffix(".py")
     config.update(
         model_type=family.pruned_type,
         architectures=[family.pruned_classes["AutoModelForCausalLM"]],
@@ -92,35 +72,32 @@ def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Seque
     return config
 
 
-def _heads(family: Family, values: dict[str, Any]) -> tuple[int, int]:
-    """(query heads, key-value heads) that the config names for all layers."""
-    heads = int(values[family.attention.width_keys[0]])
-    return heads, int(values.get(family.attention.width_keys[-1]) or heads)
+def _width_keys(axis: Axis, values: dict[str, Any], units: int) -> dict[str, int]:
+    """What a config says of a number of units; heads also say their queries, as many for each unit as before."""
+    before = axis.width(values.get)
+    *more, own = axis.width_keys
+    return {**{key: units * int(values[key]) // before for key in more}, own: units}
 
 
-def _stock_heads(family: Family, values: dict[str, Any], shapes: Sequence[LayerShape]) -> dict[str, Any]:
-    """Keys of a stock config that say heads and biases; the head size by name, as hidden / heads is no longer it."""
-    keys: dict[str, Any] = {getattr(family, axis).bias_option: True for shape in shapes for axis in shape.output_bias}
-    heads, groups = _heads(family, values)
-    ours = shapes[0].units["attention"]
-    if ours != groups:
-        numbers = (ours * heads // groups, ours)
-        keys |= dict(zip(family.attention.width_keys, numbers, strict=True))
-        keys["head_dim"] = head_size(values, heads)
+def _stock_keys(family: Family, values: dict[str, Any], shapes: Sequence[LayerShape]) -> dict[str, Any]:
+    """Keys of a stock config that say widths and biases; the size of a unit by name where their number is another."""
+    axes = family.axes
+    biased = {option for shape in shapes for axis in shape.output_bias if (option := axes[axis].bias_option)}
+    keys: dict[str, Any] = dict.fromkeys(biased, True)
+    for name, axis in axes.items():
+        if axis.size_key is not None and shapes[0].units[name] != axis.width(values.get):
+            keys |= _width_keys(axis, values, shapes[0].units[name])
+            keys[axis.size_key] = head_size(values, int(values[axis.width_keys[0]]))
     return keys
 
 
-def _differs(family: Family, values: dict[str, Any], config: dict[str, Any], shape: LayerShape) -> dict[str, Any]:
+def _differs(family: Family, values: dict[str, Any], shape: LayerShape) -> dict[str, Any]:
     """What a layer has that the global config does not say."""
-    heads, groups = _heads(family, values)
-    attention, neurons = shape.units["attention"], shape.units["mlp"]
     said: dict[str, Any] = {}
-    if neurons not in (0, config[family.mlp.width_keys[0]]):
-        said[family.mlp.width_keys[0]] = neurons
-    if attention not in (0, groups):
-        numbers = (attention * heads // groups, attention)
-        said |= dict(zip(family.attention.width_keys, numbers, strict=False))
-    if gone := [axis for axis in AXES if not shape.units[axis]]:
+    for name, axis in family.axes.items():
+        if shape.units[name] not in (0, axis.width(values.get)):
+            said |= _width_keys(axis, values, shape.units[name])
+    if gone := [name for name in family.axes if not shape.units[name]]:
         said["skip"] = gone
     if shape.output_bias:
         said["output_bias"] = sorted(shape.output_bias)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dicer.errors import OutputError
+from dicer.files import as_output_error, check_writable
 from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
 
 try:
@@ -51,7 +52,7 @@ class CheckpointSink:
         self._lock: int | None = None
 
     def __enter__(self) -> CheckpointSink:
-        with self._as_output_error():
+        with as_output_error(self.out):
             if self._partial.exists():
                 left = _locked(self._partial / _MARKER, self.out)
                 try:
@@ -73,7 +74,7 @@ class CheckpointSink:
         self._lock = None
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
-        with self._as_output_error():
+        with as_output_error(self.out):
             try:
                 if error is None:
                     try:
@@ -105,13 +106,6 @@ class CheckpointSink:
                 shutil.rmtree(inner)
         (self._partial / _MARKER).unlink(missing_ok=True)
         self._partial.rmdir()
-
-    @contextmanager
-    def _as_output_error(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(f"cannot write {self.out}: {error.strerror or error}.") from error
 
     def write_tensors(
         self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], progress: Callable[[int], None]
@@ -161,7 +155,7 @@ class CheckpointSink:
         (self.folder / name).write_text(text, encoding="utf-8")
 
 
-def check_output(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+def check_output(out: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:
     """Refuse an output folder that would lose something or cannot be made, before any work is done.
 
     Args:
@@ -173,29 +167,10 @@ def check_output(out: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> 
         OutputError: it is no folder, or not empty without ``overwrite``, or was not written by dicer, or holds an
             input, or lies where nothing can be written.
     """
-    try:
-        _check_output(out.resolve(), out, overwrite, inputs)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}.") from None
-    except RuntimeError:  # also what resolve() makes of it up to Python 3.12
-        raise OutputError(f"cannot write {out}: it is or lies in a link that leads to itself.") from None
-
-
-def _check_output(target: Path, out: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
-    if Path.cwd().is_relative_to(target):
-        raise OutputError(f"output {out} is the folder that you are in, or holds it; choose a folder of its own.")
-    for path in inputs:
-        if path.resolve().is_relative_to(target):
-            raise OutputError(f"output {out} is or holds {path}, which this run reads; choose another folder.")
-    if any(path.is_symlink() for path in (target, *target.parents)):
-        raise RuntimeError("a loop")
-    parent = next(p for p in target.parents if p.exists())
-    if not parent.is_dir():
-        raise OutputError(f"cannot write {out}: {parent} is a file.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {out}: no permission to write in {parent}.")
-    _unlock(_locked(_partial(target) / _MARKER, out))
-    _check_held(target, out, overwrite)
+    target = check_writable(out, inputs)
+    with as_output_error(out):
+        _unlock(_locked(_partial(target) / _MARKER, out))
+        _check_held(target, out, overwrite)
 
 
 def _check_held(target: Path, out: Path, overwrite: bool) -> None:

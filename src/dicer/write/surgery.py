@@ -12,10 +12,12 @@ from torch import Tensor
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import PlanError
 from dicer.model.families import Family
+from dicer.model.shapes import LayerShape, layer_shapes
+from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
-from dicer.model.units import AXES, Axis, Slice
-from dicer.write.config import LayerShape, fits_stock, layer_shapes, pruned_config
+from dicer.model.units import Axis, Slice
+from dicer.write.config import fits_stock, pruned_config
 
 Read = Callable[[], Tensor]
 
@@ -71,38 +73,6 @@ def compensation(weight: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters and bytes, counted from the tensors that are really there.
-
-    Attributes:
-        parameters: all of them.
-        decoder: those inside the decoder layers.
-        attention: those that heads own (with their biases).
-        mlp: those that neurons own (with their biases).
-        nbytes: of all tensors.
-    """
-
-    parameters: int
-    decoder: int
-    attention: int
-    mlp: int
-    nbytes: int
-
-
-def count_sizes(family: Family, infos: Mapping[str, TensorInfo]) -> Sizes:
-    """What tensors add up to."""
-    pieces = {axis: {piece.name for piece in getattr(family, axis).slices} for axis in AXES}
-    inside = {name: place[1] for name in infos if (place := family.locate(name))}
-    by_axis = {axis: sum(infos[n].numel for n, inner in inside.items() if inner in pieces[axis]) for axis in AXES}
-    return Sizes(
-        parameters=sum(info.numel for info in infos.values()),
-        decoder=sum(infos[name].numel for name in inside),
-        nbytes=sum(info.nbytes for info in infos.values()),
-        **by_axis,
-    )
-
-
-@dataclass(frozen=True)
 class Cut:
     """What becomes of every tensor of a source: each is copied, sliced or dropped, none is forgotten.
 
@@ -139,10 +109,10 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
     """
     family, before = source.family, source.tensors.infos()
     shapes = layer_shapes(family, source.config)
-    axes = family.axes(source.config)
+    axes = family.sized(source.config)
     _check(plan, shapes, axes)
     kept = [i for i in range(len(shapes)) if i not in plan.blocks]
-    native = {axis for axis in AXES if _has_native_bias(family, axes[axis], shapes, before)}
+    native = {axis for axis in axes if _has_native_bias(family, axes[axis], shapes, before)}
     after = [_shape_after(plan, i, shapes[i], native) for i in kept]
     cut = Cut(pruned_config(source, after, kept), {}, {}, {}, before, source)
     number = {old: new for new, old in enumerate(kept)}
@@ -154,13 +124,13 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             _inside(cut, axes, plan, name, number[place[0]])
     places = _places(family, before)
     for old, new in number.items():
-        for axis in AXES:
+        for axis in axes:
             layer = plan.axes.get(axis, {}).get(old)
             if axis in after[new].output_bias and layer is not None and layer.means is not None:
-                piece = next(piece for piece in axes[axis].slices if piece.is_output)
-                _output_bias(cut, axes[axis], piece, layer, places[old, piece.name], new)
+                weight = places[old, axes[axis].output_slice.name]
+                _output_bias(cut, axes[axis], layer, weight, new)
     if fits_stock(source, after):
-        _zero_biases(cut, [axes[axis] for axis in AXES if any(axis in shape.output_bias for shape in after)])
+        _zero_biases(cut, [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)])
     return cut
 
 
@@ -230,13 +200,12 @@ def _biased(source: ModelSource, axis: Axis, layer: LayerPlan, bias_name: str) -
     """An output projection's own bias with what the cut takes from the output's mean."""
     own = source.tensors.read(bias_name)
     weight = source.tensors.read(bias_name.removesuffix("bias") + "weight")
-    piece = next(piece for piece in axis.slices if piece.is_output)
-    return (own.float().cpu() + compensation(weight, piece, layer)).to(own.dtype)
+    return (own.float().cpu() + compensation(weight, axis.output_slice, layer)).to(own.dtype)
 
 
-def _output_bias(cut: Cut, axis: Axis, piece: Slice, layer: LayerPlan, weight_name: str, new: int) -> None:
+def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan, weight_name: str, new: int) -> None:
     """A bias that the stock class does not have, unless it was copied or added to already."""
-    source = cut.source
+    source, piece = cut.source, axis.output_slice
     bias_name = weight_name.removesuffix("weight") + "bias"
     name = source.family.renumbered(bias_name, new)
     if not len(layer.keep):

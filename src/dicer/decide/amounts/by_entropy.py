@@ -1,4 +1,4 @@
-"""What fraction of each module goes: water-filling by transfer entropy, and modules that go whole.
+"""What fraction of each sub-layer goes: water-filling by transfer entropy, and sub-layers that go whole.
 
 :func:`dicer.decide.amounts.modules.whole_units` makes whole units of them.
 """
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dicer.decide.amounts.modules import HAIR, Bounds, Module, allowed_widths, most, too_much, total
+from dicer.decide.amounts.prunable import TOLERANCE, Bounds, Prunable, allowed_widths, most, too_much, total
 from dicer.errors import RecipeError, unknown
+from dicer.model.units import SubLayer
 
 Floats = NDArray[np.float64]
-Spread = Callable[[Floats, Floats], Floats]  # (lowest, highest ratio of each module [M]) -> ratios [M]
+Spread = Callable[[Floats, Floats], Floats]  # (lowest, highest ratio of each sub-layer [M]) -> ratios [M]
 
 
 def _sizes(parameters: Sequence[float]) -> Floats:
@@ -26,7 +27,7 @@ def _sizes(parameters: Sequence[float]) -> Floats:
 def water_fill(weights: Floats, sizes: Floats, target: float, low: Floats, high: Floats) -> Floats:
     """Ratios in proportion to weights, clipped, that take exactly the target: p_m = clip(s * weight_m, low_m, high_m).
 
-    What clipped modules cannot give is spread over the others; modules of weight 0 give, equally, only what is left
+    What clipped sub-layers cannot give is spread over the others; those of weight 0 give, equally, only what is left
     when all others are at their highest.
 
     Args:
@@ -42,7 +43,7 @@ def water_fill(weights: Floats, sizes: Floats, target: float, low: Floats, high:
     Raises:
         RecipeError: when not even the highest ratios together reach the target.
     """
-    if target > high @ sizes * (1 + HAIR):
+    if target > high @ sizes * (1 + TOLERANCE):
         raise too_much(target, float(high @ sizes), float(sizes.sum()))
     first = weights > 1e-200 * weights.max(initial=0)  # below, s would overflow
     if target < high[first] @ sizes[first] + low[~first] @ sizes[~first]:
@@ -55,7 +56,7 @@ def water_fill(weights: Floats, sizes: Floats, target: float, low: Floats, high:
 
 
 def _level(weights: Floats, sizes: Floats, target: float, low: Floats, high: Floats) -> Floats:
-    """Ratios at the s that takes the target: what goes is linear in s between the places where a module is clipped."""
+    """Ratios at the s that takes the target: what goes is linear in s between the places where one is clipped."""
     if not len(weights):
         return low
     bends = np.unique(np.concatenate([low / weights, high / weights]))  # [B]
@@ -96,9 +97,9 @@ SCHEDULES: Mapping[str, tuple[str, Callable[[Floats], Floats]]] = MappingProxyTy
 SPLITS: Mapping[str, str] = MappingProxyType(
     {
         "share": "weights 1 - TE / sum of TE in the block",
-        "model": "weights 1 - TE normalised to 0..1 over all modules of the model",
+        "model": "weights 1 - TE normalised to 0..1 over all sub-layers of the model",
         "equal": "attention and MLP of a block give the same fraction",
-        "module": "no blocks: every module by its own TE (our own)",
+        "module": "no blocks: every sub-layer by its own TE (our own)",
     }
 )
 
@@ -121,8 +122,8 @@ def weights_of(importances: Sequence[float], schedule: str) -> list[float]:
 
 
 def entropy_ratios(
-    modules: Sequence[Module],
-    te: Mapping[tuple[str, int], float],
+    sub_layers: Sequence[Prunable],
+    te: Mapping[SubLayer, float],
     block_te: Mapping[int, float] | None,
     target: float,
     bounds: Bounds,
@@ -131,15 +132,15 @@ def entropy_ratios(
 ) -> list[float]:
     """Ratios from transfer entropy: over blocks first, then inside each block (docs/what-to-prune.md).
 
-    One level, each module by its own transfer entropy, where there is only one axis or no ``block_te``.
+    One level, each sub-layer by its own transfer entropy, where there is only one axis or no ``block_te``.
 
     Args:
-        modules: [M].
-        te: (axis, layer) -> transfer entropy, from 0.
+        sub_layers: [M].
+        te: sub-layer -> transfer entropy, from 0.
         block_te: layer -> transfer entropy of the whole block.
         target: parameters that go.
         bounds: what to keep to.
-        schedule: a name in ``SCHEDULES``; for blocks, or for modules where there is one level.
+        schedule: a name in ``SCHEDULES``; for blocks, or for sub-layers where there is one level.
         split: a name in ``SPLITS``; how a block's ratio is shared out inside.
 
     Raises:
@@ -147,12 +148,12 @@ def entropy_ratios(
     """
     if split not in SPLITS:
         raise RecipeError(unknown("split", split, SPLITS))
-    own = [_checked(te, (module.axis, module.layer)) for module in modules]
-    sizes = _sizes([module.parameters for module in modules])
-    if block_te is None or split == "module" or len({module.axis for module in modules}) == 1:
+    own = [_checked(te, sub_layer.place) for sub_layer in sub_layers]
+    sizes = _sizes([sub_layer.parameters for sub_layer in sub_layers])
+    if block_te is None or split == "module" or len({sub_layer.axis for sub_layer in sub_layers}) == 1:
         weights = np.array(weights_of(own, schedule))
-        return drop(modules, lambda low, high: water_fill(weights, sizes, target, low, high), target, bounds)
-    layers = np.array([module.layer for module in modules])
+        return drop(sub_layers, lambda low, high: water_fill(weights, sizes, target, low, high), target, bounds)
+    layers = np.array([sub_layer.layer for sub_layer in sub_layers])
     blocks = [(layers == layer).nonzero()[0] for layer in np.unique(layers)]
     block_weights = np.array(weights_of([_checked(block_te, int(layers[block[0]])) for block in blocks], schedule))
     inside = _inside(np.array(own), blocks, split)
@@ -165,19 +166,19 @@ def entropy_ratios(
             ratios[block] = water_fill(inside[block], sizes[block], part, low[block], high[block])
         return ratios
 
-    return drop(modules, spread, target, bounds)
+    return drop(sub_layers, spread, target, bounds)
 
 
-def _checked(te: Mapping[Any, float], key: tuple[str, int] | int) -> float:
+def _checked(te: Mapping[Any, float], key: SubLayer | int) -> float:
     found = te.get(key)
     if found is None or not 0 <= found < float("inf"):
-        where = f"block {key}" if isinstance(key, int) else f"{key[0]} in layer {key[1]}"
+        where = f"block {key}" if isinstance(key, int) else f"{key.axis} in layer {key.layer}"
         raise RecipeError(f"the transfer entropy of {where} is {found}, not a number from 0: measure it again.")
     return float(found)
 
 
 def _inside(own: Floats, blocks: Sequence[NDArray[np.int64]], split: str) -> Floats:
-    """Weights that share out a block's ratio among its modules, [M]; two modules by min-max would be all or nothing."""
+    """Weights that share out a block's ratio inside, [M]; two sub-layers by min-max would be all or nothing."""
     if split == "model":
         return _linear(own)
     weights = np.ones_like(own)
@@ -188,33 +189,33 @@ def _inside(own: Floats, blocks: Sequence[NDArray[np.int64]], split: str) -> Flo
     return weights
 
 
-def drop(modules: Sequence[Module], spread: Spread, target: float, bounds: Bounds) -> list[float]:
-    """Ratios within the bounds, with modules removed whole where their ratio reaches the drop threshold.
+def drop(sub_layers: Sequence[Prunable], spread: Spread, target: float, bounds: Bounds) -> list[float]:
+    """Ratios within the bounds, with sub-layers removed whole where their ratio reaches the drop threshold.
 
-    One module at a time, the highest ratio first, the rest spread again after each: what a dropped module gives beyond
-    its ratio, the others need not give. A module too large for the target stays, clipped as any other.
+    One at a time, the highest ratio first, the rest spread again after each: what a dropped sub-layer gives beyond its
+    ratio, the others need not give. One too large for the target stays, clipped as any other.
 
     Args:
-        modules: [M].
+        sub_layers: [M].
         spread: gives ratios between two bounds, parameter-weighted mean the target's.
         target: parameters that go.
         bounds: what to keep to; without ``drop_threshold`` nothing is removed whole.
 
     Returns:
-        [M]; 1 for a module that goes whole.
+        [M]; 1 for a sub-layer that goes whole.
 
     Raises:
-        RecipeError: for a target out of reach, or where no module would stay.
+        RecipeError: for a target out of reach, or where no sub-layer would stay.
     """
-    limit = np.array([1 - allowed_widths(module, bounds)[0] / module.units for module in modules])
+    limit = np.array([1 - allowed_widths(sub_layer, bounds)[0] / sub_layer.units for sub_layer in sub_layers])
     if bounds.drop_threshold is None:
         return [float(ratio) for ratio in spread(np.zeros_like(limit), limit)]
-    if target > most(modules, bounds) * (1 + HAIR):
-        raise too_much(target, most(modules, bounds), total(modules))
-    sizes, gone = _sizes([module.parameters for module in modules]), np.zeros(len(modules), dtype=np.bool_)
+    if target > most(sub_layers, bounds) * (1 + TOLERANCE):
+        raise too_much(target, most(sub_layers, bounds), total(sub_layers))
+    sizes, gone = _sizes([sub_layer.parameters for sub_layer in sub_layers]), np.zeros(len(sub_layers), dtype=np.bool_)
     while True:
-        fits = ~gone & (sizes[gone].sum() + sizes <= target * (1 + HAIR))
-        # A module that may still go whole has no other bound yet: else three heads, of which one must stay while the
+        fits = ~gone & (sizes[gone].sum() + sizes <= target * (1 + TOLERANCE))
+        # A sub-layer that may still go whole has no other bound yet: else three heads, of which one must stay while the
         # layer does, would never reach a threshold of 0.8.
         wanted = spread(gone.astype(np.float64), np.where(gone | fits, 1.0, limit))
         reaches = fits & (wanted >= bounds.drop_threshold)

@@ -9,9 +9,8 @@ from dicer.measure.criteria.random import random
 from dicer.measure.criteria.registry import Criterion, criterion, find_criterion
 from dicer.measure.criteria.taylor import taylor
 from dicer.measure.criteria.weight import weight_l2
+from dicer.measure.parts import registry
 
-CRITERIA: Mapping[str, Criterion] = MappingProxyType(
-    {c.name: c for c in (random, act_l2, act_mean, output_l2, weight_l2, taylor)}
-)
+CRITERIA: Mapping[str, Criterion] = MappingProxyType(registry((random, act_l2, act_mean, output_l2, weight_l2, taylor)))
 
 __all__ = ["CRITERIA", "Criterion", "criterion", "find_criterion"]

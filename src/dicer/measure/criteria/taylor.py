@@ -2,12 +2,13 @@
 
 from torch import Tensor
 
+from dicer.ask.methods import XU_2025
 from dicer.measure.criteria.registry import criterion
 from dicer.measure.statistics import LayerStatistics, widest
 from dicer.model.units import UnitWeights
 
 
-@criterion("taylor", needs=("gradient",), source="Xu et al. 2025, B.1 eq. 1 (after Ma et al. 2023)")
+@criterion("taylor", needs=("gradient",), source="Xu et al. 2025, B.1 eq. 1 (after Ma et al. 2023)", link=XU_2025)
 def taylor(weights: UnitWeights, statistics: LayerStatistics) -> Tensor:
     """Sum |w * dL/dw| over G_i, U_i and D_:,i, [U]; the gradient is of the whole calibration set."""
     gradient = statistics.gradient

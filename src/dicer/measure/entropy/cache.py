@@ -6,21 +6,22 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from dicer.errors import RecipeError
+from dicer.files import write_whole
+from dicer.measure.batches import own_batches
 from dicer.measure.entropy.profile import LISTS, Profile, check_choices
 from dicer.measure.entropy.transfer import measure
-from dicer.measure.stores.resident import Progress, ResidentStore, silent
+from dicer.measure.stores.store import LayerStore
 from dicer.model.find import cache_folder
 from dicer.model.source import ModelSource
-from dicer.processes import from_first, own_batches, rank
+from dicer.processes import from_first, rank
+from dicer.progress import Progress, silent
 
 # Where a config comes from, and what "dtype" below says; all else may change what a model computes.
 _WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
@@ -35,7 +36,7 @@ class _Held(NamedTuple):
 
 def entropy_profile(
     source: ModelSource,
-    model: Any,
+    store: LayerStore,
     tokens: Tensor,
     *,
     lists: Sequence[str] = LISTS,
@@ -52,8 +53,8 @@ def entropy_profile(
 
     Args:
         source: the model.
-        model: the same in memory, in the dtype and on the device to compute with.
-        tokens: int64 [S, T]; where torch.distributed was initialised, all samples of all processes.
+        store: its layers, in the dtype and on the device to compute with.
+        tokens: int64 [S, T], all samples of all processes.
         lists: of blocks, attention, mlp.
         search: ``independent`` or ``greedy``.
         at: ``norm`` or ``hidden``.
@@ -66,7 +67,7 @@ def entropy_profile(
     """
     check_choices(lists, search, at)
     chosen = [name for name in LISTS if name in lists]
-    name = f"{_digest(source, model, tokens, chosen, search, at)}.json"
+    name = f"{_digest(source, store, tokens, chosen, search, at)}.json"
     held = from_first(_read(name) if rank() == 0 else _Held({}, {}))  # all must run the same modules
     if found := held.profiles.get(",".join(chosen)):
         return found
@@ -76,7 +77,7 @@ def entropy_profile(
         _write(name, held)
 
     profile = measure(
-        ResidentStore(model, source.family),
+        store,
         own_batches(tokens, batch_size),
         lists=chosen,
         search=search,
@@ -90,13 +91,14 @@ def entropy_profile(
     return profile
 
 
-def _digest(source: ModelSource, model: Any, tokens: Tensor, lists: Sequence[str], search: str, at: str) -> str:
+def _digest(source: ModelSource, store: LayerStore, tokens: Tensor, lists: Sequence[str], search: str, at: str) -> str:
     """Everything that decides the numbers; of the lists only what a greedy search lets compete."""
-    facts = {
+    computes = dict(store.computes)
+    config = {name: value for name, value in computes.pop("config").items() if name not in _WITHOUT_EFFECT}
+    decides = {
         "model": source.fingerprint,
-        "config": {name: value for name, value in model.config.to_dict().items() if name not in _WITHOUT_EFFECT},
-        "attention": str(model.config._attn_implementation),
-        "dtype": str(model.dtype),
+        "config": config,
+        **computes,
         "shape": list(tokens.shape),
         "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest(),
         "search": search,
@@ -104,7 +106,7 @@ def _digest(source: ModelSource, model: Any, tokens: Tensor, lists: Sequence[str
         "pool": [name for name in lists if name != "blocks"] if search == "greedy" else [],
         "versions": {name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _read(name: str) -> _Held:
@@ -130,15 +132,4 @@ def _write(name: str, held: _Held) -> None:
         "profiles": {lists: profile.to_json() for lists, profile in profiles.items()},
     }
     with suppress(OSError, RuntimeError):
-        folder = cache_folder() / "entropy"
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / name, json.dumps(content))
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(cache_folder() / "entropy" / name, json.dumps(content))

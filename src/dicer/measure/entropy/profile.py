@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from dicer.errors import RecipeError, unknown
+from dicer.model.units import SubLayer
 
 At = Literal["norm", "hidden"]
 Search = Literal["independent", "greedy"]
@@ -24,21 +25,9 @@ SEARCHES: Mapping[str, str] = {
 LISTS = ("blocks", "attention", "mlp")
 
 
-class Part(NamedTuple):
-    """A module that can be bypassed: ``block``, ``attention`` or ``mlp`` of a layer; they sort as they run."""
-
-    layer: int
-    kind: str
-
-    @property
-    def key(self) -> str:
-        """As in ``mlp.3``."""
-        return f"{self.kind}.{self.layer}"
-
-
-def parts(lists: Sequence[str], layers: int) -> list[Part]:
-    """All modules of the chosen lists, in the order in which a model runs them."""
-    return sorted({Part(layer, name.removesuffix("s")) for name in lists for layer in range(layers)})
+def sub_layers(lists: Sequence[str], layers: int) -> list[SubLayer]:
+    """What the chosen lists measure, in the order in which a model runs it."""
+    return sorted({SubLayer(layer, name.removesuffix("s")) for name in lists for layer in range(layers)})
 
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)

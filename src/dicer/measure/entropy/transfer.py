@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from dicer.errors import CalibrationError, RecipeError
 from dicer.measure.entropy.moments import Moments
-from dicer.measure.entropy.profile import LISTS, Entry, Part, check_choices, parts, poor
+from dicer.measure.entropy.profile import LISTS, Entry, check_choices, poor, sub_layers
 from dicer.measure.entropy.profile import Profile as Profile
 from dicer.measure.statistics import widest
-from dicer.measure.stores.resident import LayerStore, Progress, Recording, replaced_forwards, silent
-from dicer.model.units import Axis
+from dicer.measure.stores.resident import replaced_forwards
+from dicer.measure.stores.store import LayerStore, Recording
+from dicer.model.units import Axis, SubLayer
 from dicer.processes import from_first, sum_of
+from dicer.progress import Progress, silent
 
 _STAGE = "transfer entropy (layer forwards)"
 
@@ -102,7 +104,9 @@ def measure(
     found = _independent(run, lists) if search == "independent" else _greedy(run, lists)
     progress(_STAGE, run.done, run.done)
     model = run.model
-    measured: dict[str, Any] = {name: tuple(found[part] for part in parts([name], store.depth)) for name in lists}
+    measured: dict[str, Any] = {
+        name: tuple(found[place] for place in sub_layers([name], store.depth)) for name in lists
+    }
     measured |= {"search": search, "at": at}
     return Profile(
         entropy=model.entropy,
@@ -151,58 +155,60 @@ def _nothing_seen(store: LayerStore, recording: Recording) -> Moments:
     return Moments(0, zeros, zeros)
 
 
-def _independent(run: _Run, lists: Sequence[str]) -> dict[Part, Entry]:
-    entropies = dict(_round(run, run.recording.hidden, [], parts(lists, run.store.depth)))
-    return {part: Entry(part.layer, run.transfer(value), value) for part, value in entropies.items()}
+def _independent(run: _Run, lists: Sequence[str]) -> dict[SubLayer, Entry]:
+    entropies = dict(_round(run, run.recording.hidden, [], sub_layers(lists, run.store.depth)))
+    return {place: Entry(place.layer, run.transfer(value), value) for place, value in entropies.items()}
 
 
-def _greedy(run: _Run, lists: Sequence[str]) -> dict[Part, Entry]:
+def _greedy(run: _Run, lists: Sequence[str]) -> dict[SubLayer, Entry]:
     """Blocks are one pool, attention and MLPs together another: a block holds them both."""
-    found: dict[Part, Entry] = {}
+    found: dict[SubLayer, Entry] = {}
     for pool in (["blocks"] if "blocks" in lists else [], [name for name in lists if name != "blocks"]):
-        rest, picked = parts(pool, run.store.depth), list[Part]()
+        rest, picked = sub_layers(pool, run.store.depth), list[SubLayer]()
         while rest:
             values = dict(_round(run, list(run.recording.hidden), picked, rest))
-            best = min(rest, key=lambda part: run.transfer(values[part]))  # of equal ones the first
+            best = min(rest, key=lambda place: run.transfer(values[place]))  # of equal ones the first
             found[best] = Entry(best.layer, run.transfer(values[best]), values[best], len(picked))
             picked.append(best)
             rest.remove(best)
     return found
 
 
-def _round(run: _Run, hidden: list[Tensor], picked: list[Part], candidates: list[Part]) -> Iterator[tuple[Part, float]]:
+def _round(
+    run: _Run, hidden: list[Tensor], picked: list[SubLayer], candidates: list[SubLayer]
+) -> Iterator[tuple[SubLayer, float]]:
     """H without each candidate and without all that were picked; the first round measures the model itself, too.
 
     Args:
         run: store, recording and so on.
-        hidden: what goes into layer 0, [B, T, C] each; moved on in place.
+        hidden: what goes into layer 0, [B, T, C] each; moved on in reached.
         picked: what is bypassed in any case.
         candidates: in the order in which they run.
     """
-    place = 0  # the layer that hidden goes into next
-    for part in candidates:
-        key = f"{part.key}@{_digest(picked)}" if picked else part.key
+    reached = 0  # the layer that hidden goes into next
+    for place in candidates:
+        key = f"{place.key}@{_digest(picked)}" if picked else place.key
         value = run.known.get(key)
         if value is None:
-            _move(run, hidden, range(place, part.layer), picked)
-            place = part.layer
-            value = _final(run, hidden, part.layer, [*picked, part]).entropy
+            _move(run, hidden, range(reached, place.layer), picked)
+            reached = place.layer
+            value = _final(run, hidden, place.layer, [*picked, place]).entropy
             run.remember(key, value)
         else:
-            run.step(_cost(range(part.layer, run.store.depth), [*picked, part]))
-        yield part, value
+            run.step(_cost(range(place.layer, run.store.depth), [*picked, place]))
+        yield place, value
     if run.model.count:
-        run.step(_cost(range(place, candidates[-1].layer), picked))  # what known values saved
+        run.step(_cost(range(reached, candidates[-1].layer), picked))  # what known values saved
     else:
-        run.model = _final(run, hidden, place, picked)
+        run.model = _final(run, hidden, reached, picked)
 
 
-def _digest(picked: Collection[Part]) -> str:
+def _digest(picked: Collection[SubLayer]) -> str:
     """Which modules are bypassed already, whatever the order: a resumed search may pick others than the first did."""
-    return hashlib.sha256(" ".join(sorted(part.key for part in picked)).encode()).hexdigest()[:16]
+    return hashlib.sha256(" ".join(sorted(place.key for place in picked)).encode()).hexdigest()[:16]
 
 
-def _final(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[Part]) -> Moments:
+def _final(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[SubLayer]) -> Moments:
     """The final state's moments over all processes, from what goes into layer ``start``."""
     moving = list(hidden)
     _move(run, moving, range(start, run.store.depth), bypassed)
@@ -220,7 +226,7 @@ def _final(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[P
     return moments
 
 
-def _breaking(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[Part]) -> str:
+def _breaking(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[SubLayer]) -> str:
     """Where values stop to be finite; run once more, since looking at each layer would slow down those that are."""
     moving = list(hidden)
     for index in range(start, run.store.depth):
@@ -230,17 +236,17 @@ def _breaking(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequenc
     return "the final norm" if run.at == "norm" else "the model"
 
 
-def _cost(layers: range, bypassed: Collection[Part]) -> int:
+def _cost(layers: range, bypassed: Collection[SubLayer]) -> int:
     """Layer forwards: a bypassed block is not run, of a layer with bypassed sub-layers the rest is."""
-    return sum(Part(layer, "block") not in bypassed for layer in layers)
+    return sum(SubLayer(layer, "block") not in bypassed for layer in layers)
 
 
-def _move(run: _Run, hidden: list[Tensor], layers: range, bypassed: Collection[Part]) -> None:
+def _move(run: _Run, hidden: list[Tensor], layers: range, bypassed: Collection[SubLayer]) -> None:
     """Every batch through some layers without what is bypassed, in place; layer-major, as layers may come from disk."""
     for index in layers:
-        if Part(index, "block") in bypassed:
+        if SubLayer(index, "block") in bypassed:
             continue
-        axes = [axis for name, axis in run.store.axes(index).items() if Part(index, name) in bypassed]
+        axes = [axis for name, axis in run.store.axes(index).items() if SubLayer(index, name) in bypassed]
         with run.store.layer(index) as layer, ExitStack() as stack:
             for axis in axes:
                 stack.enter_context(bypass(layer, axis))
@@ -258,9 +264,8 @@ def bypass(layer: nn.Module, axis: Axis) -> Iterator[None]:
         layer: a decoder layer.
         axis: attention or mlp, of its family.
     """
-    parts = [layer.get_submodule(name) for name in axis.modules]
-    nothing = _no_attention if axis.name == "attention" else _no_mlp
-    with replaced_forwards(parts[:-1], lambda _: _input), replaced_forwards(parts[-1:], lambda _: nothing):
+    modules = [layer.get_submodule(name) for name in axis.modules]
+    with replaced_forwards(modules[:-1], lambda _: _input), replaced_forwards(modules[-1:], lambda _: _nothing(axis)):
         yield
 
 
@@ -269,9 +274,11 @@ def _input(*args: Any, **kwargs: Any) -> Tensor:
     return values
 
 
-def _no_mlp(*args: Any, **kwargs: Any) -> Tensor:
-    return torch.zeros_like(_input(*args, **kwargs))  # [B, T, C], the width of the residual stream
+def _nothing(axis: Axis) -> Callable[..., Any]:
+    """A forward that gives zeros [B, T, C], the width of the residual stream, and None for whatever comes with them."""
 
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(_input(*args, **kwargs))
+        return zeros if axis.returns == 1 else (zeros, *[None] * (axis.returns - 1))
 
-def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return torch.zeros_like(_input(*args, **kwargs)), None  # no attention weights
+    return forward

@@ -1,85 +1,21 @@
-"""Where a model's decoder layers come from, one at a time: with their arguments, their gradients, their final norm."""
+"""A whole model in memory, as a store of its layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dicer.measure.stores.store import Arguments, Recording
 from dicer.model.families import Family
 from dicer.model.units import Axis, UnitWeights, unit_weights
 from dicer.processes import all_reduce, sum_of, world_size
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-def silent(*_: object) -> None:
-    """The progress callback that says nothing."""
-
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer is called with, besides the hidden states
-
-
-@dataclass
-class Recording:
-    """The first layer's input and every layer's own arguments.
-
-    Attributes:
-        hidden: one tensor [B, T, d] for each batch.
-        arguments: number of rows of a batch -> arguments of each layer. They depend on positions and masks, not on the
-            tokens, so batches of one size share them; layers do not (sliding and full attention take turns).
-    """
-
-    hidden: list[Tensor] = field(default_factory=list)
-    arguments: dict[int, list[Arguments]] = field(default_factory=dict)
-
-
-class LayerStore(Protocol):
-    """Where layers come from: all in memory, or (later) one at a time from disk."""
-
-    @property
-    def family(self) -> Family:
-        """The family of the model."""
-        ...
-
-    @property
-    def depth(self) -> int:
-        """How many decoder layers there are."""
-        ...
-
-    def axes(self, index: int) -> dict[str, Axis]:
-        """The axes that a layer has units of, by name."""
-        ...
-
-    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """One decoder layer, ready to run inside the ``with`` block."""
-        ...
-
-    def final_norm(self) -> nn.Module:
-        """The norm behind the last layer; an identity where the model has none."""
-        ...
-
-    def record(self, batches: Sequence[Tensor]) -> Recording:
-        """Run everything before the first layer."""
-        ...
-
-    def gradients(
-        self,
-        batches: Sequence[Tensor],
-        layers: Collection[int],
-        axes: Collection[str],
-        *,
-        checkpointing: bool,
-        progress: Progress,
-    ) -> dict[int, dict[str, UnitWeights]]:
-        """dL/dW of the chosen layers' weights along the chosen axes."""
-        ...
+from dicer.progress import Progress
 
 
 class ResidentStore:
@@ -91,11 +27,21 @@ class ResidentStore:
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
-        self.family = family
+        self._family = family
         self._model: Any = model
         self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
-        self._axes = family.axes(model.config)
+        self._axes = family.sized(model.config)
         self._units = {name: family.units(model.config, name) for name in self._axes}
+
+    @property
+    def computes(self) -> dict[str, Any]:
+        """Config, attention implementation and dtype."""
+        config = self._model.config
+        return {
+            "config": config.to_dict(),
+            "attention": str(config._attn_implementation),
+            "dtype": str(self._model.dtype),
+        }
 
     def axes(self, index: int) -> dict[str, Axis]:
         """The axes that a layer has units of."""
@@ -112,7 +58,7 @@ class ResidentStore:
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer; an identity where the model has none (OPT-350m)."""
-        owner, _, name = self.family.final_norm.rpartition(".")
+        owner, _, name = self._family.final_norm.rpartition(".")
         norm: nn.Module | None = getattr(attrgetter(owner)(self._model), name, None)
         return nn.Identity() if norm is None else norm
 

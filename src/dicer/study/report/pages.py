@@ -6,13 +6,13 @@ import base64
 import csv
 import importlib.resources
 import io
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dicer.errors import ExperimentError, OutputError
+from dicer.files import as_output_error, check_writable, remove_unfinished, unfinished, write_whole
 from dicer.study.columns import perplexity_kind
 from dicer.study.records import read_records
 from dicer.study.report.figure_style import Picture
@@ -51,12 +51,10 @@ def write_report(results: Path, out: Path) -> list[Path]:
         for picture in group["pictures"]:
             files[f"{picture['name']}.png"] = picture["png"]
             files[f"{picture['name']}.csv"] = picture["csv"]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with as_output_error(f"the report to {out}"):
+        remove_unfinished(out)  # of a report that was killed
         for name, content in files.items():
-            _write(out / name, content)
-    except OSError as error:
-        raise OutputError(f"the report cannot be written to {out}: {error.strerror or error}.") from error
+            write_whole(out / name, content)
     return [out / name for name in files]
 
 
@@ -66,18 +64,13 @@ def check_place(results: Path, out: Path) -> None:
     Raises:
         OutputError: it lies within the results, holds other things than an earlier report, or cannot be written.
     """
-    try:
-        target = out.resolve()
-        if target.is_relative_to(results.resolve()):
+    check_writable(out / "report.html")
+    with as_output_error(f"the report to {out}"):
+        if out.resolve().is_relative_to(results.resolve()):
             raise OutputError(f"{out} lies within the results {results}; give -o a folder outside them.")
-        held = {path.name for path in out.iterdir()} - {"report.html.partial"} if out.exists() else set()
+        held = {path.name for path in set(out.iterdir()) - unfinished(out)} if out.exists() else set()
         if held and not _is_report(out, held):
             raise OutputError(f"{out} is not empty and holds no earlier report; give -o a new or an empty folder.")
-        parent = next(path for path in (target, *target.parents) if path.exists())
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(f"the report cannot be written to {out}: no permission in {parent}.")
-    except OSError as error:
-        raise OutputError(f"the report cannot be written to {out}: {error.strerror or error}.") from error
 
 
 def _is_report(folder: Path, names: set[str]) -> bool:
@@ -87,15 +80,6 @@ def _is_report(folder: Path, names: set[str]) -> bool:
         with (folder / name).open(encoding="utf-8", errors="replace") as file:
             beginnings.append(file.read(_BEGINNING))
     return bool(beginnings) and all(_EARLIER.search(text) for text in beginnings)
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _values(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

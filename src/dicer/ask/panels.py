@@ -1,0 +1,11 @@
+"""The boxes of a command's help, below a first one with what most people need: those fields have no panel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WHAT: dict[str, Any] = {"panel": "What goes"}
+HOW: dict[str, Any] = {"panel": "How it is chosen"}
+ENTROPY: dict[str, Any] = {"panel": "Transfer entropy"}
+TEXT: dict[str, Any] = {"panel": "Text"}
+MACHINE: dict[str, Any] = {"panel": "Machine"}

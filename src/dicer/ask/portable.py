@@ -1,0 +1,69 @@
+"""What was asked for, as a file may hold it: every choice made, no path of this machine, files by their content."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from dicer.ask.compute import Compute
+from dicer.ask.evaluation import Evaluation
+from dicer.ask.methods import Method
+from dicer.ask.recipe import Recipe
+from dicer.errors import RecipeError
+
+_TEXTS = (".txt", ".jsonl", ".gz")
+
+
+def portable(recipe: Recipe, method: Method, compute: Compute) -> dict[str, Any]:
+    """A recipe with the choices that it comes to and how it was computed; flat, under the names that users spell."""
+    choices = method._asdict()
+    named = {
+        "criterion": _part(method.criterion),
+        "grouping": _part(method.grouping),
+        "merge": _part(method.merge),
+        "allocate": _by_content(method.allocate) if method.from_file else method.allocate,
+        "calib": base_name(recipe.text.source),
+    }
+    if recipe.entropy_profile:
+        named["entropy_profile"] = _by_content(recipe.entropy_profile)
+    return {**recipe.flat(), **compute.flat(), "method": choices.pop("preset"), **choices, **named}
+
+
+def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as JSON values; folders and texts by name, local texts also by content."""
+    values = evaluation.record()
+    if evaluation.perplexity:
+        values["perplexity"] = portable_text(evaluation.perplexity)
+    return values
+
+
+def portable_text(source: str) -> str:
+    """A text by its name, and where it is a file also by its content."""
+    if base_name(source) == source or not Path(source).is_file():
+        return base_name(source)
+    return _by_content(source)
+
+
+def base_name(source: str) -> str:
+    """A text's name without the folder that it lies in."""
+    return Path(source).name if source.endswith(_TEXTS) else source
+
+
+def _part(name: str) -> str:
+    if ".py:" not in name:
+        return name
+    file, _, attribute = name.rpartition(":")
+    return f"{Path(file).name}:{attribute} ({_digest(file)})"
+
+
+def _by_content(file: str) -> str:
+    return f"{Path(file).name} ({_digest(file)})"
+
+
+def _digest(file: str) -> str:
+    try:
+        with Path(file).open("rb") as content:
+            return f"sha256 {hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be read: {error.strerror or error}.") from None

@@ -1,0 +1,46 @@
+"""What is read: the text that a method looks at, and how its samples are taken."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from dicer.ask.panels import TEXT
+from dicer.ask.strict import Strict
+
+
+class Text(Strict):
+    """A text and the samples of it; users spell the fields ``calib``, ``calib_config`` ... ``calib_seed``."""
+
+    source: str = Field(
+        default="builtin",
+        alias="calib",
+        description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a .txt/.jsonl(.gz)",
+    )
+    config: str | None = Field(
+        default=None,
+        alias="calib_config",
+        description="configuration of the hub data set OWNER/NAME",
+        json_schema_extra=TEXT,
+    )
+    split: str = Field(
+        default="train", alias="calib_split", description="split of the hub data set OWNER/NAME", json_schema_extra=TEXT
+    )
+    field: str = Field(
+        default="text",
+        alias="calib_field",
+        description="text field of the hub data set or of the .jsonl file",
+        json_schema_extra=TEXT,
+    )
+    samples: int = Field(default=10, ge=1, description="calibration samples")
+    seq_len: int = Field(default=128, ge=2, description="tokens in a sample")
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**63,
+        alias="calib_seed",
+        description="seed of the choice of calibration samples, apart from --seed",
+        json_schema_extra=TEXT,
+    )
+
+
+TEXT_KEYS = tuple(Text.keys())

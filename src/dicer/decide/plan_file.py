@@ -1,0 +1,79 @@
+"""What ``dicer_plan.json`` holds: the form that is held against whatever claims to be one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+
+from dicer.ask.axes import AXES
+
+FORMAT = 2  # 1 knew neurons alone; it is still read
+
+
+class Widths(BaseModel):
+    """What the JSON file says of one sub-layer; the tensors must agree with it."""
+
+    model_config = ConfigDict(strict=True)
+
+    units: int = Field(ge=1)
+    keep: int = Field(ge=0)
+
+
+class _Model(BaseModel):
+    name: str
+    model_type: str
+    fingerprint: str
+
+
+class _Allocation(BaseModel):
+    """What is shown of an allocation: numbers, and what they are a fraction of."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    target: int | FiniteFloat
+    whole: Annotated[int | FiniteFloat, Field(gt=0)]
+
+
+class PlanFile(BaseModel):
+    """dicer_plan.json; more keys may stand beside."""
+
+    format: Literal[1, 2]
+    model: _Model
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    versions: dict[str, Any]
+    axes: dict[str, dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Widths]]
+    blocks: list[Annotated[int, Field(strict=True, ge=0)]] = []
+    allocation: _Allocation | None = None
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _none_is_none(cls, value: Any) -> Any:
+        return None if value == {} else value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if "method" not in self.recipe:
+            raise ValueError("its recipe does not say 'method'")
+        if self.allocation is not None and not isinstance(self.recipe.get("ratio_of"), str):
+            raise ValueError("its recipe does not say 'ratio_of'")
+        if self.blocks != sorted(set(self.blocks)):
+            raise ValueError("'blocks' is no sorted list of layers")
+        if not self.axes.keys() <= AXES.keys() or not (self.blocks or any(self.axes.values())):
+            raise ValueError(f"its axes are {sorted(self.axes)}, expected layers of {' or '.join(AXES)}")
+        if any(str(index) in layers for index in self.blocks for layers in self.axes.values()):
+            raise ValueError("a layer that goes whole is also cut")
+        return self
+
+
+def first_fault(error: ValidationError) -> str:
+    """What is wrong with a file, in a few words."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"'{where}' is missing"
+    if where == "format":
+        return f"it has format {first['input']!r:.60}, and this version of dicer reads 1 to {FORMAT}"
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    return f"'{where}': {reason}, got {first['input']!r:.60}" if where else reason

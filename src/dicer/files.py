@@ -1,0 +1,117 @@
+"""Files that are whole or not there, where one may be written, and how numbers are said in them."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dicer.errors import OutputError
+
+_BEGIN, _END = ".dicer-", ".partial"  # how the name of an unfinished thing begins and ends
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder in which to make what is then renamed to ``path``; it goes when the block ends, however that ends.
+
+    Its name is new and it is open to this user alone, so nobody can have put a link there that would be written
+    through. The folder of ``path`` is made where there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(_END, _BEGIN, path.parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def write_whole(path: Path, content: str | bytes, *, sync: bool = False) -> None:
+    """Write a file so that a kill at any moment leaves the old file, the new one or none.
+
+    Args:
+        path: the file. Of a link, the link is replaced; who means the file that it points to resolves it first.
+        content: text is written as UTF-8.
+        sync: wait until the content is on the disk, before it gets its name.
+
+    Raises:
+        OSError: it cannot be written; then all is as it was.
+    """
+    with folder_beside(path) as folder:
+        made = folder / "new"
+        with made.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        made.replace(path)
+
+
+def unfinished(folder: Path) -> set[Path]:
+    """What kills have left of :func:`write_whole` in a folder, or what others are writing there now."""
+    return set(folder.glob(f"{_BEGIN}*{_END}"))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Take that away; only for who holds the folder alone."""
+    for left in unfinished(folder):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def as_output_error(what: object) -> Iterator[None]:
+    """Turn an OSError into the one line that ``what`` cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {what}: {error.strerror or error}.") from error
+
+
+def check_writable(path: Path, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> Path:
+    """See to it that something can be made at a path and that a run reads nothing there, before hours go into it.
+
+    Args:
+        path: what will be written, a file or a folder; folders above it may be missing.
+        inputs: what the run reads, as it was typed; what is no path that is there counts for nothing.
+
+    Returns:
+        The place that the path leads to, links followed.
+
+    Raises:
+        OutputError: it is or holds the current folder or an input, or nothing can be made there.
+    """
+    target = Path(os.path.realpath(path))
+    if Path.cwd().is_relative_to(target):
+        raise OutputError(f"output {path} is the folder that you are in, or holds it; choose a place of its own.")
+    for name in inputs:
+        if name and is_there(name) and Path(name).resolve().is_relative_to(target):
+            raise OutputError(f"output {path} is or holds {name}, which this run reads; choose another place.")
+    with as_output_error(path):
+        if any(place.is_symlink() for place in (target, *target.parents)):  # what realpath leaves of a loop
+            raise OutputError(f"cannot write {path}: it is or lies in a link that leads to itself.")
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.lstat()  # says so where the name is too long
+        parent = next(place for place in target.parents if place.exists())
+        if not parent.is_dir():
+            raise OutputError(f"cannot write {path}: {parent} is a file.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write {path}: no permission to write in {parent}.")
+    return target
+
+
+def is_there(name: str | os.PathLike[str]) -> bool:
+    """Whether a path is there; not, where nobody may look or no disk takes the name."""
+    with suppress(OSError):
+        return Path(name).exists()
+    return False
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON can say it. JSON has no infinity and no NaN: they become the text that ``float`` reads back."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
