@@ -68,20 +68,12 @@ class PlanFile(BaseModel):
 
 
 def first_fault(error: ValidationError) -> str:
-    """What is wrong with a file, as a sentence about it without a full stop."""
+    """What is wrong with a file, in a few words."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    if place[:1] == ["format"]:
-        found = None if first["type"] == "missing" else first["input"]
-        return f"has format {found!r:.60}; this version of dicer reads 1 to {FORMAT}"
-    if place[:1] == ["blocks"]:
-        return "is broken: 'blocks' is no sorted list of layers"
-    if place == ["axes"]:
-        return "is broken: 'axes' is no table"
+    where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
-        return f"is broken: '{place[-1]}' is missing"
-    if first["type"] in ("dict_type", "model_type"):
-        return f"is broken: '{'.'.join(place)}' is no table" if place else "is broken: it holds no object"
-    place = [part for part in place if part not in ("int", "float")]  # of a number, not of the file
-    where = f"'{place[-1]}': " if place else ""
-    return f"is broken: {where}{str(first['msg']).removeprefix('Value error, ')}"
+        return f"'{where}' is missing"
+    if where == "format":
+        return f"it has format {first['input']!r:.60}, and this version of dicer reads 1 to {FORMAT}"
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    return f"'{where}': {reason}, got {first['input']!r:.60}" if where else reason
