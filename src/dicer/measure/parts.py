@@ -151,7 +151,6 @@ def bind(parts: Iterable[Part], asked: Mapping[str, Any]) -> list[Any]:
 
 
 def _converted(part: Part, name: str, value: Any) -> Any:
-    parameter = part.parameters[name.rpartition(".")[2]]
     try:
         return part.parameters[name.rpartition(".")[2]].converted(value)
     except ValidationError as error:
