@@ -387,7 +387,7 @@ class Peft(Holder):
 
 
 def offloaded(kept, tmp_path, device="disk"):
-    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {f"model.layers.{i}": device if i == 2 else "cpu" for i in range(LAYERS)}
     return AutoModelForCausalLM.from_pretrained(kept["llama"], device_map=places, offload_folder=tmp_path / "disk")
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dicer.errors import ModelError
+from dicer.model.beside import left_behind
 from dicer.model.families import FAMILIES, Family, family_of
 from dicer.model.find import as_model_error, find_model, read_config
 from dicer.model.match import Matched, match, same_content, untied
@@ -155,8 +156,9 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tensors = SafetensorsSource(folder)
     found = match(name, config, raw_config, family, tensors)
+    notes = (*found.notes, *left_behind(folder))
     return ModelSource(
-        name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=found.notes
+        name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
     )
 
 
@@ -235,7 +237,10 @@ def _check_memory(model: Any, family: Family) -> None:
     Raises:
         ModelError: with the first such tensor, and what to do.
     """
-    what, state = f"the {type(model).__name__} in memory", model.state_dict(keep_vars=True)
+    what, kept = f"the {type(model).__name__} in memory", model.state_dict(keep_vars=True)
+    state = {name: tensor for name, tensor in kept.items() if isinstance(tensor, torch.Tensor)}
+    if len(state) < len(kept):
+        raise ModelError(f"{what} is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
     if away := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ModelError(
             f"{what} has '{away[0]}' not in memory (offloaded, or never loaded). Load it whole (without device_map and "
