@@ -136,7 +136,9 @@ def test_broken_tokenizer(tmp_path, file):
         open_model(model).tokenizer()
 
 
-@pytest.mark.parametrize("named", [{"AutoTokenizer": ["own.Own", None]}, {"AutoTokenizer": "own.Own"}, ["own.Own", None]])
+@pytest.mark.parametrize(
+    "named", [{"AutoTokenizer": ["own.Own", None]}, {"AutoTokenizer": "own.Own"}, ["own.Own", None]]
+)
 def test_tokenizer_with_code(tmp_path, named):
     model = without_tokenizer(save_tiny(tmp_path / "model"))
     (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": named}))

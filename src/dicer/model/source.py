@@ -122,16 +122,30 @@ class ModelSource:
             return model.to(device).eval()
 
 
-def tokenize_with(tokenizer: Any | None) -> Callable[[str], list[int]] | None:
-    """Text -> token ids without special tokens, or None without a tokenizer."""
-    if tokenizer is None:
-        return None
+class Tokenize:
+    """Text -> token ids without special tokens.
 
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    Attributes:
+        template: (messages, **more) -> text, as the model's chat template has it; None where it has none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        speaks = getattr(tokenizer, "chat_template", None) or type(tokenizer).__name__.startswith("MistralCommon")
+        self.template: Callable[..., str] | None = self._chat if speaks else None
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    return tokenize
+    def _chat(self, messages: list[dict[str, Any]], **more: Any) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **more))
+
+
+def tokenize_with(tokenizer: Any | None) -> Tokenize | None:
+    """Text -> token ids without special tokens, or None without a tokenizer."""
+    return None if tokenizer is None else Tokenize(tokenizer)
 
 
 def open_model(model: str | os.PathLike[str]) -> ModelSource:
