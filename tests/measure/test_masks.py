@@ -24,7 +24,11 @@ from dicer.model.source import open_model
 FAMILIES = ("llama", "gemma2", "gpt2", "opt", "mistral", "qwen2", "gemma3_text", "phi3")
 LENGTHS = (24, 3, 17, 24, 9, 17, 24)  # sliding windows are 8 long
 NEEDS = [
-    *(Need(kind, "mod", axis) for kind in ("square_sum", "sum", "channel_sum", "gram") for axis in ("mlp", "attention")),
+    *(
+        Need(kind, "mod", axis)
+        for kind in ("square_sum", "sum", "channel_sum", "gram")
+        for axis in ("mlp", "attention")
+    ),
     Need("square_sum", "post", "mlp"),
     Need("sum", "pre", "mlp"),
 ]
@@ -140,20 +144,28 @@ def test_plans_whatever_the_padding(tmp_path, method, own_cache):
         ("ragged", [{"input_ids": row} for row in ROWS]),
         ("left", padded(ROWS, "left")),
         ("right", padded(ROWS, "right", width=40)),
-        ("noise", [row | {"input_ids": [5 if i == 0 else i for i in row["input_ids"]]} for row in padded(ROWS, "left")]),
+        (
+            "noise",
+            [row | {"input_ids": [5 if i == 0 else i for i in row["input_ids"]]} for row in padded(ROWS, "left")],
+        ),
         ("beyond", [row | {"input_ids": [i or 999 for i in row["input_ids"]]} for row in padded(ROWS, "right")]),
     ):
         recipe = dicer.Recipe(method=method, calib=str(jsonl(tmp_path / f"{name}.jsonl", rows)))
         plans.append(dicer.make_plan(model, recipe))
     assert [plans[0].diff(plan) for plan in plans[1:]] == [[]] * 4
-    full = dicer.make_plan(model, dicer.Recipe(method=method, calib=str(jsonl(tmp_path / "all.jsonl", padded(ROWS, "right", counted=COUNTED)))))
+    full = dicer.make_plan(
+        model,
+        dicer.Recipe(method=method, calib=str(jsonl(tmp_path / "all.jsonl", padded(ROWS, "right", counted=COUNTED)))),
+    )
     assert full.calibration["mask_sha256"] != plans[0].calibration["mask_sha256"]
 
 
 def test_ones_alone_are_no_mask(tmp_path):
     """What tokenizers write of rows of one length: nothing changes, to the last bit."""
     plain = shown(tmp_path, [{"input_ids": ids(9, n)} for n in range(4)])
-    masked = shown(tmp_path, [{"input_ids": ids(9, n), "attention_mask": [1] * 9, "labels": ids(9, n)} for n in range(4)])
+    masked = shown(
+        tmp_path, [{"input_ids": ids(9, n), "attention_mask": [1] * 9, "labels": ids(9, n)} for n in range(4)]
+    )
     assert (plain.provenance, plain.notes, plain.mask) == (masked.provenance, masked.notes, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -44,13 +45,27 @@ def chat_text(row: Row, field: str, template: Template | None) -> str:
     messages = [_message(row.where, message) for message in row.values[field]]
     if isinstance(system := row.values.get("system"), str) and system.strip():
         messages.insert(0, {"role": "system", "content": system})
-    named = row.values.get("tools")
     try:
-        text = template(messages, **({"tools": named} if isinstance(named, list) and named else {}))
+        text = template(messages, **_more(row))
+    except CalibrationError:
+        raise
     except Exception as error:  # jinja and the template itself raise whatever they like
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CalibrationError(f"{row.where}: the model's chat template refuses it: {reason.rstrip('.')}.") from None
     return text
+
+
+def _more(row: Row) -> dict[str, Any]:
+    """What else a row gives its template: tools, also as JSON in a string, and arguments by name."""
+    more, tools = row.values.get("chat_template_kwargs"), row.values.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            tools = None
+        if not isinstance(tools, list):
+            raise CalibrationError(f"{row.where}: tools are no JSON list, so the chat template cannot name them.")
+    return {**(more if isinstance(more, dict) else {}), **({"tools": tools} if tools else {})}
 
 
 def _message(where: str, message: Any) -> dict[str, Any]:
