@@ -415,6 +415,23 @@ def eight_bit(model):
     return model
 
 
+def eight_bit_floats(model):
+    weight = model.model.layers[0].mlp.up_proj
+    weight.weight = nn.Parameter(weight.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    return model
+
+
+def sharded(model):
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(0))
+    return model
+
+
+def cut_by_hand(model):
+    for name in ("up_proj", "gate_proj"):
+        getattr(model.model.layers[1].mlp, name).weight = nn.Parameter(torch.zeros(8, 32))
+    return model
+
+
 def tracked(model):
     class Packed(nn.Parameter):
         pass
@@ -437,6 +454,9 @@ def tracked(model):
         (dynamic, "quantiz"),
         (eight_bit, "holds .* as int8"),
         (tracked, "holds .* as Packed"),
+        (eight_bit_floats, "holds .* as float8_e4m3fn"),
+        (sharded, "holds .* as Parameter: quantized or shared out"),
+        (cut_by_hand, "config calls for 40 in dimension 0 of .*layers.1.*, and the tensor has 8"),
         (lambda model: SimpleNamespace(model=model), "inside a SimpleNamespace; give its .model"),
         (lambda model: model.model, "its head is not that of a LlamaForCausalLM"),
         (lambda model: None, "no transformers model"),
@@ -452,6 +472,28 @@ def test_models_in_memory(make, says):
 def test_offloaded_model(kept, tmp_path):
     with pytest.raises(ModelError, match=r"has 'model\.layers\.2\..*' not in memory \(offloaded"):
         dicer.prune(offloaded(kept, tmp_path), WEIGHT_ONLY)
+
+
+OWN = """from transformers import LlamaForCausalLM
+
+class OwnForCausalLM(LlamaForCausalLM):
+    pass
+"""
+
+
+def test_own_code_in_memory(copy, monkeypatch, tmp_path):
+    folder = copy()
+    (folder / "modeling_own.py").write_text(OWN)
+    own_code()(folder)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ModelError, match=r"has modelling code of its own \(.*modeling_own\.OwnForCausalLM"):
+        from_memory(model)
+    named: dict = {}
+    exec(OWN, named)
+    result = dicer.prune(named["OwnForCausalLM"](tiny_model("llama").config), WEIGHT_ONLY)
+    note = "the model is a OwnForCausalLM; what is made of it is a LlamaForCausalLM, without its own code"
+    assert note in result.notes
 
 
 def test_untied_by_hand():

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dicer.model.find import as_model_error, find_model, read_config
 from dicer.model.match import Matched, match, same_content, untied
 from dicer.model.odd import refuse_adapter, refuse_config, refuse_names, refuse_wrapped, why_missing
 from dicer.model.same import check_same
-from dicer.model.tensors import MemorySource, SafetensorsSource, TensorSource, fingerprint
+from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
 from dicer.model.tokenizer import own_code, read_tokenizer
 
 
@@ -228,6 +228,8 @@ def from_memory(model: Any) -> ModelSource:
             f"a {type(model).__name__} cannot be pruned: its head is not that of a {family.causal_lm}. Load it with "
             "AutoModelForCausalLM (and merge or unload adapters first)."
         )
+    if type(model).__module__.startswith("transformers_modules.") and not type(model).__name__.startswith("Pruned"):
+        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
     _check_memory(model, family)
@@ -238,6 +240,12 @@ def from_memory(model: Any) -> ModelSource:
     own = [name for name, other in ties.items() if not same_content(state[name], state[other])]
     if own:
         found = untied(found, own[0])
+    kinds = {family.causal_lm, *family.pruned_classes.values()}
+    if type(model).__name__ not in kinds:
+        note = (
+            f"the model is a {type(model).__name__}; what is made of it is a {family.causal_lm}, without its own code"
+        )
+        found = replace(found, notes=(*found.notes, note))
     state = {name: tensor for name, tensor in state.items() if name not in ties or name in own}
     name = Path(str(getattr(config, "_name_or_path", "") or type(model).__name__)).name
     return ModelSource(
@@ -263,8 +271,8 @@ def _check_memory(model: Any, family: Family) -> None:
     refuse_names(what, state)
     units = {name: family.units(model.config, name) for name in family.axes}
     needed = {
-        family.tensor_name(layer, piece.name): axis
-        for axis in family.axes.values()
+        family.tensor_name(layer, piece.name): (piece.dim, count * sum(piece.blocks))
+        for axis in family.sized(model.config).values()
         for layer, count in enumerate(units[axis.name])
         if count
         for piece in axis.required
@@ -272,12 +280,17 @@ def _check_memory(model: Any, family: Family) -> None:
     if missing := [name for name in needed if name not in state]:
         reason = why_missing(missing, state, family, len(units["mlp"]))
         raise ModelError(f"{what}: tensor '{missing[0]}' is missing{reason}")
-    for name in needed:
+    for name, (dim, size) in needed.items():
         tensor = state[name]
         whole = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.numel() > 0  # DeepSpeed leaves empty ones
-        if not whole or not tensor.is_floating_point():
-            kind = type(tensor).__name__ if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+        if not whole or tensor.dtype not in FLOATS:
+            kind = type(tensor).__name__ if tensor.dtype in FLOATS else str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
                 f"{what} holds '{name}' as {kind}: quantized or shared out, its rows cannot be cut. Load it whole in "
                 "bf16, fp16 or fp32."
+            )
+        if tensor.shape[dim] != size:
+            raise ModelError(
+                f"{what}: its config calls for {size} in dimension {dim} of '{name}', and the tensor has "
+                f"{tensor.shape[dim]}. Save it with its own widths, or load it anew."
             )

@@ -32,6 +32,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what can be cut
 
 
 @dataclass(frozen=True)
