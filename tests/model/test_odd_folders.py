@@ -148,6 +148,7 @@ REFUSED = {
         on_weights(renamed(lambda n: n.replace("model.", "model.language_model.", 1))),
         ["vision-language", "language_model"],
     ),
+    "doubled": (on_weights(renamed(lambda n: f"model.{n}")), ["'model.'", "take"]),
     "unknown prefix": (on_weights(renamed(lambda n: f"student.net.{n}")), ["'student.net.'", "take"]),
     # quantized without a word in the config
     "gptq": (
@@ -173,6 +174,11 @@ REFUSED = {
     ),
     "fp8 scales": (
         on_weights(lambda t: t | {f"{ATTENTION_2}.q_proj.weight_scale_inv": torch.ones(1)}),
+        ["quantized weights"],
+    ),
+    "hqq": (on_weights(renamed(lambda n: n.replace("up_proj.weight", "up_proj.W_q"))), ["quantized weights"]),
+    "quanto": (
+        on_weights(renamed(lambda n: n.replace("up_proj.weight", "up_proj.weight._data"))),
         ["quantized weights"],
     ),
     # other heads
@@ -320,6 +326,22 @@ def test_tensors_outside_the_layers(copy, tmp_path):
     edit(folder, more(extra__weight=torch.ones(3)))
     result = dicer.prune(folder, WEIGHT_ONLY, output=tmp_path / "out")
     assert "1 tensors that transformers does not load are copied as they are (extra.weight ...)" in result.notes
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda f: config(f, architectures=["OwnForCausalLM"]), "config.json calls the model a OwnForCausalLM; it is"),
+        (lambda f: (f / "modeling_own.py").write_text(OWN), "modeling_own.py lies in the folder, and config.json does"),
+        (lambda f: config(f, architectures=["LlamaForCausalLM"]), None),
+        (lambda f: config(f, architectures=None), None),
+    ],
+)
+def test_hints_at_other_code(copy, change, note):
+    folder = copy()
+    change(folder)
+    notes = open_model(folder).notes
+    assert [line.startswith(note) for line in notes] == [True] if note else notes == ()
 
 
 # What transformers loads against what is written

@@ -28,7 +28,7 @@ STAY = (
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "tf_model.h5", "flax_model.msgpack"),
     *("extra.safetensors", "pytorch_model.bin.index.json", "adapter_model.safetensors", "params.json"),
     *("modeling_own.py", "Run.SH", "notes.ipynb", "kernel.cu", ".gitattributes", "dicer_plan.json"),
-    *("BASE_MODEL_CARD.md", "openvino_model.xml"),
+    *("BASE_MODEL_CARD.md", "openvino_model.xml", "model.safetensors.bak", "pytorch_model.bin.part"),
 )
 
 

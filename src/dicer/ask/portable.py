@@ -12,7 +12,7 @@ from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
 from dicer.errors import RecipeError
 
-_TEXTS = (".txt", ".jsonl", ".gz")
+_TEXTS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
 
 
 def portable(recipe: Recipe, method: Method, compute: Compute) -> dict[str, Any]:
@@ -46,8 +46,11 @@ def portable_text(source: str) -> str:
 
 
 def base_name(source: str) -> str:
-    """A text's name without the folder that it lies in."""
-    return Path(source).name if source.endswith(_TEXTS) else source
+    """A text's name without the folder that it lies in; OWNER/NAME of the hub stays."""
+    hub = source.count("/") < 2 and not source.startswith(("/", ".", "~")) and not source.endswith("/")
+    if hub and not source.lower().endswith(_TEXTS):
+        return source
+    return Path(source).name or source
 
 
 def _part(name: str) -> str:

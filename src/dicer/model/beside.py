@@ -41,7 +41,8 @@ _OURS = re.compile(
 def is_beside(name: str) -> bool:
     """Whether a file of this name (at the top of a folder) goes along."""
     low = name.lower()
-    return not low.endswith(_WEIGHTS + _CODE) and not _OURS.match(low)
+    copied = any(ending in low for ending in (".safetensors", ".gguf", ".bin."))  # model.safetensors.bak
+    return not copied and not low.endswith(_WEIGHTS + _CODE) and not _OURS.match(low)
 
 
 def files_beside(folder: Path) -> Iterator[tuple[Path, str | None]]:

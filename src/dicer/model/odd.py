@@ -15,7 +15,7 @@ from dicer.model.families import Family
 ADAPTER = "adapter_config.json"  # what peft writes, and what transformers with peft installed loads unasked
 _MERGE = "merge it into the model (peft: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER))"
 _PACKED = re.compile(
-    r"(^|\.)(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|absmax|quant_map|SCB|scales|zeros"
+    r"(^|\.)(qweight|qzeros|g_idx|weight_packed|weight_scales?|weight_scale_inv|weight_zero_point|W_q|_data|absmax|quant_map|SCB|scales|zeros"
     r"|weight_format|packed_weight|weight_quantizer\..+|codebooks|codes|Qidxs|SU|SV)$"
 )
 _LORA = re.compile(
@@ -32,9 +32,13 @@ _WRAPPERS: Mapping[str, tuple[str, str]] = {
     "module": ("of a model inside DataParallel, DDP or DeepSpeed", "save model.module"),
 }
 _OTHER_HEADS = re.compile(
-    r"^((model|transformer)\.)?(score|classifier|v_head|value_head|qa_outputs|reward_head|rm_head)\."
+    r"^((model|transformer)\.)?(score|classifier|classification_head|regression_(layer|head)|v_head|value_head|qa_outputs"
+    r"|reward_(model|head)|rm_head|critic(_head)?)\."
 )
-_OTHER_ENDINGS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "RewardModel")
+_OTHER_ENDINGS = (
+    *("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "RewardModel"),
+    *("RewardModeling", "ForScore", "ValueHead", "DoubleHeadsModel"),
+)
 _DROPPED = {"drop_attn_list": "attention", "drop_mlp_list": "MLP", "drop_block_list": "block"}  # LLM-Drop's config
 
 
@@ -92,6 +96,19 @@ def refuse_config(name: str, raw: Mapping[str, Any], family: Family) -> None:
             f"{name}: transformers_weights in config.json has transformers load '{file}'. Rename that file to "
             "model.safetensors and take the key out."
         )
+
+
+def code_notes(raw: Mapping[str, Any], family: Family, folder: Path) -> list[str]:
+    """Notes on what hints at other code than the family's own, though nothing names it."""
+    notes, classes = [], raw.get("architectures")
+    known = {family.causal_lm, f"{family.stem}Model", *family.pruned_classes.values()}
+    if isinstance(classes, list) and (others := [str(name) for name in classes if name not in known]):
+        notes.append(f"config.json calls the model a {others[0]}; it is read and pruned as a {family.causal_lm}")
+    if not raw.get("auto_map") and (code := sorted(path.name for path in folder.glob("modeling_*.py"))):
+        notes.append(
+            f"{code[0]} lies in the folder, and config.json does not name it: it is neither run nor taken along"
+        )
+    return notes
 
 
 def _other_kind(raw: Mapping[str, Any]) -> str | None:

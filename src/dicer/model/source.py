@@ -19,7 +19,7 @@ from dicer.model.beside import left_behind
 from dicer.model.families import FAMILIES, Family, family_of
 from dicer.model.find import as_model_error, find_model, read_config
 from dicer.model.match import Matched, match, same_content, untied
-from dicer.model.odd import refuse_adapter, refuse_config, refuse_names, refuse_wrapped, why_missing
+from dicer.model.odd import code_notes, refuse_adapter, refuse_config, refuse_names, refuse_wrapped, why_missing
 from dicer.model.same import check_same
 from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
 from dicer.model.tokenizer import own_code, read_tokenizer
@@ -170,7 +170,7 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tensors = SafetensorsSource(folder)
     found = match(name, config, raw_config, family, tensors)
-    notes = (*found.notes, *left_behind(folder))
+    notes = (*found.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
     return ModelSource(
         name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
     )
