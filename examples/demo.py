@@ -32,7 +32,6 @@ def answer(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrain
 
 def main() -> None:
     """Prune, measure, compare."""
-    transformers.utils.logging.disable_progress_bar()
     print(f"Preparing {MODEL} (the first time, its weights are de-quantized into a cache) ...", flush=True)
     source = open_model(MODEL)
     recipe = dicer.Recipe(method="rc-a", ratio=0.25, layers="10-19")

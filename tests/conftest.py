@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +89,22 @@ def command(no_colours: None, capfd: pytest.CaptureFixture[str]) -> Callable[...
     def typed(*words: Any) -> Ended:
         capfd.readouterr()
         return Ended(main([str(word) for word in words]), *capfd.readouterr())
+
+    return typed
+
+
+@pytest.fixture
+def run(command: Callable[..., Ended]) -> Callable[..., str]:
+    """Type a command that must succeed and say nothing on stderr, which is no terminal here; what it printed."""
+
+    def typed(*words: Any) -> str:
+        code, out, err = command(*words)
+        assert (code, err) == (0, "")
+        assert "\r" not in out
+        plain = re.sub(r"\x1b\[[\d;]*m", "", out)
+        # typer decides on the colours of its help when it is imported, so only a process of its own can tell.
+        assert plain == out or "Usage:" in plain
+        return plain
 
     return typed
 

@@ -16,7 +16,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_criterion_of_the_readme_works_as_printed(tmp_path):
+def test_criterion_of_the_readme(tmp_path):
     (block,) = (block for block in BLOCKS if "@dicer.criterion" in block)
     assert len(block.strip().splitlines()) <= 10
     (tmp_path / "mine.py").write_text(block)
@@ -30,10 +30,10 @@ def test_the_criterion_of_the_readme_works_as_printed(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_has_a_row(name):
+def test_row_of_every_preset(name):
     assert re.search(rf"^\| `{name}`", README, flags=re.MULTILINE)
 
 
-def test_families_are_those_of_the_table():
+def test_families_of_the_readme():
     (listed,) = re.findall(r"- Families: ([\w, ]+)\.", README)
     assert set(listed.split(", ")) == FAMILIES.keys()

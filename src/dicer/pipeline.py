@@ -23,6 +23,7 @@ from dicer.machine import pick_device
 from dicer.measure.documents import check_source, check_text
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_windows
+from dicer.model.find import no_bars
 from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource, from_memory, open_model, tokenize_with
 from dicer.progress import Progress, silent
@@ -287,7 +288,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options).eval()
+        with no_bars():
+            return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options).eval()
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 

@@ -10,8 +10,9 @@ import typer
 from pydantic import BaseModel, Field
 
 from dicer.ask.evaluation import Evaluation
-from dicer.ask.recipe import Recipe
-from dicer.cli.flags import PANELS, fields_of, with_flags
+from dicer.ask.panels import PANELS
+from dicer.ask.spelling import FIELDS
+from dicer.cli.flags import fields_of, with_flags
 
 MOST_USED = ["output", "method", "axis", "ratio", "allocate", "layers", "calib", "samples", "seq-len", "device", "help"]
 
@@ -79,8 +80,8 @@ def _boxes(shown):
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
-@pytest.mark.parametrize(("words", "model"), [("prune", Recipe), ("plan", Recipe), ("eval", Evaluation)])
-def test_boxes_of_a_help(command, monkeypatch, words, model, columns):
+@pytest.mark.parametrize(("words", "fields"), [("prune", FIELDS), ("plan", FIELDS), ("eval", Evaluation.model_fields)])
+def test_boxes_of_a_help(command, monkeypatch, words, fields, columns):
     monkeypatch.setenv("COLUMNS", columns)
     shown = re.sub(r"\x1b\[[\d;]*m", "", command(words, "--help").out)
     assert max(map(len, shown.splitlines())) == int(columns)
@@ -88,7 +89,7 @@ def test_boxes_of_a_help(command, monkeypatch, words, model, columns):
     assert list(boxes) == ["Arguments", "Options", *(panel for panel in PANELS if panel in boxes)]
     flags = [flag for box in boxes.values() for flag in box]
     assert len(flags) == len(set(flags))
-    assert {name.replace("_", "-") for name in model.model_fields} <= {*flags}
-    if model is Recipe:
+    assert {name.replace("_", "-") for name in fields} <= {*flags}
+    if fields is FIELDS:
         assert boxes["Options"] == MOST_USED
         assert list(boxes)[2:] == [*PANELS[:3], *PANELS[4:]]

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
-import resource
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokens
 
 import dicer
-from dicer.ask.methods import ALLOCATIONS
 from dicer.ask.recipe import PRESETS, Recipe
-from dicer.cli import terminal
-from dicer.decide.grouping import GROUPINGS
-from dicer.decide.merging import MERGES
-from dicer.measure.criteria import CRITERIA
 
-COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "entropy", "eval", "bench")
 FAST = ("--method", "weight-l2")
-
-
-@pytest.fixture
-def run(command):
-    """Type a command that must succeed; what it printed. Nothing may appear on stderr, which is no terminal here."""
-
-    def typed(*words):
-        code, out, err = command(*words)
-        assert (code, err) == (0, "")
-        assert "\r" not in out
-        plain = re.sub(r"\x1b\[[\d;]*m", "", out)
-        # typer decides on the colours of its help when it is imported, so only a process of its own can tell.
-        assert plain == out or "Usage:" in plain
-        return plain
-
-    return typed
 
 
 def _bytes(folder):
@@ -79,7 +52,7 @@ def _exec_loading_line(out):
     ("flags", "widths"),
     [((), [30, 30, 30, 30]), (("--layers", "1-2", "--ratio", "0.5"), [40, 20, 20, 40])],
 )
-def test_prune_prints_what_it_did(run, model, rows, tmp_path, flags, widths):
+def test_prune(run, model, rows, tmp_path, flags, widths):
     out = tmp_path / "out"
     printed = run("prune", model, "-o", out, "--calib", rows, *flags)
     assert "Pruned llama with rc-a." in printed
@@ -101,28 +74,24 @@ def test_prune_prints_what_it_did(run, model, rows, tmp_path, flags, widths):
 
 
 @pytest.mark.parametrize("name", ["with space", "it's", 'quo"te', "ünï", ":fire:", "[bold]", "back\\slash"])
-def test_the_loading_line_is_python_for_any_folder_name(run, model, tmp_path, name):
+def test_loading_line_of_odd_folder_names(run, model, tmp_path, name):
     printed = run("prune", model, "-o", tmp_path / name, *FAST)
     assert _exec_loading_line(printed).config.intermediate_size == 30
 
 
-def test_the_command_line_and_python_write_the_same_bytes(run, model, rows, tmp_path):
-    run("prune", model, "-o", tmp_path / "typed", "--calib", rows, "--ratio", "0.3", "--seed", "7")
-    dicer.prune(model, Recipe(calib=str(rows), ratio=0.3, seed=7), output=tmp_path / "python")
-    assert _bytes(tmp_path / "typed") == _bytes(tmp_path / "python")
-
-
-def test_a_recipe_file_gives_the_same_bytes_as_its_flags(run, model, rows, tmp_path):
+def test_same_bytes_from_flags_a_file_and_python(run, model, rows, tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f'method = "sim-mean"\nratio = 0.9\nlayers = "0,2"\ncalib = "{rows}"\n')
+    recipe.write_text(f'method = "rc-a"\nratio = 0.9\nlayers = "0,2"\ncalib = "{rows}"\nseed = 7\n')
     run("prune", model, "-o", tmp_path / "file", "--recipe", recipe, "--ratio", "0.4")
-    run("prune", model, "-o", tmp_path / "flags", "--method", "sim-mean", "--layers", "0,2", "--ratio", "0.4",
-        "--calib", rows)  # fmt: skip
-    assert _bytes(tmp_path / "file") == _bytes(tmp_path / "flags")
+    words = ("--method", "rc-a", "--layers", "0,2", "--ratio", "0.4", "--calib", rows, "--seed", 7)
+    run("prune", model, "-o", tmp_path / "flags", *words)
+    asked = Recipe(method="rc-a", layers="0,2", ratio=0.4, calib=str(rows), seed=7)
+    dicer.prune(model, asked, output=tmp_path / "python")
+    assert _bytes(tmp_path / "file") == _bytes(tmp_path / "flags") == _bytes(tmp_path / "python")
     assert dicer.load_plan(tmp_path / "file").recipe["ratio"] == 0.4
 
 
-def test_plan_then_apply_is_prune(run, model, rows, tmp_path):
+def test_plan_then_apply(run, model, rows, tmp_path):
     flags = ("--calib", rows, "--method", "sim-dominant", "--layers", "1-3")
     printed = run("plan", model, "-o", tmp_path / "plan", *flags)
     assert sorted(_bytes(tmp_path / "plan")) == ["dicer_plan.json", "dicer_plan.safetensors"]
@@ -138,7 +107,7 @@ def test_plan_then_apply_is_prune(run, model, rows, tmp_path):
     assert _bytes(tmp_path / "again") == _bytes(tmp_path / "pruned")
 
 
-def test_plan_explains_each_layer(run, model, tmp_path):
+def test_explained_layers(run, model, tmp_path):
     printed = run("plan", model, "-o", tmp_path / "plan", *FAST, "--layers", "0,3", "--explain")
     lines = [line for line in printed.splitlines() if line.startswith("layer")]
     assert [line.split(";")[0] for line in lines] == [f"layer   {i} mlp: 40 -> 30 (25.0% removed)" for i in (0, 3)]
@@ -147,7 +116,7 @@ def test_plan_explains_each_layer(run, model, tmp_path):
         assert kept > dropped
 
 
-def test_plans_and_checkpoints_are_overwritten_only_when_asked(run, model, tmp_path):
+def test_overwritten_plans_and_checkpoints(run, model, tmp_path):
     for command in ("plan", "prune"):
         out = tmp_path / command
         run(command, model, "-o", out, *FAST)
@@ -159,7 +128,7 @@ def test_plans_and_checkpoints_are_overwritten_only_when_asked(run, model, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan", "prune"]
 
 
-def test_diff_names_the_layers_that_differ(run, model, tmp_path):
+def test_diff(run, model, tmp_path):
     run("plan", model, "-o", tmp_path / "a", *FAST, "--layers", "0-2")
     run("plan", model, "-o", tmp_path / "b", "--method", "random", "--layers", "1-3")
     assert run("diff", tmp_path / "a", tmp_path / "a") == "The two plans keep the same.\n"
@@ -181,7 +150,7 @@ def test_diff_names_the_layers_that_differ(run, model, tmp_path):
         (("--grouping", "none", "--merge", "mean"), ["Note: merge 'mean' has nothing to merge without groups"]),
     ],
 )
-def test_a_dry_run_says_what_would_be_and_writes_nothing(run, model, rows, tmp_path, flags, says):
+def test_dry_run(run, model, rows, tmp_path, flags, says):
     words = (model, "-o", tmp_path / "out", "--calib", rows, *flags)
     dry = run("prune", *words, "--dry-run")
     assert not list(tmp_path.iterdir())
@@ -213,7 +182,7 @@ WAYS = {
 
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("way", WAYS)
-def test_prune_by_other_ways_prints_what_went(run, model, rows, tmp_path, way):
+def test_prune_by_other_ways(run, model, rows, tmp_path, way):
     flags, name, target, near = WAYS[way]
     words = (model, "-o", tmp_path / "out", "--calib", rows, *flags)
     dry = run("prune", *words, "--dry-run")
@@ -249,7 +218,7 @@ def test_prune_by_other_ways_prints_what_went(run, model, rows, tmp_path, way):
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_plan_explains_how_much_went_and_why(run, model, rows, tmp_path):
+def test_explained_amounts(run, model, rows, tmp_path):
     flags = ("--calib", rows, "--method", "let-llm", "--ratio", "0.3", "--explain")
     printed = run("plan", model, "-o", tmp_path / "plan", *flags)
     plan = dicer.load_plan(tmp_path / "plan")
@@ -268,7 +237,7 @@ def test_plan_explains_how_much_went_and_why(run, model, rows, tmp_path):
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_plan_explains_blocks_that_go_and_those_that_stay(run, model, rows, tmp_path):
+def test_explained_blocks(run, model, rows, tmp_path):
     flags = ("--calib", rows, "--axis", "block", "--explain")
     printed = run("plan", model, "-o", tmp_path / "plan", *flags)
     plan = dicer.load_plan(tmp_path / "plan")
@@ -281,7 +250,7 @@ def test_plan_explains_blocks_that_go_and_those_that_stay(run, model, rows, tmp_
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_plan_of_blocks_and_biases_applies_and_differs(run, model, rows, tmp_path):
+def test_plans_of_blocks_and_biases(run, model, rows, tmp_path):
     for name, flags in (
         ("blocks", ("--axis", "block")),
         ("bare", ("--method", "let-llm", "--ratio", "0.3")),
@@ -299,7 +268,7 @@ def test_a_plan_of_blocks_and_biases_applies_and_differs(run, model, rows, tmp_p
 
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("flags", [("--method", "let-llm"), ("--axis", "block")])
-def test_a_poor_estimate_of_the_entropy_is_said_with_its_numbers(run, tmp_path, flags):
+def test_poor_estimate_of_the_entropy(run, tmp_path, flags):
     dense = tiny_model("llama")
     with torch.no_grad():
         dense.model.norm.weight[3] = 0.0  # a channel that says nothing
@@ -317,7 +286,7 @@ def test_a_poor_estimate_of_the_entropy_is_said_with_its_numbers(run, tmp_path, 
         assert all(0 <= value < 1e3 for value in values)
 
 
-def test_a_plan_of_the_first_format_is_still_read(run, model, tmp_path):
+def test_plan_of_the_first_format(run, model, tmp_path):
     run("plan", model, "-o", tmp_path / "plan", *FAST)
     run("apply", tmp_path / "plan", model, "-o", tmp_path / "new")
     record = json.loads((tmp_path / "plan" / "dicer_plan.json").read_text())
@@ -330,7 +299,7 @@ def test_a_plan_of_the_first_format_is_still_read(run, model, tmp_path):
     assert all(torch.equal(new[name], old[name]) for name in new)
 
 
-def test_info_counts_what_the_checkpoint_holds(run, model, tmp_path):
+def test_info(run, model, tmp_path):
     printed = run("info", model)
     total, neurons, nbytes = _counted(model)
     assert _row(printed, "family")[1] == "llama"
@@ -356,7 +325,7 @@ def test_info_of_widths_that_differ(run, model, tmp_path):
     assert _row(printed, "50%")[1] == "15 to 20"
 
 
-def test_methods_lists_every_preset_and_part(run):
+def test_methods(run):
     printed = run("methods")
     for name, preset in PRESETS.items():
         shown = [name, preset.criterion, preset.activation or "-", preset.grouping, preset.merge, preset.axis]
@@ -380,7 +349,7 @@ def test_methods_lists_every_preset_and_part(run):
     assert max(map(len, printed.splitlines())) <= 160
 
 
-def test_methods_shows_parameters_and_link_of_a_part(run, monkeypatch):
+def test_methods_of_a_part_with_parameters(run, monkeypatch):
     link = "https://example.org/papers/" + "x" * 20
     parameters = {"linkage": SimpleNamespace(default="complete"), "power": SimpleNamespace(default=2.0)}
     part = SimpleNamespace(needs=("gram",), parameters=parameters, about="Takes [U] out.", source="eq. 7", link=link)
@@ -390,43 +359,7 @@ def test_methods_shows_parameters_and_link_of_a_part(run, monkeypatch):
     assert "power=2.0" in printed
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    """A terminal of 80 columns."""
-    monkeypatch.setattr(terminal, "console", lambda: Console(width=80, highlight=False, emoji=False))
-
-
-@pytest.mark.usefixtures("narrow")
-def test_no_name_is_cut_on_a_narrow_terminal(run):
-    printed = run("methods")
-    assert "…" not in printed
-    assert max(map(len, printed.splitlines())) <= 80
-    for name in (*PRESETS, *CRITERIA, *GROUPINGS, *MERGES, *ALLOCATIONS):
-        assert f"│ {name} " in printed
-
-
-@pytest.mark.usefixtures("narrow")
-def test_no_number_is_cut_on_a_narrow_terminal(run, model):
-    flags = ("--tokens", 2, "--batch-sizes", "1,2", "--prompt-length", 4, "--rounds", 1)
-    printed = run("bench", model, *flags)
-    assert "…" not in printed
-    assert max(map(len, printed.splitlines())) <= 80
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
-    assert [row for row in rows if row[0] == "batch"] == [["batch", "1"], ["batch", "2"]]
-    assert all(re.fullmatch(r"[\d,.]+ \([\d,.]+ to [\d,.]+\)", value) for name, value in rows if "tokens/s" in name)
-
-
-def test_the_version(run):
-    assert run("--version") == f"dicer {importlib.metadata.version('dicer')}\n"
-
-
-def test_the_home_folder_is_put_in_where_no_shell_did(run, model, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    run("prune", model, "--output=~/out", *FAST)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_perplexity_is_measured_printed_and_put_into_the_card(run, model, rows, tmp_path):
+def test_perplexity(run, model, rows, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a text that is long enough for two windows of a tiny model, " * 8)
     printed = run("prune", model, "-o", tmp_path / "out", "--calib", rows, "--perplexity", text)
@@ -449,127 +382,4 @@ def _tokenizer(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], *([command, "--help"] for command in COMMANDS)])
-def test_help_is_readable(run, monkeypatch, words):
-    monkeypatch.setenv("COLUMNS", "100")
-    printed = run(*words)
-    assert "Usage: " in printed
-    assert max(map(len, printed.splitlines())) <= 100
-    if len(words) < 2:
-        assert all(re.search(rf"^\W*{command}\s+\w", printed, re.M) for command in COMMANDS)
-    if words and words[0] in ("prune", "plan"):
-        for name in Recipe.model_fields:
-            assert "--" + name.replace("_", "-") in printed
-
-
-@pytest.mark.usefixtures("no_colours")
-@pytest.mark.parametrize("words", [["prune", "MODEL", "-o", "OUT", "--method", "weight-l2"], ["--help"]])
-def test_a_process_of_its_own_writes_to_stdout_only(model, tmp_path, words):
-    names = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
-    command = [sys.executable, "-m", "dicer.cli", *(names.get(word, word) for word in words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\x1b" not in done.stdout
-    if words[0] == "prune":
-        assert done.stdout.splitlines()[-1].startswith("Load it: ")
-        assert dicer.load(tmp_path / "out").config.intermediate_size == 30
-
-
-@pytest.mark.parametrize(("after", "shown"), [(10.0, False), (-1.0, True)])
-def test_a_bar_appears_on_a_terminal_once_a_stage_takes_long(monkeypatch, capsys, after, shown):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich believe in a terminal
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(terminal, "_SHOW_AFTER", after)
-    with terminal.Bar() as progress:
-        for done in range(3):
-            progress("calibration", done + 1, 3)
-        progress("write", 1, 2)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert [stage in err for stage in ("calibration", "write")] == [shown, shown]
-    assert bool(err) == shown
-
-
-def test_a_stage_that_comes_again_begins_anew(monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    with terminal.Bar() as progress:
-        for time, done in ((0, 0), (1, 3), (60, 0), (61, 1)):
-            now[0] = time
-            progress("calibration", done, 3)
-    assert capsys.readouterr() == ("", "")
-    with terminal.Bar() as progress:
-        for time, done in ((0, 0), (3, 1)):
-            now[0] = time
-            progress("calibration", done, 3)
-    assert "calibration" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("on_terminal", [False, True])
-def test_bars_of_downloads_stay_on_a_terminal(monkeypatch, on_terminal):
-    from huggingface_hub import utils
-
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", None)
-    try:
-        terminal.quiet_transformers()
-        assert utils.are_progress_bars_disabled() != on_terminal
-    finally:
-        utils.disable_progress_bars()
-
-
 CLOSED = "standard output is closed"
-
-
-@pytest.mark.parametrize(
-    ("shell", "says"),
-    [('exec "$@" >&-', CLOSED), ('exec "$@" > full', "cannot print: File too large. Send the output")],
-)
-def test_a_place_that_cannot_be_printed_to_is_one_line(tmp_path, shell, says):
-    def no_file_may_grow_long():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # bytes
-
-    words = ["sh", "-c", shell, "sh", sys.executable, "-B", "-m", "dicer.cli", "methods"]
-    limits = None if says == CLOSED else no_file_may_grow_long
-    done = subprocess.run(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=limits)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"dicer: {says}")
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_closed_stderr_is_no_reason_to_fail(model):
-    words = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "dicer.cli", "info", str(model)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 0
-    assert "parameters" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (PermissionError(13, "Permission denied", "no/x"), "no/x: Permission denied. Check the path"),
-        (OSError(28, "No space left on device"), "No space left on device. Check"),
-        (OSError("several\nlines"), "several lines. Check"),
-    ],
-)
-def test_an_error_of_the_system_is_one_line(monkeypatch, refused, model, tmp_path, error, says):
-    from dicer import pipeline
-
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(pipeline, "prune", fail)
-    assert refused("prune", model, "-o", tmp_path / "out").startswith(f"dicer: {says}")
-
-
-def test_anything_else_keeps_its_traceback(monkeypatch, command, model, tmp_path):
-    from dicer import pipeline
-
-    def bug(*_, **__):
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(pipeline, "prune", bug)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        command("prune", model, "-o", tmp_path / "out")

@@ -1,8 +1,7 @@
-"""What a group leaves, against dense matrices written from the formulas of METHODS section 2."""
+"""What a group leaves, against dense matrices written from the formulas of docs/methods.md."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,21 +9,22 @@ from hypothesis import strategies as st
 from tiny import NEURONS, tiny_model, tiny_tokens
 
 import dicer
-from dicer.decide.grouping import random_groups
-from dicer.decide.merging import keep_strongest, merge_dominant, merge_mean
+from dicer.decide.merging import dominant_of_groups, keep_strongest, mean_of_groups
 from dicer.decide.plan import LayerPlan
 from dicer.model.families import FAMILIES
 from dicer.model.units import Slice
 from dicer.write.surgery import slice_tensor
 
 UNITS, WIDTH, GROUPS = 12, 5, 4
-MERGES = {"mean": merge_mean, "dominant": merge_dominant}
+MERGES = {"mean": mean_of_groups, "dominant": dominant_of_groups}
 
 
 def grouped(seed=0, units=UNITS, groups=GROUPS):
     """(scores, labels) of a random layer; the scores are positive, as norms are."""
-    scores = torch.rand(units, generator=torch.Generator().manual_seed(seed)) + 0.1
-    return scores, random_groups(units, groups, np.random.default_rng(seed))
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(units, generator=draw) + 0.1, (torch.arange(units) % groups)[
+        torch.randperm(units, generator=draw)
+    ]
 
 
 def naive_matrices(name, scores, labels):
@@ -46,13 +46,12 @@ def naive_matrices(name, scores, labels):
 
 def merged_layer(name, scores, labels):
     survivors = MERGES[name](scores, labels)
-    merge = survivors.merge
-    return LayerPlan(len(scores), survivors.keep, scores, merge.row, merge.weight_in, merge.weight_out)
+    return LayerPlan(len(scores), survivors.keep, scores, survivors.merge)
 
 
 @pytest.mark.parametrize("name", MERGES)
 @given(st.integers(1, 30), st.data())
-def test_the_two_maps_are_those_of_the_formula_for_any_sizes(name, units, data):
+def test_maps_of_the_formula(name, units, data):
     groups, seed = data.draw(st.integers(1, units)), data.draw(st.integers(0, 2**32 - 1))
     scores, labels = grouped(seed, units, groups)
     layer = merged_layer(name, scores, labels)
@@ -62,32 +61,25 @@ def test_the_two_maps_are_those_of_the_formula_for_any_sizes(name, units, data):
     torch.testing.assert_close(made, [m_in, m_out])
 
 
-def test_mean_is_the_mean_over_the_group_of_rows_and_columns():
+@pytest.mark.parametrize("name", MERGES)
+def test_rows_and_columns_of_a_group(name):
     scores, labels = grouped()
-    layer = merged_layer("mean", scores, labels)
+    layer = merged_layer(name, scores, labels)
     up, down = torch.randn(UNITS, WIDTH), torch.randn(WIDTH, UNITS)
     new_up = slice_tensor(up, Slice("up", 0, ("up",)), layer)
     new_down = slice_tensor(down, Slice("down", 1, ("down",)), layer)
     for place, unit in enumerate(layer.keep):
-        group = labels == labels[unit]
-        torch.testing.assert_close(new_up[place], up[group].mean(0))
-        torch.testing.assert_close(new_down[:, place], down[:, group].mean(1))
+        group = torch.nonzero(labels == labels[unit]).flatten()
+        assert scores[unit] == scores[group].max()
+        if name == "mean":
+            torch.testing.assert_close(new_up[place], up[group].mean(0))
+            torch.testing.assert_close(new_down[:, place], down[:, group].mean(1))
+        else:  # the dominant's own input weights, bit for bit, and the outputs by relative strength
+            assert torch.equal(new_up[place], up[unit])
+            torch.testing.assert_close(new_down[:, place], sum(scores[i] / scores[unit] * down[:, i] for i in group))
 
 
-def test_dominant_keeps_the_strongest_inputs_and_adds_the_outputs_by_relative_strength():
-    norms, labels = grouped()
-    layer = merged_layer("dominant", norms, labels)
-    up, down = torch.randn(UNITS, WIDTH), torch.randn(WIDTH, UNITS)
-    new_up = slice_tensor(up, Slice("up", 0, ("up",)), layer)
-    new_down = slice_tensor(down, Slice("down", 1, ("down",)), layer)
-    assert torch.equal(new_up, up[layer.keep]), "the dominant's own input weights, bit for bit"
-    for place, unit in enumerate(layer.keep):
-        group = torch.nonzero(labels == labels[unit]).flatten().tolist()
-        assert norms[unit] == norms[group].max()
-        torch.testing.assert_close(new_down[:, place], sum(norms[i] / norms[unit] * down[:, i] for i in group))
-
-
-def test_a_group_that_never_fired_keeps_its_first_neuron_unchanged():
+def test_group_that_never_fired():
     norms, labels = torch.tensor([0.0, 0.0, 2.0, 1.0]), torch.tensor([0, 0, 1, 1])
     layer = merged_layer("dominant", norms, labels)
     assert layer.keep.tolist() == [0, 2]
@@ -97,7 +89,7 @@ def test_a_group_that_never_fired_keeps_its_first_neuron_unchanged():
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_groups_of_one_change_nothing(name):
+def test_groups_of_one(name):
     scores = grouped()[0]
     layer = merged_layer(name, scores, torch.randperm(UNITS, generator=torch.Generator().manual_seed(0)))
     weights = torch.randn(UNITS, WIDTH)
@@ -123,13 +115,18 @@ def shape_of(piece):
     return (units, WIDTH) if piece.dim == 0 else (WIDTH, units)
 
 
-PIECES = {f"{family}-{piece.name}": piece for family in ("llama", "phi3", "gpt2", "opt")
-          for piece in FAMILIES[family].mlp.slices}  # fmt: skip
+# One of each way: both dimensions, one segment or two, weights and biases.
+PIECES = {
+    f"{family}-{piece.name}": piece
+    for family, names in {"phi3": "gate_up_proj down_proj", "gpt2": "c_fc c_proj"}.items()
+    for piece in FAMILIES[family].axes["mlp"].slices
+    if any(name in piece.name for name in names.split())
+}
 
 
 @pytest.mark.parametrize("name", MERGES)
 @pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES.keys())
-def test_merged_tensors_are_those_of_dense_products_however_they_are_stored(piece, name):
+def test_merged_tensors(piece, name):
     scores, labels = grouped(seed=1)
     tensor = torch.randn(shape_of(piece))
     new = slice_tensor(tensor, piece, merged_layer(name, scores, labels))
@@ -138,7 +135,7 @@ def test_merged_tensors_are_those_of_dense_products_however_they_are_stored(piec
 
 
 @pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES.keys())
-def test_without_a_merge_the_kept_rows_are_taken_bit_for_bit(piece):
+def test_kept_rows_bit_for_bit(piece):
     scores, labels = grouped(seed=1)
     keep = keep_strongest(scores, labels, GROUPS).keep
     tensor = torch.randn(shape_of(piece)).bfloat16()
@@ -148,7 +145,7 @@ def test_without_a_merge_the_kept_rows_are_taken_bit_for_bit(piece):
     assert torch.equal(new.movedim(piece.dim, 0), expected)
 
 
-def test_bf16_weights_are_merged_in_float32_and_rounded_once():
+def test_bfloat16_rounded_once():
     scores, labels = grouped(units=64, groups=2)
     tensor = torch.randn(WIDTH, 64).bfloat16()
     new = slice_tensor(tensor, Slice("down", 1, ("down",)), merged_layer("mean", scores, labels))
@@ -170,16 +167,14 @@ MLPS = {
 
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("family", MLPS)
-def test_the_model_that_comes_out_holds_the_merged_weights(family, merge, tmp_path):
-    tokens = tmp_path / "tokens.jsonl"
-    tokens.write_text("".join(f'{{"input_ids": {row}}}\n' for row in tiny_tokens().tolist()))
+def test_weights_of_the_model(family, merge, calib):
     model = tiny_model(family)
-    result = dicer.prune(model, dicer.Recipe(method=f"sim-{merge}", ratio=0.6, calib=str(tokens)))
+    result = dicer.prune(model, dicer.Recipe(method=f"sim-{merge}", ratio=0.6, calib=calib))
     layer = result.plan.mlp[1]
-    assert torch.bincount(layer.row).tolist() != [1] * 16, "some group has several members"
+    assert torch.bincount(layer.merge.row).tolist() != [1] * 16, "some group has several members"
     m_in, m_out = (matrix.to_dense() for matrix in layer.merge_matrices())
     assert m_in.shape == m_out.shape == (16, NEURONS)
-    keep, *naive = naive_matrices(merge, layer.scores, layer.row)
+    keep, *naive = naive_matrices(merge, layer.scores, layer.merge.row)
     assert keep == layer.keep.tolist()
     torch.testing.assert_close([m_in, m_out], naive, rtol=1e-5, atol=1e-6)
     prefix, inputs, (output, output_dim) = MLPS[family]
@@ -189,19 +184,17 @@ def test_the_model_that_comes_out_holds_the_merged_weights(family, merge, tmp_pa
         torch.testing.assert_close(after[f"{prefix}.{name}"], expected)
 
 
-def test_sim_dominant_is_as_strong_as_the_norm_of_the_modulated_activation(tmp_path):
-    tokens = tmp_path / "tokens.jsonl"
-    tokens.write_text("".join(f'{{"input_ids": {row}}}\n' for row in tiny_tokens().tolist()))
+def test_strength_of_the_dominant(calib):
+    """The criterion only names the survivor; what is dominant, and how strong, is the norm alone (eq. 3)."""
     model, seen = tiny_model("llama"), []
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(input_ids=tiny_tokens())
     handle.remove()
     norms = seen[0].flatten(0, 1).norm(dim=0)
-    # The criterion only names the survivor; what is dominant, and how strong, is the norm alone (eq. 3).
-    recipe = dicer.Recipe(method="sim-dominant", criterion="weight-l2", ratio=0.6, calib=str(tokens))
+    recipe = dicer.Recipe(method="sim-dominant", criterion="weight-l2", ratio=0.6, calib=calib)
     layer = dicer.prune(model, recipe).plan.mlp[1]
-    keep, m_in, m_out = naive_matrices("dominant", norms, layer.row)
+    keep, m_in, m_out = naive_matrices("dominant", norms, layer.merge.row)
     assert layer.keep.tolist() == keep
     made = [matrix.to_dense() for matrix in layer.merge_matrices()]
     torch.testing.assert_close(made, [m_in, m_out], rtol=1e-4, atol=1e-6)

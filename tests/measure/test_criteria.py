@@ -1,53 +1,37 @@
-"""Every criterion against a loop written from its formula, and a user's own."""
+"""Every criterion against loops written from its formula, of neurons and of heads, and the random streams."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 
-import numpy as np
 import pytest
 import torch
+from heads import CASES, by_unit, heads_outputs, layers_of, make, matrices, owned
 from tiny import LAYERS, NEURONS, tiny_model, tiny_tokens
 
 import dicer
-from dicer.errors import RecipeError
-from dicer.measure.criteria import CRITERIA, find_criterion
+from dicer.measure.criteria import CRITERIA
 from dicer.measure.statistics import LayerStatistics, Need, Sums, stream
-from dicer.measure.stores.resident import ResidentStore
-from dicer.measure.walk import walk
-from dicer.model.families import family_of
 from dicer.model.units import UnitWeights
 
 UNITS, WIDTH, TOKENS = 7, 5, 11
-both_kinds = pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
-every_activation = pytest.mark.parametrize("activation", ["pre", "post", "mod"])
 
 
-def random_weights(gated=True, seed=0):
+def random_weights(gated, seed=0):
     draw = torch.Generator().manual_seed(seed)
     gate, up = torch.randn(2, UNITS, WIDTH, generator=draw)
     return UnitWeights(gate if gated else None, up, torch.randn(WIDTH, UNITS, generator=draw))
 
 
-def random_activations(seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(TOKENS, UNITS, generator=draw) for name in ("pre", "post", "mod")}
-
-
-def statistics(activation="post", activations=None, gradient=None, seed=0, layer=0):
-    """What the walk would hand over, collected in two batches."""
-    sums = Sums({Need(kind, activation) for kind in ("square_sum", "sum")})
-    for name, values in (activations or random_activations()).items():
+def statistics(name, activation, activations, gradient):
+    """What the walk would hand over, collected in two batches; nothing but what the criterion declares."""
+    sums = Sums({Need(kind, activation) for kind in CRITERIA[name].needs if kind != "gradient"})
+    for key, values in activations.items():
         for batch in values.split(4):
-            sums.add(name, batch)
+            sums.add(key, batch)
     sums.count = TOKENS
-    return LayerStatistics(activation, sums, stream(seed, layer, "criterion"), gradient)
-
-
-def permuted(weights, order):
-    return UnitWeights(None if weights.gate is None else weights.gate[order], weights.up[order], weights.down[:, order])
+    given = gradient if "gradient" in CRITERIA[name].needs else None
+    return LayerStatistics(activation, sums, stream(0, 0, "criterion"), given)
 
 
 def rows_of(weights, unit):
@@ -56,85 +40,49 @@ def rows_of(weights, unit):
     return gate + weights.up[unit].tolist() + weights.down[:, unit].tolist()
 
 
-# The formulas of METHODS section 2, one number at a time
+def root(numbers):
+    return math.sqrt(sum(float(number) ** 2 for number in numbers))
 
 
-@every_activation
-def test_act_l2_is_the_root_of_the_sum_of_squares(activation):
-    acts = random_activations()
-    naive = [math.sqrt(sum(float(acts[activation][t, i]) ** 2 for t in range(TOKENS))) for i in range(UNITS)]
-    scores = CRITERIA["act-l2"](random_weights(), statistics(activation, acts))
-    torch.testing.assert_close(scores, torch.tensor(naive))
+# docs/methods.md, one number at a time: weights and gradient of a unit, its activations.
+FORMULAS = {
+    "act-l2": lambda weights, gradient, i, acts: root(acts),
+    "act-mean": lambda weights, gradient, i, acts: sum(map(float, acts)) / TOKENS,
+    "output-l2": lambda weights, gradient, i, acts: root(acts) * root(weights.down[:, i]),
+    "weight-l2": lambda weights, gradient, i, acts: root(rows_of(weights, i)),
+    "taylor": lambda weights, gradient, i, acts: sum(
+        abs(w * g) for w, g in zip(rows_of(weights, i), rows_of(gradient, i), strict=True)
+    ),
+}
 
 
-@every_activation
-def test_act_mean_is_the_signed_mean(activation):
-    acts = random_activations()
-    naive = [sum(float(acts[activation][t, i]) for t in range(TOKENS)) / TOKENS for i in range(UNITS)]
-    assert min(naive) < 0 < max(naive), "the sign must be there to be lost"
-    scores = CRITERIA["act-mean"](random_weights(), statistics(activation, acts))
-    torch.testing.assert_close(scores, torch.tensor(naive))
-
-
-@both_kinds
-def test_weight_l2_is_the_norm_of_all_weights_of_a_unit(gated):
-    weights = random_weights(gated)
-    naive = [math.sqrt(sum(w * w for w in rows_of(weights, i))) for i in range(UNITS)]
-    torch.testing.assert_close(CRITERIA["weight-l2"](weights, LayerStatistics()), torch.tensor(naive))
-
-
-@both_kinds
-def test_taylor_is_the_sum_of_absolute_weight_times_gradient(gated):
-    weights, gradient = random_weights(gated), random_weights(gated, seed=1)
-    pairs = [zip(rows_of(weights, i), rows_of(gradient, i), strict=True) for i in range(UNITS)]
-    naive = [sum(abs(w * g) for w, g in pair) for pair in pairs]
-    torch.testing.assert_close(CRITERIA["taylor"](weights, statistics(gradient=gradient)), torch.tensor(naive))
-
-
-@every_activation
-def test_output_l2_is_the_activation_times_the_norm_of_the_output_weights(activation):
-    acts, weights = random_activations(), random_weights()
-    strength = [math.sqrt(sum(float(acts[activation][t, i]) ** 2 for t in range(TOKENS))) for i in range(UNITS)]
-    naive = [a * math.sqrt(sum(float(w) ** 2 for w in weights.down[:, i])) for i, a in enumerate(strength)]
-    torch.testing.assert_close(CRITERIA["output-l2"](weights, statistics(activation, acts)), torch.tensor(naive))
-
-
-# What holds for all of them
-
-
-@both_kinds
-@every_activation
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("name", CRITERIA)
-def test_scores_are_one_finite_float32_for_each_unit_and_the_same_again(name, activation, gated):
+def test_formulas(name, gated):
     weights, gradient = random_weights(gated), random_weights(gated, seed=1)
-    first, second = (CRITERIA[name](weights, statistics(activation, gradient=gradient)) for _ in range(2))
-    assert (first.shape, first.dtype) == ((UNITS,), torch.float32)
-    assert torch.isfinite(first).all()
-    assert torch.equal(first, second)
-    assert len(first.unique()) == UNITS
+    draw = torch.Generator().manual_seed(0)
+    acts = {key: torch.randn(TOKENS, UNITS, generator=draw) for key in ("pre", "post", "mod")}
+    for activation, values in acts.items():
+        scores, again = (CRITERIA[name](weights, statistics(name, activation, acts, gradient)) for _ in range(2))
+        assert (scores.shape, scores.dtype, len(scores.unique())) == ((UNITS,), torch.float32, UNITS)
+        assert torch.equal(scores, again)
+        if name != "random":
+            naive = [FORMULAS[name](weights, gradient, i, values[:, i]) for i in range(UNITS)]
+            torch.testing.assert_close(scores, torch.tensor(naive))
+        if name == "act-mean":
+            assert scores.min() < 0 < scores.max(), "the sign must not be lost"
 
 
-@both_kinds
-@pytest.mark.parametrize("name", sorted(CRITERIA.keys() - {"random"}))
-def test_permuting_the_units_permutes_the_scores(name, gated):
-    weights, gradient, acts = random_weights(gated), random_weights(gated, seed=1), random_activations()
-    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    scores = CRITERIA[name](weights, statistics(activations=acts, gradient=gradient))
-    moved = {key: values[:, order] for key, values in acts.items()}
-    again = CRITERIA[name](permuted(weights, order), statistics(activations=moved, gradient=permuted(gradient, order)))
-    torch.testing.assert_close(again, scores[order])
+def test_names_and_sources():
+    for name, criterion in CRITERIA.items():
+        assert criterion.name == name
+        assert ("Yang et al. 2025" if name == "output-l2" else "Xu et al. 2025, B.") in criterion.source
 
 
-@pytest.mark.parametrize("name", CRITERIA)
-def test_every_criterion_says_where_it_comes_from_and_declares_all_that_it_reads(name):
-    criterion = CRITERIA[name]
-    assert criterion.name == name
-    assert ("Yang et al. 2025" if name == "output-l2" else "Xu et al. 2025, B.") in criterion.source
-    sums = Sums({Need(kind, "post") for kind in criterion.needs})
-    sums.add("post", torch.randn(TOKENS, UNITS))
-    sums.count = TOKENS
-    gradient = random_weights() if "gradient" in criterion.needs else None
-    assert len(criterion(random_weights(), LayerStatistics("post", sums, loss_gradient=gradient))) == UNITS
+def test_undeclared_statistics():
+    for kind, read in (("square_sum", "square_sum"), ("gradient", "gradient")):
+        with pytest.raises(dicer.DicerError, match=rf"statistic '{kind}' was not collected: .* needs=\(\"{kind}\",\)"):
+            getattr(LayerStatistics(), read)
 
 
 # random
@@ -144,30 +92,23 @@ def plan_of(method, model=None, **recipe):
     return dicer.prune(model or tiny_model("llama"), dicer.Recipe(method=method, **recipe)).plan
 
 
-def test_random_scores_differ_between_layers_and_between_seeds():
+def test_random_scores():
     plans = [plan_of("random", seed=seed).mlp for seed in (0, 1, 7, 42)]
     scores = [tuple(layer.scores.tolist()) for plan in plans for layer in plan.values()]
-    assert len(set(scores)) == 4 * LAYERS
+    assert len(set(scores)) == 4 * LAYERS, "layers and seeds differ"
     flat = torch.tensor(scores).flatten()
     assert 0 <= flat.min() < 0.05
     assert 0.95 < flat.max() < 1
     assert abs(flat.mean() - 0.5) < 0.05
-
-
-def test_a_layers_random_scores_do_not_depend_on_which_other_layers_are_chosen():
-    alone, among_all = plan_of("random", layers="2").mlp, plan_of("random").mlp
-    assert torch.equal(alone[2].scores, among_all[2].scores)
-
-
-def test_the_draws_of_criterion_and_grouping_do_not_share_a_stream():
-    assert not np.allclose(stream(42, 0, "criterion").random(8), stream(42, 0, "grouping").random(8))
+    alone = plan_of("random", layers="2").mlp
+    assert torch.equal(alone[2].scores, plans[3][2].scores), "whichever other layers are chosen"
 
 
 # taylor: the gradient
 
 
 def naive_taylor(model, layers):
-    """Autograd over the whole calibration set in one batch, then number by number over the three matrices."""
+    """Autograd over the whole calibration set in one batch, then number by number over the matrices."""
     model.eval().zero_grad()
     tokens = tiny_tokens()
     logits = model(input_ids=tokens).logits
@@ -183,162 +124,110 @@ def naive_taylor(model, layers):
     return scores
 
 
-def llama_parts(model):
-    mlps = [layer.mlp for layer in model.model.layers]
-    return [[(m.gate_proj.weight, True), (m.up_proj.weight, True), (m.down_proj.weight, False)] for m in mlps]
-
-
-def gpt2_parts(model):
-    return [[(layer.mlp.c_fc.weight, False), (layer.mlp.c_proj.weight, True)] for layer in model.transformer.h]
-
-
-def opt_parts(model):
-    return [[(layer.fc1.weight, True), (layer.fc2.weight, False)] for layer in model.model.decoder.layers]
-
-
+PARTS = {  # (weight, whether a unit is a row of it)
+    "llama": lambda layer: [(layer.mlp.gate_proj, True), (layer.mlp.up_proj, True), (layer.mlp.down_proj, False)],
+    "gpt2": lambda layer: [(layer.mlp.c_fc, False), (layer.mlp.c_proj, True)],
+    "opt": lambda layer: [(layer.fc1, True), (layer.fc2, False)],
+}
 DROPOUT = {"gpt2": dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.5), "opt": {"dropout": 0.5}}
-PARTS = {"llama": llama_parts, "gpt2": gpt2_parts, "opt": opt_parts}
 
 
-@pytest.fixture
-def tokens_file(tmp_path):
-    path = tmp_path / "tokens.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tiny_tokens().tolist()))
-    return str(path)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("family", PARTS)
-def test_taylor_scores_are_those_of_one_batch_at_every_batch_size(family, checkpointing, tokens_file):
+def test_taylor_at_every_batch_size(family, calib):
     model = tiny_model(family, **DROPOUT.get(family, {}))
-    naive = naive_taylor(model, PARTS[family](model))
-    for batch_size in (1, 4, 6):
+    parts = [[(module.weight, by_row) for module, by_row in PARTS[family](layer)] for layer in layers_of(model, family)]
+    naive = naive_taylor(model, parts)
+    for size, checkpointing in ((1, True), (4, False), (6, True), (6, False)):
         model.train()  # dropout must stay off all the same
-        options = {"batch_size": batch_size, "gradient_checkpointing": checkpointing, "calib": tokens_file}
-        plan = plan_of("taylor", model, **options)
+        compute = dicer.Compute(batch_size=size, gradient_checkpointing=checkpointing)
+        plan = dicer.prune(model, dicer.Recipe(method="taylor", calib=calib), compute).plan
         for index, expected in enumerate(naive):
             torch.testing.assert_close(plan.mlp[index].scores, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_taylor_sums_the_gradients_of_a_bf16_model_in_float32():
-    model = tiny_model("llama", dtype=torch.bfloat16)
-    batches, predicted = tiny_tokens().split(1), tiny_tokens()[:, 1:].numel()
-    expected = torch.zeros(NEURONS, 32)
-    for batch in batches:
-        model.zero_grad()
-        logits = model(input_ids=batch).logits[0, :-1].float()
-        torch.nn.functional.cross_entropy(logits, batch[0, 1:], reduction="sum").backward()
-        expected += model.model.layers[1].mlp.gate_proj.weight.grad.float() / predicted
+# Heads
+
+
+@pytest.fixture(scope="module")
+def heads_plan(calib):
+    def plan(model, axis="attention", **recipe):
+        asked = dicer.Recipe(**{"axis": axis, "ratio": 0.5, "calib": calib, **recipe})
+        return dicer.prune(model, asked, dicer.Compute(batch_size=4)).plan
+
+    return plan
+
+
+def naive_scores(model, family, groups):
+    """criterion -> [layer][unit], number by number from the definitions (docs/methods.md, docs/what-to-prune.md)."""
+    tokens, found = tiny_tokens(), {name: [] for name in FORMULAS}
+    outputs = heads_outputs(model, family, [tokens])
     model.zero_grad()
-    (visit,) = walk(ResidentStore(model, family_of("llama")), [1], batches, gradient=True)
-    gradient = visit.axes["mlp"].gradient
-    assert {part.dtype for part in (gradient.gate, gradient.up, gradient.down)} == {torch.float32}
-    torch.testing.assert_close(gradient.gate, expected, rtol=1e-6, atol=0)
-    assert not torch.equal(expected, expected.bfloat16().float()), "more than bf16 can hold"
+    logits = model(input_ids=tokens).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for layer, values in zip(layers_of(model, family), outputs, strict=True):
+        weights = matrices(layer, family, groups)
+        gradients = matrices(layer, family, groups, take=lambda parameter: parameter.grad)
+        for group, unit in enumerate(by_unit(values, groups)):
+            mine, theirs = ([r for rows in owned(p, group, groups) for r in rows] for p in (weights, gradients))
+            strength = root(unit.flatten())
+            for name, value in {
+                "weight-l2": root(torch.cat(mine).double()),
+                "act-l2": strength,
+                "act-mean": float(unit.sum()) / len(unit),
+                "output-l2": strength * root(torch.cat(owned(weights, group, groups)[3]).double()),
+                "taylor": sum(float((a * b).abs().sum()) for a, b in zip(mine, theirs, strict=True)),
+            }.items():
+                found[name].append(value)
+    model.zero_grad()
+    return {name: torch.tensor(values).reshape(-1, groups) for name, values in found.items()}
 
 
-def test_checkpointing_stores_less_for_the_way_back():
-    model, stored = tiny_model("llama"), []
-
-    def note(tensor):
-        stored.append(tensor.numel())
-        return tensor
-
-    sizes = []
-    for checkpointing in (False, True):
-        stored.clear()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            options = {"gradient": True, "checkpointing": checkpointing}
-            list(walk(ResidentStore(model, family_of("llama")), [1], [tiny_tokens()], **options))
-        sizes.append(sum(stored))
-    assert sizes[1] < sizes[0]
+@pytest.mark.parametrize(("family", "groups"), CASES)
+def test_heads_by_loops(family, groups, heads_plan):
+    model = make(family, groups)
+    for name, expected in naive_scores(model, family, groups).items():
+        layers = heads_plan(model, criterion=name).axes["attention"]
+        assert list(layers) == list(range(LAYERS))
+        for index, layer in layers.items():
+            assert (layer.scores.shape, layer.scores.dtype) == ((groups,), torch.float32)
+            torch.testing.assert_close(layer.scores, expected[index], rtol=2e-4, atol=1e-6)
+            strongest = sorted(range(groups), key=lambda unit: -float(layer.scores[unit]))[: groups // 2]
+            assert layer.keep.tolist() == sorted(strongest)
 
 
-# A user's own
-
-OWN = """
-import dicer
-
-@dicer.criterion("own", needs=("square_sum",), source="a test")
-def own(weights, statistics):
-    return statistics.square_sum * weights.down.norm(dim=0)
-
-@dicer.criterion("wide", source="a test")
-def wide(weights, statistics):
-    return weights.up
-
-@dicer.criterion("not-a-number", source="a test")
-def not_a_number(weights, statistics):
-    return weights.up.sum(1) * float("nan")
-
-@dicer.criterion("undeclared", source="a test")
-def undeclared(weights, statistics):
-    return statistics.square_sum
-
-@dicer.criterion("undeclared-gradient", source="a test")
-def undeclared_gradient(weights, statistics):
-    return statistics.gradient.up.sum(1)
-
-def unmarked(weights, statistics):
-    return weights.up.sum(1)
-"""
+def test_one_activation_of_heads(heads_plan):
+    model = make("llama", 2)
+    plans = [
+        heads_plan(model, criterion="act-l2", activation=name).axes["attention"] for name in ("pre", "post", "mod")
+    ]
+    outputs = heads_outputs(model, "llama", [tiny_tokens()])
+    for index, values in enumerate(outputs):
+        expected = torch.stack([unit.norm() for unit in by_unit(values, 2)]).float()
+        for plan in plans:
+            torch.testing.assert_close(plan[index].scores, expected, rtol=1e-5, atol=0)
 
 
-@pytest.fixture
-def own_file(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(OWN)
-    return path
+def test_draws_of_heads_and_neurons(heads_plan):
+    model = make("gpt2", 4)
+    both, neurons, heads = (heads_plan(model, axis, method="random").axes for axis in ("all", "mlp", "attention"))
+    for index in range(LAYERS):
+        units = both["attention"][index].units
+        assert torch.equal(both["mlp"][index].scores, neurons["mlp"][index].scores)
+        assert torch.equal(both["attention"][index].scores, heads["attention"][index].scores)
+        assert not torch.equal(both["attention"][index].scores, both["mlp"][index].scores[:units])
+    assert len({tuple(layer.scores.tolist()) for layer in heads["attention"].values()}) == LAYERS
+    alone, with_heads = (heads_plan(model, axis, method="rc-a", ratio=0.25) for axis in ("mlp", "all"))
+    assert all(torch.equal(alone.mlp[i].keep, with_heads.mlp[i].keep) for i in range(LAYERS))
+    gone = [layer.units - len(layer.keep) for layer in with_heads.axes["attention"].values()]
+    assert gone == [1] * LAYERS
 
 
-def test_a_criterion_of_ones_own_takes_ten_lines_and_a_flag(own_file, tokens_file):
-    model = tiny_model("llama")
-    own = dicer.prune(model, dicer.Recipe(criterion=f"{own_file}:own", activation="mod", calib=tokens_file)).plan
-    strength = dicer.prune(model, dicer.Recipe(criterion="act-l2", activation="mod", calib=tokens_file)).plan
-    for index, layer in own.mlp.items():
-        norms = model.model.layers[index].mlp.down_proj.weight.detach().norm(dim=0)
-        torch.testing.assert_close(layer.scores, strength.mlp[index].scores.square() * norms)
-        assert layer.keep.tolist() == sorted(layer.scores.topk(30).indices.tolist())
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("wide", r"criterion 'wide' returned shape \(40, 32\), expected one score for each of the 40 units: \(40,\)"),
-        ("not_a_number", r"criterion 'not-a-number' returned 40 scores that are not finite"),
-        ("undeclared", r"statistic 'square_sum' was not collected: .* needs=\(\"square_sum\",\)"),
-        ("undeclared_gradient", r"statistic 'gradient' was not collected: .* needs=\(\"gradient\",\)"),
-        ("unmarked", r"mine.py: unknown criterion 'unmarked'\..*Available: .*own.* Mark it with @dicer.criterion"),
-        ("missing", r"mine.py: unknown criterion 'missing'\..*Available: .*own"),
-    ],
-)
-def test_what_is_wrong_with_a_criterion_of_ones_own_is_said_in_one_line(name, message, own_file):
-    with pytest.raises(RecipeError, match=message) as caught:
-        plan_of(None, criterion=f"{own_file}:{name}")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_criterion_file_that_is_not_there_and_a_name_that_nobody_knows_are_said(tmp_path):
-    with pytest.raises(RecipeError, match=r"criterion file .*none\.py does not exist"):
-        find_criterion(str(tmp_path / "none.py:own"), CRITERIA)
-    with pytest.raises(RecipeError, match=r"unknown criterion 'tailor'\. Did you mean 'taylor'\? Available: act-l2"):
-        find_criterion("tailor", CRITERIA)
-
-
-def test_a_need_that_does_not_exist_is_said_where_it_is_declared():
-    with pytest.raises(RecipeError, match=r"criterion 'mine': unknown need 'gradients'\. Did you mean 'gradient'\?"):
-        dicer.criterion("mine", needs=("gradients",), source="a test")
-
-
-def test_a_file_of_ones_own_may_hold_dataclasses(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    file = tmp_path / "json.py"  # no module of that name is put aside
-    file.write_text(
-        "from __future__ import annotations\n"
-        "import dataclasses, dicer\n"
-        "@dataclasses.dataclass\nclass Options:\n    power: int = 2\n"
-        "@dicer.criterion('own', source='x')\ndef score(w, s): return w.up.pow(Options().power).sum(1)\n"
-    )
-    before = sys.modules["json"]
-    assert find_criterion(f"{file}:score", CRITERIA).name == "own"
-    assert sys.modules["json"] is before
+def test_groups_of_heads(heads_plan):
+    model = make("llama", 4)
+    plan = heads_plan(model, criterion="weight-l2", grouping="similarity", ratio=0.25).axes["attention"]
+    for values, layer in zip(heads_outputs(model, "llama", [tiny_tokens()]), plan.values(), strict=True):
+        units = torch.stack([unit.flatten() for unit in by_unit(values, 4)])
+        units = units / units.norm(dim=1, keepdim=True)
+        alike = divmod(int((units @ units.T - 9 * torch.eye(4)).argmax()), 4)  # three groups of four: one pair
+        weaker = min(alike, key=lambda unit: float(layer.scores[unit]))
+        assert layer.keep.tolist() == [unit for unit in range(4) if unit != weaker]

@@ -18,7 +18,7 @@ class Compute(Strict):
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="dtype that calibration computes in (auto: the checkpoint's own, which the output keeps)",
+        description="dtype to compute in (auto: the checkpoint's own); what is written keeps its own",
         json_schema_extra=MACHINE,
     )
     batch_size: int | None = Field(

@@ -8,14 +8,12 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
-from pydantic.config import JsonDict
 
+from dicer.ask.panels import MACHINE, TASKS, TEXT
 from dicer.ask.strict import Strict
 from dicer.errors import RecipeError, unknown
 
 _WINDOW = 1024  # tokens, where neither the user nor a protocol says
-_TASKS: JsonDict = {"panel": "Tasks"}  # a box of the help
-_TEXT: JsonDict = {"panel": "Text"}
 
 
 class Protocol(NamedTuple):
@@ -75,41 +73,41 @@ class Evaluation(Strict):
         default=None, description="what a paper measures: randomness or let-llm", json_schema_extra={"metavar": "NAME"}
     )
     task_prefix: str = Field(
-        default="", description="put before the protocol's task names, e.g. local_", json_schema_extra=_TASKS
+        default="", description="put before the protocol's task names, e.g. local_", json_schema_extra=TASKS
     )
     num_fewshot: int | None = Field(
-        default=None, ge=0, description="examples in the prompt (default: the task's own)", json_schema_extra=_TASKS
+        default=None, ge=0, description="examples in the prompt (default: the task's own)", json_schema_extra=TASKS
     )
     limit: int | None = Field(default=None, ge=1, description="documents a task (default: all)")
     limits: dict[str, int] = Field(
         default={},
         description="documents of single tasks or groups, over limit, with commas between",
-        json_schema_extra=_TASKS | {"metavar": "NAME=N"},
+        json_schema_extra=TASKS | {"metavar": "NAME=N"},
     )
     batch_size: int | Literal["auto"] = Field(
         default="auto",
         description="auto, or requests in a forward pass",
-        json_schema_extra={"panel": "Machine", "metavar": "auto|N"},
+        json_schema_extra=MACHINE | {"metavar": "auto|N"},
     )
     include_path: str | None = Field(
         default=None,
         description="folder with task files of your own",
-        json_schema_extra=_TASKS | {"metavar": "DIR"},
+        json_schema_extra=TASKS | {"metavar": "DIR"},
     )
     perplexity: str | None = Field(
         default=None,
         description="token perplexity on builtin, wikitext2 (hub) or a .txt/.jsonl(.gz)",
         json_schema_extra={"metavar": "TEXT"},
     )
-    window: int = Field(default=_WINDOW, ge=2, description="tokens in a window of that text", json_schema_extra=_TEXT)
+    window: int = Field(default=_WINDOW, ge=2, description="tokens in a window of that text", json_schema_extra=TEXT)
     also_window: int | None = Field(
         default=None,
         ge=2,
         description="another window length, measured over as much of the text",
-        json_schema_extra=_TEXT,
+        json_schema_extra=TEXT,
     )
     windows: int | None = Field(
-        default=None, ge=1, description="how many windows, from the start (default: all)", json_schema_extra=_TEXT
+        default=None, ge=1, description="how many windows, from the start (default: all)", json_schema_extra=TEXT
     )
 
     @field_validator("tasks", mode="before")

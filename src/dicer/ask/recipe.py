@@ -61,7 +61,7 @@ class Recipe(Strict):
         description="what is pruned: mlp (neurons), attention (heads; key-value heads with all their query heads), "
         "all (both), block (whole layers) (default: mlp)",
     )
-    ratio: float = Field(default=0.25, description="fraction of the parameters that goes, in (0, 1)")
+    ratio: float = Field(default=0.25, description="fraction of the parameters that goes, between 0 and 1")
     ratio_of: RatioOf | None = Field(
         default=None,
         description="fraction of what: chosen (the units of the chosen axis and layers), or all of the mlp, decoder "

@@ -133,7 +133,10 @@ def run(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Folder that 'dicer run' wrote.")],
+    results: Annotated[
+        Path,
+        typer.Argument(metavar="RESULTS", help="Folder that 'dicer run' wrote, or the file that 'dicer pack' made."),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the report.")],
 ) -> None:
     """Make tables, figures and report.html (one file that needs no network) from the records of RESULTS."""
@@ -141,3 +144,21 @@ def report(
 
     files = write_report(results, output)
     say(f"{len(files)} files in {output}; open {output / 'report.html'}")
+
+
+@app.command()
+def pack(
+    results: Annotated[
+        Path, typer.Argument(metavar="RESULTS", help="Folder that 'dicer run' wrote, or a packed file.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE.jsonl.gz", help="New file; or a folder, to unpack into.")
+    ],
+) -> None:
+    """Put the records of RESULTS into one compressed file, or those of such a file back into a folder.
+
+    'dicer report' reads both; 'dicer run' goes on in the folder.
+    """
+    from dicer.study.records import copy_records
+
+    say(f"{copy_records(results, output)} records to {output}")

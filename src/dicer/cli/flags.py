@@ -10,12 +10,10 @@ from typing import Annotated, Any, get_args
 import typer
 from pydantic.fields import FieldInfo
 
+from dicer.ask.panels import PANELS
 from dicer.ask.strict import Strict
 
 Command = Callable[..., None]
-
-# The boxes of a help, below a first one with what most people need: those have no panel.
-PANELS = ("What goes", "How it is chosen", "Transfer entropy", "Tasks", "Text", "Machine", "Output")
 
 
 def fields_of(model: type[Strict], *names: str) -> dict[str, FieldInfo]:

@@ -44,9 +44,14 @@ class Merging(Part):
         survivors = self.run(scores, labels, keep, statistics)
         if not isinstance(survivors, Survivors):
             raise self.refuse(f"returned {type(survivors).__name__}, expected dicer.Survivors.")
-        kept = survivors.keep
-        if len(kept) != keep or not bool((kept.diff() > 0).all()):
-            raise self.refuse(f"must keep {keep} units, sorted; it keeps {len(kept)}.")
+        kept, units = survivors.keep, len(scores)
+        sorted_units = kept.dtype == torch.int64 and kept.shape == (keep,) and bool((kept.diff() > 0).all())
+        if not sorted_units or int(kept[0]) < 0 or int(kept[-1]) >= units:
+            raise self.refuse(f"must keep {keep} of the {units} units, sorted, as int64.")
+        if survivors.merge is not None and not survivors.merge.fits(units, keep):
+            raise self.refuse(
+                f"gives maps that do not fit its {units} units: int64 and twice float32, ({units},) each."
+            )
         return survivors
 
 

@@ -39,6 +39,15 @@ class Merge:
     weight_in: Tensor
     weight_out: Tensor
 
+    def fits(self, units: int, keep: int) -> bool:
+        """Whether these are maps of so many units to so many survivors."""
+        weights = (self.weight_in, self.weight_out)
+        if self.row.dtype != torch.int64 or any(tensor.shape != (units,) for tensor in (self.row, *weights)):
+            return False
+        if any(weight.dtype != torch.float32 or not weight.isfinite().all() for weight in weights):
+            return False
+        return int(self.row.min()) >= -1 and int(self.row.max()) < keep
+
     def matrices(self, keep: int) -> tuple[Tensor, Tensor]:
         """(M_in, M_out), each a sparse float32 [K, N]."""
         unit = torch.nonzero(self.row >= 0).flatten()  # [M]
@@ -244,9 +253,7 @@ def load_plan(path: Path) -> PrunePlan:
     except PermissionError as error:
         raise PlanError(f"the plan at {path} cannot be read: {error.strerror}.") from None
     except ValidationError as error:
-        raise PlanError(
-            f"the plan at {path} is broken: {first_fault(error)}. Make it again with 'dicer plan'."
-        ) from None
+        raise PlanError(f"the plan at {path} {first_fault(error)}. Make it again with 'dicer plan'.") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
     allocation = {} if file.allocation is None else file.allocation.model_dump()
@@ -277,15 +284,6 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -
     if len(found) < len(_MERGE):
         raise fault("has a part of a merge only")
     merge = Merge(*found)
-    if not AXES[axis].merges or not _fits(merge, units, len(keep)):
+    if not AXES[axis].merges or not merge.fits(units, len(keep)):
         raise fault(f"has a merge that does not fit its {units} units")
     return LayerPlan(units, keep, scores, merge, means)
-
-
-def _fits(merge: Merge, units: int, keep: int) -> bool:
-    weights = (merge.weight_in, merge.weight_out)
-    if merge.row.dtype != torch.int64 or any(tensor.shape != (units,) for tensor in (merge.row, *weights)):
-        return False
-    if any(weight.dtype != torch.float32 or not weight.isfinite().all() for weight in weights):
-        return False
-    return int(merge.row.min()) >= -1 and int(merge.row.max()) < keep

@@ -35,6 +35,11 @@ class Parameter(NamedTuple):
     default: Any
     kind: Any
 
+    def converted(self, value: Any) -> Any:
+        """A value as its annotation says; raises pydantic's ValidationError."""
+        adapter: TypeAdapter[Any] = TypeAdapter(self.kind)
+        return adapter.validate_python(value)
+
     def __str__(self) -> str:
         return f"{getattr(self.kind, '__name__', self.kind)} = {self.default!r}"
 
@@ -134,20 +139,20 @@ def bind(parts: Iterable[Part], asked: Mapping[str, Any]) -> list[Any]:
             i for i, part in enumerate(found) if plain in part.parameters and prefix in ("", part.name, part.what)
         ]
         if not owners:
-            known = [parameter for part in found for parameter in part.parameters]
-            raise RecipeError(f"--set {name}: " + unknown("parameter", plain, known) + " 'dicer methods' lists them.")
+            known = [f"{part.what}.{own}" if prefix else own for part in found for own in part.parameters]
+            raise RecipeError(f"--set {name}: " + unknown("parameter", name, known) + " 'dicer methods' lists them.")
         if len(owners) > 1:
             both = " or ".join(f"{found[i].what}.{plain}" for i in owners)
             raise RecipeError(f"--set {name}: more than one part has it; write {both}.")
         part = found[owners[0]]
-        settings = {**part.settings, plain: _converted(part, plain, value)}
+        settings = {**part.settings, plain: _converted(part, name, value)}
         found[owners[0]] = dataclasses.replace(part, settings=settings)
     return found
 
 
 def _converted(part: Part, name: str, value: Any) -> Any:
     try:
-        return TypeAdapter(part.parameters[name].kind).validate_python(value)
+        return part.parameters[name.rpartition(".")[2]].converted(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise RecipeError(f"--set {name}: {part.what} '{part.name}': {reason}, got {value!r}.") from None

@@ -261,6 +261,6 @@ def family_of(model_type: str) -> Family:
     if family is None:
         raise UnknownFamily(
             f"model family '{model_type}' is not supported. Known: {', '.join(sorted(FAMILIES))}. "
-            "CONTRIBUTING.md, section 'Add a family', says how to add one (a row in src/dicer/families.py)."
+            "CONTRIBUTING.md, section 'Add a family', says how to add one (a row in src/dicer/model/families.py)."
         )
     return family

@@ -10,16 +10,17 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
 from safetensors import SafetensorError
 
 from dicer.errors import DicerError, ModelError
+from dicer.files import folder_beside
 from dicer.model.families import family_of
 
 BUILTIN = "builtin:smollm2"
@@ -105,16 +106,23 @@ def _wanted(file: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$DICER_CACHE``, else the user's cache folder."""
+    """Where converted models are kept: ``$DICER_CACHE``, else the user's cache folder (``$XDG_CACHE_HOME`` on Linux).
+
+    Raises:
+        RuntimeError: neither is set, and the user has no home.
+    """
     base = os.environ.get("DICER_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dicer"
+    return Path(base) if base else platformdirs.user_cache_path("dicer", appauthor=False).expanduser()
 
 
 def _converted(gguf: Path) -> Path:
     """The folder with a .gguf file's weights in float32; made once for each content and transformers version."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / f"{digest[:20]}-{importlib.metadata.version('transformers')}"
+    try:
+        folder = cache_folder() / "gguf" / f"{digest[:20]}-{importlib.metadata.version('transformers')}"
+    except RuntimeError:
+        raise ModelError(f"there is no home folder to keep {gguf.name} converted in. Set DICER_CACHE.") from None
     if not _is_whole(folder):
         try:
             _convert(gguf, folder)
@@ -127,15 +135,15 @@ def _converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch) / "model"
-        for part in _loaded(gguf):
-            part.save_pretrained(made)
+    with folder_beside(folder) as scratch:
+        made = scratch / "model"
+        with no_bars():
+            for part in _loaded(gguf):
+                part.save_pretrained(made)
         sizes = {file.name: file.stat().st_size for file in made.iterdir() if file.is_file()}
         (made / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
         with suppress(FileNotFoundError):
-            folder.rename(Path(scratch) / "broken")
+            folder.rename(scratch / "broken")
         try:
             made.rename(folder)
         except OSError:
@@ -185,10 +193,26 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def as_model_error(name: str, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises on a bad file into one line."""
+def no_bars() -> Iterator[None]:
+    """While our code loads, converts or saves, transformers draws no bars over the lines of whoever called."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    hook = logging.set_tqdm_hook(lambda _, values, options: logging.EmptyTqdm(*values, **options))
+    bar, gguf.tqdm = gguf.tqdm, logging.EmptyTqdm  # the one bar that asks no hook
     try:
         yield
+    finally:
+        gguf.tqdm = bar
+        logging.set_tqdm_hook(hook)
+
+
+@contextmanager
+def as_model_error(name: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises on a bad file into one line, and let it draw no bars."""
+    try:
+        with no_bars():
+            yield
     except DicerError:
         raise
     except torch.OutOfMemoryError:

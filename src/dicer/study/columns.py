@@ -1,43 +1,95 @@
-"""What a record measured, in one form whichever way it was asked for."""
+"""What a record measured, in one form whichever way it was asked for, and how sure each number is."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
+from dicer.study.record import Done, TaskScores
 from dicer.study.report.paper import ACCURACIES, PERPLEXITY
 
+_SHARES = ("acc", "acc_norm")  # metrics that are a share of the documents
+_CLEAR = 2.0  # standard errors of a difference
 
-def measures(record: dict[str, Any]) -> dict[str, float]:
+
+class Measure(NamedTuple):
+    """A number, and its standard error; None where none is known."""
+
+    value: float
+    error: float | None = None
+
+
+def measures(record: Done) -> dict[str, Measure]:
     """Column -> value: the protocol's summary, and what the tasks that were named say themselves; one perplexity."""
-    metrics, evaluation = record["metrics"], record["evaluation"]
-    found = {name: float(value) for name, value in metrics.get("summary", {}).items() if value is not None}
-    entries = {**metrics.get("tasks", {}), **metrics.get("groups", {})}
-    named = set(evaluation.get("tasks") or ())
+    metrics, asked = record.metrics, record.evaluation
+    entries = {**metrics.tasks, **metrics.groups}
+    short = {name.removeprefix(asked.task_prefix): entry for name, entry in entries.items()}
+    summary = {name: value for name, value in metrics.summary.items() if value is not None}
+    found = {name: Measure(value, _error_behind(value, short.get(name))) for name, value in summary.items()}
+    named = set(asked.tasks)
     if not found and not (named and named <= set(entries)):  # a tag has no entry of its own
         named = set(entries)
-    for name in entries:
-        if name in named:
-            own = _columns(name.removeprefix(evaluation.get("task_prefix") or ""), entries[name]["metrics"])
-            found = {**own, **found}
-    token = metrics.get("perplexity") or {}
+    for name in [name for name in entries if name in named]:
+        found = {**_columns(name.removeprefix(asked.task_prefix), entries[name]), **found}
     if "word_perplexity" in found:
         found[PERPLEXITY] = found.pop("word_perplexity")
-    elif "value" in token:
-        found[PERPLEXITY] = float(token["value"])
-    if also := token.get("also"):
-        found[f"perplexity, windows of {also['window']:,}"] = float(also["value"])
-    if "average" not in found and set(ACCURACIES) <= set(found):
-        found["average"] = statistics.fmean(found[name] for name in ACCURACIES)
+    elif metrics.perplexity:
+        found[PERPLEXITY] = Measure(metrics.perplexity.value)
+    if metrics.perplexity and (also := metrics.perplexity.also):
+        found[f"perplexity, windows of {also.window:,}"] = Measure(also.value)
+    if "average" in found:
+        parts = [found[name] for name in summary if name in found and name != "average" and not lower_is_better(name)]
+        found["average"] = Measure(found["average"].value, _error_of_mean(parts))
+    elif set(ACCURACIES) <= set(found):
+        parts = [found[name] for name in ACCURACIES]
+        found["average"] = Measure(statistics.fmean(part.value for part in parts), _error_of_mean(parts))
     return found
 
 
-def _columns(task: str, metrics: dict[str, Any]) -> dict[str, float]:
+def _columns(task: str, entry: TaskScores) -> dict[str, Measure]:
     """A task's word perplexity or accuracy; all that it has where it has neither."""
-    values = {metric: float(entry["value"]) for metric, entry in metrics.items()}
+    values = {metric: Measure(entry.metrics[metric].value, _error(metric, entry)) for metric in entry.metrics}
     columns = {"word_perplexity": "word_perplexity", "acc": task}
     known = {column: values[metric] for metric, column in columns.items() if metric in values}
     return known or {f"{task} {metric}": value for metric, value in values.items()}
+
+
+def _error_behind(value: float, entry: TaskScores | None) -> float | None:
+    """The standard error of a protocol's number: that of the task's metric that it was taken from."""
+    metrics = entry.metrics if entry else {}
+    found = [_error(name, entry) for name in metrics if entry and metrics[name].value == value]
+    return max((error for error in found if error is not None), default=None)
+
+
+def _error(metric: str, entry: TaskScores) -> float | None:
+    """As the harness gives it; where it gives none (one document a subject) or 0 (all wrong, all right), Laplace's.
+
+    By his rule of succession a share of n documents is taken to be that of two more, one of them right.
+    """
+    score, n = entry.metrics[metric], entry.n
+    if score.stderr or metric not in _SHARES or not n or not 0 <= score.value <= 1:
+        return score.stderr if score.stderr is not None and math.isfinite(score.stderr) else None
+    share = (score.value * n + 1) / (n + 2)
+    return math.sqrt(share * (1 - share) / (n + 2))
+
+
+def _error_of_mean(parts: Sequence[Measure]) -> float | None:
+    """Of a mean of numbers from different documents; None where the error of one is not known."""
+    errors = [part.error for part in parts if part.error is not None]
+    return math.hypot(*errors) / len(errors) if errors and len(errors) == len(parts) else None
+
+
+def clear(first: Measure, second: Measure) -> bool | None:
+    """Whether two numbers differ by more than two standard errors of their difference; None where that is not known.
+
+    Both are taken to be independent. Of models that answered the same documents that is careful: what they share
+    cancels in the difference.
+    """
+    if first.error is None or second.error is None:
+        return None
+    return abs(first.value - second.value) > _CLEAR * math.hypot(first.error, second.error)
 
 
 def lower_is_better(column: str) -> bool:
@@ -45,13 +97,10 @@ def lower_is_better(column: str) -> bool:
     return "perplexity" in column
 
 
-def perplexity_kind(record: dict[str, Any]) -> str:
+def perplexity_kind(record: Done) -> str:
     """What the perplexity of a record is of."""
-    metrics = record["metrics"]
-    words = "word_perplexity" in metrics.get("summary", {}) or any(
-        "word_perplexity" in entry["metrics"] for entry in metrics.get("tasks", {}).values()
-    )
-    if words:
+    metrics = record.metrics
+    if "word_perplexity" in metrics.summary or any("word_perplexity" in t.metrics for t in metrics.tasks.values()):
         return "word perplexity of the harness's wikitext task"
-    token = metrics.get("perplexity")
-    return f"token perplexity on {token['text']}, windows of {token['window']}" if token else "no perplexity measured"
+    token = metrics.perplexity
+    return f"token perplexity on {token.text}, windows of {token.window}" if token else "no perplexity measured"

@@ -1,29 +1,78 @@
-"""What a record must hold for its readers: tables and figures find every key, and a value of the right kind there."""
+"""The record of a run: one model that is built, written, read, and passed on to tables and figures."""
 
 from __future__ import annotations
 
 import base64
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    Tag,
+    TypeAdapter,
+    model_validator,
+)
 
-_Number = float | Literal["inf", "-inf", "nan"]  # as :func:`dicer.files.finite` writes them
+FORMAT = 1
+ORIGINAL = "original"
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def _number(value: Any) -> Any:
+    """JSON has no infinity and no NaN: :func:`dicer.files.finite` writes text. Integers may be beyond floats."""
+    try:
+        return float(value) if value in ("inf", "-inf", "nan") or type(value) is int else value
+    except OverflowError:
+        return math.inf
+
+
+Number = Annotated[float, BeforeValidator(_number)]
 _Index = Annotated[str, Field(pattern="^[0-9]{1,6}$")]  # of a layer
 _Units = Annotated[int, Field(ge=0)]
+_Bytes = Annotated[int, Field(ge=0, lt=2**63)] | FiniteFloat
+
+
+def pack(keep: Any, units: int) -> str:
+    """Indices of kept units as a base64 bit mask of ``units`` bits, first unit first.
+
+    Args:
+        keep: indices, int [K].
+        units: N.
+    """
+    mask = np.zeros(units, dtype=np.uint8)
+    mask[np.asarray(keep)] = 1
+    return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
+
+
+def unpack(text: str, units: int) -> Mask:
+    """What :func:`pack` wrote, as bool [N]."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=units).astype(bool)
 
 
 class _Part(BaseModel):
-    """What the readers of records rely on; more keys may stand beside."""
+    """What the readers of records rely on; whatever else a record says is kept and written again."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
-class _Model(_Part):
+class ModelName(_Part):
+    """The model that was measured or pruned."""
+
     name: str
     fingerprint: str
 
 
-class _Evaluation(_Part):
+class Asked(_Part):
+    """What was to be measured: the fields of :class:`dicer.ask.evaluation.Evaluation`, of which these are read."""
+
     protocol: str | None = None
     tasks: list[str] = []
     task_prefix: str = ""
@@ -31,67 +80,58 @@ class _Evaluation(_Part):
     limits: dict[str, int] = {}
 
 
-class _Record(_Part):
-    """Every record."""
+class Score(_Part):
+    """One metric of a task, and its standard error where the harness gives one."""
 
-    format: Literal[1]
-    id: str
-    status: Literal["done", "failed"]
-    method: str = Field(pattern=r"^[^$\s/]+$")  # a folder's name, and text in figures, where $ begins a formula
-    text: str
-    model: _Model
-    recipe: dict[str, Any]
-    evaluation: _Evaluation
-    environment: dict[str, Any]
-    versions: dict[str, Any]
-    git: str | None
-    computed_on: str | None = None
+    value: Number
+    stderr: Number | None = None
 
 
-class _Failed(_Part):
-    error: str
+class TaskScores(_Part):
+    """A task or a group of tasks: metric -> value, over ``n`` documents."""
+
+    metrics: dict[str, Score]
+    n: int | None = None
 
 
-class _Value(_Part):
-    value: _Number
+class Window(_Part):
+    """A token perplexity, in windows of so many tokens."""
 
-
-class _Entry(_Part):
-    metrics: dict[str, _Value]
-
-
-class _Window(_Part):
     window: int
-    value: _Number
+    value: Number
 
 
-class _Perplexity(_Part):
+class TokenPerplexity(Window):
+    """Of a text; ``also`` in a second window length."""
+
     text: str
-    window: int
-    value: _Number
-    also: _Window | None = None
+    also: Window | None = None
 
 
-class _Metrics(_Part):
-    summary: dict[str, _Number | None] = {}
-    tasks: dict[str, _Entry] = {}
-    groups: dict[str, _Entry] = {}
-    perplexity: _Perplexity | None = None
+class Metrics(_Part):
+    """What was measured: the protocol's summary, the harness's tasks and groups, token perplexity."""
+
+    summary: dict[str, Number | None] = {}
+    tasks: dict[str, TaskScores] = {}
+    groups: dict[str, TaskScores] = {}
+    perplexity: TokenPerplexity | None = None
 
 
-class _Memory(_Part):
-    score: dict[str, FiniteFloat] = {}
+class Memory(_Part):
+    """Peaks in bytes, by where: ``host``, or the device."""
+
+    score: dict[str, _Bytes] = {}
 
 
-class _Done(_Part):
-    """What was measured."""
+class Loading(_Part):
+    """How the model as it is was loaded."""
 
-    metrics: _Metrics
-    seconds: dict[str, FiniteFloat]
-    memory: _Memory
+    dtype: str | None = None
 
 
-class _Recipe(_Part):
+class AskedRecipe(Loading):
+    """The recipe with every choice made, flat, as plans hold it; these of its keys are read by name."""
+
     ratio: float = Field(ge=0, le=1)
     seed: int
     samples: int
@@ -106,55 +146,124 @@ class _Recipe(_Part):
     calib_field: str | None = None
 
 
-class _Sides(_Part):
-    kept: _Number
-    dropped: _Number
+class Sides(_Part):
+    """A mean over the kept units, and one over those that go."""
+
+    kept: Number
+    dropped: Number
 
 
-class _Layer(_Part):
+class Layer(_Part):
+    """Which neurons of a layer stay, as :func:`pack` writes them."""
+
     units: int
     keep: str
-    norm: _Sides | None = None
+    norm: Sides | None = None
 
     @model_validator(mode="after")
-    def _one_bit_a_unit(self) -> _Layer:
+    def _one_bit_a_unit(self) -> Layer:
         if len(base64.b64decode(self.keep, validate=True)) != -(-self.units // 8):
             raise ValueError("keep must have one bit for each unit")
         return self
 
+    @property
+    def mask(self) -> Mask:
+        """Those that stay, bool [N]."""
+        return unpack(self.keep, self.units)
 
-class _Kept(_Part):
+
+class Kept(_Part):
+    """How much stays: layer -> (units, kept) by axis, and the layers that went whole."""
+
     attention: dict[_Index, tuple[_Units, _Units]] = {}
     mlp: dict[_Index, tuple[_Units, _Units]] = {}
     blocks: list[int] = []
 
     @model_validator(mode="after")
-    def _kept_of_units(self) -> _Kept:
+    def _kept_of_units(self) -> Kept:
         if any(not kept <= units > 0 for layers in (self.attention, self.mlp) for units, kept in layers.values()):
             raise ValueError("more is kept than there is")
         return self
 
 
-class _Allocation(_Part):
-    transfer_entropy: dict[str, list[_Number]] = {}
+class Allocation(_Part):
+    """How the ratio was shared out; transfer entropy by axis, one number a layer."""
+
+    transfer_entropy: dict[str, list[Number]] = {}
 
 
-class _Pruned(_Part):
-    """What was cut, of a run that is done."""
+class Record(_Part):
+    """Every record; each is one of :class:`Failed`, :class:`Original` and :class:`Pruned`."""
 
-    recipe: _Recipe
-    layers: dict[_Index, _Layer]
-    kept: _Kept = _Kept()
-    allocation: _Allocation = _Allocation()
+    format: Literal[1]
+    id: str
+    status: Literal["done", "failed"]
+    method: str = Field(pattern=r"^[^$\s/]+$")  # a folder's name, and text in figures, where $ begins a formula
+    text: str
+    model: ModelName
+    evaluation: Asked
+    environment: dict[str, Any]
+    versions: dict[str, Any]
+    git: str | None
+    computed_on: str | None = None
 
 
-def validate(text: bytes) -> None:
-    """Hold a record's JSON against all that it needs: more where the run is done, and more where it pruned.
+class Failed(Record):
+    """A run that came to nothing."""
+
+    recipe: dict[str, Any]
+    error: str
+
+
+class Done(Record):
+    """A run that was measured."""
+
+    recipe: Loading
+    metrics: Metrics
+    seconds: dict[str, FiniteFloat]
+    memory: Memory
+
+
+class Original(Done):
+    """The model as it is, measured."""
+
+
+class Pruned(Done):
+    """A pruned model, measured."""
+
+    recipe: AskedRecipe
+    layers: dict[_Index, Layer]
+    kept: Kept = Kept()
+    allocation: Allocation = Allocation()
+
+
+def _kind(values: Any) -> str:
+    if not isinstance(values, dict) or values.get("status") != "done":
+        return "failed"
+    return "original" if values.get("method") == ORIGINAL else "pruned"
+
+
+_ANY: TypeAdapter[Failed | Original | Pruned] = TypeAdapter(
+    Annotated[
+        Annotated[Failed, Tag("failed")] | Annotated[Original, Tag("original")] | Annotated[Pruned, Tag("pruned")],
+        Discriminator(_kind),
+    ]
+)
+
+
+def make_record(values: Mapping[str, Any]) -> Record:
+    """A record of what a run has to say.
 
     Raises:
-        pydantic.ValidationError: with the place of the first fault.
+        pydantic.ValidationError: something that its readers need is missing, or of another kind.
     """
-    record = _Record.model_validate_json(text)
-    pruned = (_Pruned,) if record.method != "original" else ()
-    for part in (_Done, *pruned) if record.status == "done" else (_Failed,):
-        part.model_validate_json(text)
+    return _ANY.validate_python({"format": FORMAT, **values})
+
+
+def parse_record(text: bytes) -> Record:
+    """A record of its JSON.
+
+    Raises:
+        pydantic.ValidationError: with the place of the first fault, behind the kind of record.
+    """
+    return _ANY.validate_json(text)

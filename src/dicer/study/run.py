@@ -28,8 +28,9 @@ from dicer.pipeline import build_model
 from dicer.processes import from_first, rank, world_size
 from dicer.progress import Progress, silent
 from dicer.study.grid import Experiment, Run, identity
+from dicer.study.record import make_record
 from dicer.study.records import locked, read_records, record_path, run_id, write_record
-from dicer.study.run_record import facts_of, surroundings
+from dicer.study.run_record import plan_entries, surroundings
 from dicer.write.surgery import plan_cut
 
 
@@ -151,7 +152,7 @@ def run_experiment(
 
 def _finished(stack: ExitStack, results: Path) -> set[str]:
     stack.enter_context(locked(results))
-    return {record["id"] for record in read_records(results) if record["status"] == "done"}
+    return {record.id for record in read_records(results) if record.status == "done"}
 
 
 def _on_first(work: Callable[[], set[str]]) -> set[str]:
@@ -225,7 +226,7 @@ def _run_model(tasks: list[Task], bench: Bench) -> None:
         gc.collect()  # a model that is gone but not collected would double the peak
         cut = plan_cut(source, found.plan)
         build = partial(build_model, cut, dtype, device)
-        facts = facts_of(found, cut)
+        facts = plan_entries(found, cut)
         if found.task.method.from_file:  # the file said it; reports go by what it comes to
             told = facts["allocation"]
             facts["recipe"] = {**task.recipe, "ratio": round(told["target"] / told["whole"], 4)}
@@ -300,7 +301,7 @@ def _write(task: Task, bench: Bench, found: dict[str, Any]) -> None:
         return
     source = task.source
     model = {"name": source.name, "model_type": source.family.model_type, "fingerprint": source.fingerprint}
-    record = {
+    values = {
         "id": task.name,
         "method": task.run.method,
         "text": task.run.text,
@@ -311,4 +312,4 @@ def _write(task: Task, bench: Bench, found: dict[str, Any]) -> None:
         **surroundings(),
         **found,
     }
-    write_record(task.path, record)
+    write_record(task.path, make_record(values))

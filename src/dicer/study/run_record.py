@@ -14,11 +14,11 @@ import torch
 from dicer.decide.plan import PrunePlan
 from dicer.decide.together import Scored
 from dicer.processes import world_size
-from dicer.study.records import pack
+from dicer.study.record import pack
 from dicer.write.surgery import Cut
 
 
-def facts_of(scored: Scored, cut: Cut) -> dict[str, Any]:
+def plan_entries(scored: Scored, cut: Cut) -> dict[str, Any]:
     """What a record says of a plan."""
     before, after = cut.sizes()
     digest = hashlib.sha256(b"".join(content for _, content in sorted(scored.plan.files().items())))
@@ -40,8 +40,7 @@ def facts_of(scored: Scored, cut: Cut) -> dict[str, Any]:
 
 
 def _kept(plan: PrunePlan) -> dict[str, Any]:
-    """What stays of each layer, as numbers: [units, kept] by axis, and the layers that went whole."""
-    axes = {axis: {str(i): [p.units, len(p.keep)] for i, p in layers.items()} for axis, layers in plan.axes.items()}
+    axes = {axis: {str(i): (p.units, len(p.keep)) for i, p in layers.items()} for axis, layers in plan.axes.items()}
     return {**axes, "blocks": list(plan.blocks)}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
+import re
 from collections.abc import Mapping
 
 from dicer.ask.axes import AXES
@@ -51,6 +53,23 @@ def _widths(plan: PrunePlan) -> list[str]:
     return [row for _, found in sorted(rows.items()) for row in found]
 
 
+def _line(value: object) -> str:
+    """A value on one line: names come from the model's folder, and a break in one would begin what it likes."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+
+
+def _text(value: object) -> str:
+    """A value that Markdown shows as it is, and no reader takes for a link, a picture or HTML."""
+    return re.sub(r"([\\`*\[\]<>&|])", r"\\\1", _line(value))
+
+
+def _code(value: object) -> str:
+    """A value as inline code, between more backticks than it has in a row itself."""
+    line = _line(value)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
 def model_card(
     plan: PrunePlan,
     *,
@@ -61,66 +80,32 @@ def model_card(
     perplexity_text: str | None,
 ) -> str:
     """Markdown with front matter; no time and no path, so that the same run gives the same bytes."""
-    recipe, name = plan.recipe, plan.model["name"]
-    base = f"base_model: {name}\n" if "/" in name else ""
-    method = recipe["method"] or "a combination of its own"
-    rows = size_rows(before, after)
-    sizes = "\n".join(f"| {what} | {a:,} | {b:,} | {b / a:.1%} |" for what, a, b in rows)
-    widths = "\n".join(_widths(plan))
-    settings = "\n".join(f"- {key}: `{value}`" for key, value in sorted(recipe.items()) if value is not None)
-    if perplexities:
-        quality = (
-            f"Token perplexity on `{perplexity_text}`, first windows side by side: "
-            f"{perplexities['before']:.3f} before, {perplexities['after']:.3f} after pruning."
-        )
-    else:
-        quality = "Not measured when this checkpoint was written."
-    code = (
-        "Layers differ in width, so the folder carries a small model file (`modeling_pruned.py`, transformers 5.14 or "
-        "newer); with `import dicer` no flag is needed."
-        if needs_code
-        else "All layers have one width: a stock checkpoint, no code."
+    import jinja2
+    from huggingface_hub import ModelCardData
+
+    name = _line(plan.model["name"])
+    front_matter = ModelCardData(
+        base_model=name if "/" in name else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["dicer", "pruning"],
     )
-    return f"""---
-{base}library_name: transformers
-pipeline_tag: text-generation
-tags:
-- dicer
-- pruning
----
-
-# {name.rsplit("/", 1)[-1]}, pruned with dicer
-
-Structured pruning of `{name}` by the method `{method}`: {_what(plan)}; they are gone from the weight matrices.
-`dicer_plan.json` and `dicer_plan.safetensors` say what stayed, with every score, and make it again: `dicer apply`.
-
-| | before | after | left |
-| --- | --- | --- | --- |
-{sizes}
-
-## Quality
-
-{quality}
-
-## Loading
-
-```python
-import transformers
-{loading_line("this folder", needs_code=needs_code)}
-{tokenizer_line("this folder", needs_code=needs_code)}
-```
-
-{code}
-
-## Recipe
-
-{settings}
-
-Calibration: {", ".join(f"{k} {v}" for k, v in sorted(plan.calibration.items())) or "none needed"}.
-
-## Widths
-
-| layer | of | before | after |
-| --- | --- | --- | --- |
-{widths}
-"""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"text": _text, "code": _code}
+    template = importlib.resources.files("dicer.write").joinpath("card.md.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        front_matter=front_matter.to_yaml(),
+        name=name,
+        what=_what(plan),
+        sizes=size_rows(before, after),
+        perplexities=perplexities,
+        perplexity_text=perplexity_text,
+        loading=loading_line("this folder", needs_code=needs_code),
+        tokenizer=tokenizer_line("this folder", needs_code=needs_code),
+        needs_code=needs_code,
+        recipe=plan.recipe,
+        calibration=plan.calibration,
+        widths=_widths(plan),
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dicer.decide.plan import PrunePlan
+from dicer.model.find import no_bars
 from dicer.model.sizes import Sizes
 from dicer.model.source import ModelSource
 from dicer.write.card import model_card
@@ -72,7 +73,8 @@ def build_model(cut: Cut, dtype: Any = "auto", device: Any = "cpu") -> Any:
     state = {name: cut.read(name) for name in cut.infos}
     if source.live is not None:  # what was not cut is still the dense model's own memory
         state = {name: tensor if name in cut.made else tensor.clone() for name, tensor in state.items()}
-    pruned: Any = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    with no_bars():
+        pruned: Any = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     if (generation := source.generation_config()) is not None:
         pruned.generation_config = generation
     return pruned.to(device).eval()

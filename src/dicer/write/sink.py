@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import filelock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,15 +19,11 @@ from dicer.errors import OutputError
 from dicer.files import as_output_error, check_writable
 from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs into one folder are not told apart
-    fcntl = None  # type: ignore[assignment]
-
 SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
 _MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
 _OLD = "old"  # inside it: the checkpoint that --overwrite replaces, between two renames
 _MADE_BY_DICER = "dicer_plan.json"  # in every checkpoint and plan of ours; nothing else is overwritten
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems without locks answer
 _MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
 
 
@@ -46,32 +44,25 @@ class CheckpointSink:
         check_output(out, overwrite=overwrite)
         self.out = out.resolve()  # of a link, the folder that it points to is replaced
         self._partial = _partial(self.out)
+        self._marker = self._partial / _MARKER
         self.folder = self._partial / "new"
         self._overwrite = overwrite
         self._shard_bytes = shard_bytes
-        self._lock: int | None = None
 
     def __enter__(self) -> CheckpointSink:
         with as_output_error(self.out):
-            if self._partial.exists():
-                left = _locked(self._partial / _MARKER, self.out)
-                try:
-                    self._clear()
-                finally:
-                    _unlock(left)
-            self._partial.mkdir(parents=True)
-            (self._partial / _MARKER).touch()
-            self._lock = _locked(self._partial / _MARKER, self.out)
+            if self._partial.exists() and not self._marker.exists():
+                self._refuse_others()
+            self._partial.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self._marker, self.out)
             try:
+                self._put_back()
+                self._refuse_others()
                 self.folder.mkdir()
             except BaseException:
-                self._unlock()
+                self._lock.release()
                 raise
         return self
-
-    def _unlock(self) -> None:
-        _unlock(self._lock)
-        self._lock = None
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
         with as_output_error(self.out):
@@ -87,7 +78,11 @@ class CheckpointSink:
                 if isinstance(error, OSError):
                     raise error
             finally:
-                self._unlock()
+                self._lock.release()
+
+    def _refuse_others(self) -> None:
+        if any(path != self._marker for path in self._partial.iterdir()):
+            raise OutputError(f"{self._partial} is in the way and was not made by dicer; move it away.")
 
     def _finish(self) -> None:
         _check_held(self.out, self.out, self._overwrite)  # once more: hours may have gone by
@@ -95,17 +90,26 @@ class CheckpointSink:
             self.out.rename(self._partial / _OLD)
         self.folder.rename(self.out)
 
-    def _clear(self) -> None:
-        """Put back what a kill or an error left aside, then take the partial folder away, its marker last."""
-        if not (self._partial / _MARKER).exists() and any(self._partial.iterdir()):
-            raise OutputError(f"{self._partial} is in the way and was not made by dicer; move it away.")
-        if (self._partial / _OLD).exists() and not self.out.exists():
-            (self._partial / _OLD).rename(self.out)
-        for inner in (self.folder, self._partial / _OLD):
-            if inner.is_dir():  # anything else is none of ours: it stays, and the folder that holds it
+    def _put_back(self) -> None:
+        """Put back what a kill or an error left aside, and take away what it left unfinished."""
+        old = self._partial / _OLD
+        if old.is_dir() and not self.out.exists():
+            old.rename(self.out)
+        for inner in (self.folder, old):
+            if inner.is_dir():  # anything else is none of ours
                 shutil.rmtree(inner)
-        (self._partial / _MARKER).unlink(missing_ok=True)
-        self._partial.rmdir()
+
+    def _clear(self) -> None:
+        """Then take the partial folder away, its marker last."""
+        self._put_back()
+        with suppress(PermissionError):  # Windows keeps an open file; there it goes with the lock
+            self._marker.unlink()
+        self._lock.release()
+        try:
+            self._partial.rmdir()
+        except OSError:
+            if not self._marker.exists():  # else the next run is in already
+                raise
 
     def write_tensors(
         self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], progress: Callable[[int], None]
@@ -169,7 +173,9 @@ def check_output(out: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLi
     """
     target = check_writable(out, inputs)
     with as_output_error(out):
-        _unlock(_locked(_partial(target) / _MARKER, out))
+        marker = _partial(target) / _MARKER
+        if marker.exists():
+            _locked(marker, out, keep=True).release()
         _check_held(target, out, overwrite)
 
 
@@ -208,34 +214,29 @@ def _partial(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-def _locked(marker: Path, out: Path) -> int | None:
-    """Lock a marker file for this process; None where there is none, or no such locks.
+def _locked(marker: Path, out: Path, *, keep: bool = False) -> filelock.BaseFileLock:
+    """The lock on a marker file, held by this process where the file system has locks.
+
+    Args:
+        marker: the file, made where there is none.
+        out: the folder that it stands for.
+        keep: leave the file where it is on release; Windows removes it else.
 
     Raises:
         OutputError: another run holds it.
     """
-    if fcntl is None:
-        return None
+    # No soft lock in place of a missing one: that outlives a kill.
+    lock = filelock.FileLock(marker, timeout=0, fallback_to_soft=False, preserve_lock_file=keep)
     try:
-        descriptor = os.open(marker, os.O_RDWR)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        lock.acquire()
+    except filelock.Timeout:
         raise OutputError(
             f"another run of dicer writes {out} now; wait for its end, or choose another folder."
         ) from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _unlock(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return lock
 
 
 def _shards(infos: Mapping[str, TensorInfo], limit: int) -> Iterable[list[str]]:

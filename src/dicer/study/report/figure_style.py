@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dicer.errors import ExperimentError
-from dicer.study.report.tables import ORIGINAL
+from dicer.study.record import ORIGINAL
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; a method also has its own marker and dashes.
+# Okabe and Ito's colours, which people with any colour vision tell apart; figures use no more of them than there are.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-_MARKERS = "osD^vP*Xh<>d"
-_DASHES = ("-", "--", "-.")
-_DPI = 130
+MARKERS = "osD^vP*X"
+GREY = "#9AA1A9"  # of what noise hides
+_DPI = 110
 _ORDER = (
     "taylor",
     "random",
@@ -53,28 +53,20 @@ def ordered(methods: Iterable[str]) -> list[str]:
     return sorted(set(methods) - {ORIGINAL}, key=lambda m: (_ORDER.index(m) if m in _ORDER else len(_ORDER), m))
 
 
-def style(method: str, methods: Sequence[str]) -> dict[str, Any]:
-    """Colour, marker and dashes of a method: its own wherever it appears."""
-    rest = [m for m in methods if m not in _ORDER]
-    place = _ORDER.index(method) if method in _ORDER else len(_ORDER) + rest.index(method)
-    return {
-        "color": COLOURS[place % len(COLOURS)],
-        "marker": _MARKERS[place % len(_MARKERS)],
-        "linestyle": _DASHES[place // len(COLOURS) % len(_DASHES)],
-    }
-
-
-def log_axis(axis: Any) -> None:
+def log_axis(axis: Any, way: str = "y") -> None:
     """A log scale with numbers at 1, 2, 5 or at the powers of ten, in full; none where nothing positive is shown."""
-    if not math.isfinite(axis.dataLim.minposy):
+    if not math.isfinite(axis.dataLim.minposy if way == "y" else axis.dataLim.minposx):
         return
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
+    axis.set(**{f"{way}scale": "log"})
+    low, high = axis.get_ylim() if way == "y" else axis.get_xlim()
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if high / low < 200 else (1,)
-    ticks = [s * 10**p for p in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in steps]
-    axis.set_yticks([tick for tick in ticks if low <= tick <= high])
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.yaxis.set_minor_formatter(lambda *_: "")
+    every = 1 if way == "y" else max(1, round(len(powers) / 6))  # numbers stand side by side below
+    ticks = [s * 10**p for p in powers if p % every == 0 for s in steps]
+    axis.set(**{f"{way}ticks": [tick for tick in ticks if low <= tick <= high]})
+    numbers = axis.yaxis if way == "y" else axis.xaxis
+    numbers.set_major_formatter(lambda value, _: f"{value:,.12g}")
+    numbers.set_minor_formatter(lambda *_: "")
 
 
 def figure(width: float, height: float) -> Any:

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from dicer.study.records import unpack
+from dicer.study.record import Mask, Pruned
 from dicer.study.report.figure_style import COLOURS, Picture, figure, log_axis, png
 
-Record = dict[str, Any]
 _PAIRS = 55  # of eleven methods; nobody can read more lines
 
 
-def _kept(record: Record) -> dict[int, Any]:
-    return {int(i): unpack(layer["keep"], layer["units"]) for i, layer in record["layers"].items()}
+def _kept(record: Pruned) -> dict[int, Mask]:
+    return {int(i): layer.mask for i, layer in record.layers.items()}
 
 
 def _jaccard(a: Any, b: Any) -> float:
@@ -28,20 +27,21 @@ def _jaccard(a: Any, b: Any) -> float:
     return float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0
 
 
-def overlap(chosen: dict[str, Record], name: str) -> Picture | None:
+def overlap(chosen: dict[str, Pruned], name: str) -> Picture | None:
     """How far two methods keep the same neurons, mean over layers."""
-    methods = [method for method in chosen if chosen[method]["layers"]]
+    methods = [method for method in chosen if chosen[method].layers]
     if len(methods) < 2:
         return None
     kept = {method: _kept(chosen[method]) for method in methods}
     matrix = np.array([[_mean_jaccard(kept[a], kept[b]) for b in methods] for a in methods])
-    drawn = figure(1.0 * len(methods) + 3.2, 0.72 * len(methods) + 1.9)
+    many = len(methods) > 12
+    drawn = figure((0.55 if many else 0.9) * len(methods) + 3.2, (0.36 if many else 0.6) * len(methods) + 1.9)
     axis = drawn.subplots()
     _heat(drawn, axis, matrix, methods, methods)
     middle = (_lowest(matrix) + 1.0) / 2
     for i, j in itertools.product(range(len(methods)), repeat=2):
         colour = "white" if matrix[i, j] < middle + 0.05 else "black"  # on the dark and on the bright half of the map
-        axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=colour)
+        axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=8 if many else 10)
     rows = [(a, b, float(matrix[i, j])) for i, a in enumerate(methods) for j, b in enumerate(methods)]
     caption = f"Overlap of the kept neurons (Jaccard index, mean over layers; {_chance(kept[methods[0]])})."
     return Picture(name, caption, png(drawn), ("method", "other", "jaccard"), rows)
@@ -58,9 +58,9 @@ def _chance(kept: dict[int, Any]) -> str:
     return f"two independent random choices have about {fraction / (2 - fraction):.2f}"
 
 
-def overlap_by_layer(chosen: dict[str, Record], name: str) -> Picture | None:
+def overlap_by_layer(chosen: dict[str, Pruned], name: str) -> Picture | None:
     """The same for every pair of methods and every layer."""
-    kept = {method: _kept(record) for method, record in chosen.items() if record["layers"]}
+    kept = {method: _kept(record) for method, record in chosen.items() if record.layers}
     pairs = list(itertools.combinations(kept, 2))
     if not 0 < len(pairs) <= _PAIRS:
         return None
@@ -86,20 +86,25 @@ def _heat(drawn: Any, axis: Any, matrix: Any, down: Sequence[str], across: Seque
     drawn.colorbar(image, ax=axis, label="Jaccard index", fraction=0.05)
 
 
-def norms(chosen: dict[str, Record], name: str) -> Picture | None:
+def _title_size(method: str) -> float:
+    """Long names would run into the next panel's."""
+    return 11 if len(method) < 28 else 8
+
+
+def norms(chosen: dict[str, Pruned], name: str) -> Picture | None:
     """Mean activation norm of kept and of dropped neurons in each layer."""
     rows = [
-        (method, int(i), float(layer["norm"]["kept"]), float(layer["norm"]["dropped"]))
+        (method, int(i), layer.norm.kept, layer.norm.dropped)
         for method, record in chosen.items()
-        for i, layer in sorted(record["layers"].items(), key=lambda item: int(item[0]))
-        if layer.get("norm")
+        for i, layer in sorted(record.layers.items(), key=lambda item: int(item[0]))
+        if layer.norm
     ]
     methods = list(dict.fromkeys(row[0] for row in rows))
     if not rows:
         return None
     across = min(4, len(methods))
     down = math.ceil(len(methods) / across)
-    drawn = figure(3.0 * across + 1.4, 2.5 * down)
+    drawn = figure(3.0 * across + 0.4, 2.4 * down + 0.4)
     axes = drawn.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for axis, method in itertools.zip_longest(axes.flat, methods):
         if method is None:
@@ -109,17 +114,18 @@ def norms(chosen: dict[str, Record], name: str) -> Picture | None:
         for place, label, colour, marker in ((2, "kept", COLOURS[0], "o"), (3, "dropped", COLOURS[1], "s")):
             points = [row[place] for row in own]
             axis.plot([row[1] for row in own], points, label=label, color=colour, marker=marker, markersize=3)
-        axis.set(title=method, xlabel="layer")
+        axis.set_xlabel("layer")
+        axis.set_title(method, fontsize=_title_size(method))
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.25)
     log_axis(drawn.axes[0])  # all share it, and only now are its limits known
     handles, labels = drawn.axes[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside right upper", frameon=False)
+    drawn.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
     caption = "Mean L2 norm of the post activations over the calibration tokens, of kept and of dropped neurons."
     return Picture(name, caption, png(drawn), ("method", "layer", "kept", "dropped"), rows)
 
 
-def allocation(chosen: dict[str, Record], name: str) -> Picture | None:
+def allocation(chosen: dict[str, Pruned], name: str) -> Picture | None:
     """Where ratios differ between layers: how much of each module goes, and the transfer entropy that led to it."""
     rows = [row for method, record in chosen.items() for row in _allocated(method, record)]
     methods = [m for m in chosen if len({row[3] for row in rows if row[0] == m}) > 1]
@@ -127,7 +133,7 @@ def allocation(chosen: dict[str, Record], name: str) -> Picture | None:
         return None
     across = min(3, len(methods))
     down = math.ceil(len(methods) / across)
-    drawn = figure(4.6 * across + 1.4, 2.9 * down)
+    drawn = figure(4.4 * across, 2.5 * down + 0.4)
     for axis, method in itertools.zip_longest(drawn.subplots(down, across, squeeze=False).flat, methods):
         if method is None:
             axis.set_axis_off()
@@ -142,22 +148,23 @@ def allocation(chosen: dict[str, Record], name: str) -> Picture | None:
             told = [(row[2], row[4]) for row in own if row[4] is not None]
             if beside and told:
                 beside.plot(*zip(*told, strict=True), ".-", color=COLOURS[place], markersize=4, linewidth=0.8)
-        axis.set(title=method, xlabel="layer", ylabel="removed", ylim=(0, 1.05))
+        axis.set(xlabel="layer", ylabel="removed", ylim=(0, 1.05))
+        axis.set_title(method, fontsize=_title_size(method))
         if beside:
             beside.set_ylabel("transfer entropy (line)")
         axis.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     named = {label: bars for axis in drawn.axes for bars, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    drawn.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
+    drawn.legend(named.values(), named.keys(), loc="outside upper right", ncols=len(named), frameon=False)
     caption = "Fraction of each layer's heads, neurons and of the layer itself that goes (bars), and transfer entropy."
     return Picture(name, caption, png(drawn), ("method", "part", "layer", "removed", "transfer_entropy"), rows)
 
 
-def _allocated(method: str, record: Record) -> list[tuple[str, str, int, float, float | None]]:
+def _allocated(method: str, record: Pruned) -> list[tuple[str, str, int, float, float | None]]:
     """(method, part, layer, fraction removed, transfer entropy) of every module that could go."""
-    told = record.get("allocation", {}).get("transfer_entropy", {})
-    entropy = {part: dict(enumerate(map(float, values))) for part, values in told.items()}
-    kept = record.get("kept", {})
-    removed = {(axis, int(i)): 1 - k / n for axis in ("attention", "mlp") for i, (n, k) in kept.get(axis, {}).items()}
+    kept, told = record.kept, record.allocation.transfer_entropy
+    entropy = {part: dict(enumerate(values)) for part, values in told.items()}
+    axes = (("attention", kept.attention), ("mlp", kept.mlp))
+    removed = {(axis, int(i)): 1 - k / n for axis, layers in axes for i, (n, k) in layers.items()}
     removed |= {("blocks", i): 0.0 for i in range(len(entropy.get("blocks", ())))}
-    removed |= {("blocks", i): 1.0 for i in kept.get("blocks", ())}
+    removed |= {("blocks", i): 1.0 for i in kept.blocks}
     return [(method, part, i, share, entropy.get(part, {}).get(i)) for (part, i), share in sorted(removed.items())]

@@ -7,18 +7,20 @@ import csv
 import importlib.resources
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dicer.errors import ExperimentError, OutputError
 from dicer.files import as_output_error, check_writable, remove_unfinished, unfinished, write_whole
 from dicer.study.columns import perplexity_kind
+from dicer.study.record import Done, Failed, Record
 from dicer.study.records import read_records
 from dicer.study.report.figure_style import Picture
 from dicer.study.report.figures import pictures
-from dicer.study.report.paper import TITLES
-from dicer.study.report.tables import TableView, done, full_table, paper_tables, settings, shown, text_tables
+from dicer.study.report.paper import heading
+from dicer.study.report.settings import Setting, describe, done, settings
+from dicer.study.report.tables import TableView, full_table, paper_tables, paper_text_tables, shown, text_tables
 
 TITLE = "Pruning experiments"
 # How every report begins, below the style of the page: what tells an earlier report from a file of the user's.
@@ -47,10 +49,9 @@ def write_report(results: Path, out: Path) -> list[Path]:
         raise ExperimentError(f"{results} holds no finished run{failed}; 'dicer run EXPERIMENT.toml' makes them.")
     values = _values(records)
     files = {f"report.{kind}": _render(f"report.{kind}.j2", values).encode() for kind in ("html", "md")}
-    for group in values["figures"]:
-        for picture in group["pictures"]:
-            files[f"{picture['name']}.png"] = picture["png"]
-            files[f"{picture['name']}.csv"] = picture["csv"]
+    for picture in (picture for section in values["sections"] for picture in section["pictures"]):
+        files[f"{picture['name']}.png"] = picture["png"]
+        files[f"{picture['name']}.csv"] = picture["csv"]
     with as_output_error(f"the report to {out}"):
         remove_unfinished(out)  # of a report that was killed
         for name, content in files.items():
@@ -82,41 +83,67 @@ def _is_report(folder: Path, names: set[str]) -> bool:
     return bool(beginnings) and all(_EARLIER.search(text) for text in beginnings)
 
 
-def _values(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the templates show."""
+def _values(records: Sequence[Record]) -> dict[str, Any]:
+    """What the templates show: what all settings have in common once, then each setting by itself."""
     groups = settings(records)
-    paper = paper_tables(records)
-    figures = [
-        {"title": setting.title, "pictures": [_shown(p) for p in pictures(members, f"setting{number}")]}
-        for number, (setting, members) in enumerate(groups.items(), start=1)
+    common, apart = describe(list(groups))
+    failed = [record for record in records if isinstance(record, Failed)]
+    sections = [
+        _section(number, words, setting, members)
+        for number, (words, (setting, members)) in enumerate(zip(apart, groups.items(), strict=True), start=1)
     ]
-    failed = [record for record in records if record["status"] == "failed"]
-    finished = len(records) - len(failed)
-    contents = [("paper", "The paper's tables")] if paper else []
-    contents += [("all", "All runs"), *([("failed", "Failed runs")] if failed else [])]
-    contents += [("figures", "Figures"), ("environment", "Environment")]
+    across = _across(groups)
+    tables = [view for section in [*sections, *across] for view in section["tables"]]
+    contents = [(section["id"], f"Setting {number}") for number, section in enumerate(sections, start=1)]
+    contents += [("across", "Between settings")] if across else []
+    contents += [*([("failed", "Failed runs")] if failed else []), ("environment", "Environment")]
     return {
         "title": TITLE,
-        "summary": f"{finished} finished runs, {len(failed)} failed; settings: {len(groups)}.",
-        "note": _note(records, paper),
+        "summary": f"{len(records) - len(failed)} finished runs, {len(failed)} failed; settings: {len(groups)}.",
+        "common": common,
+        "note": _note(records, any(view.has_paper for view in tables)),
         "contents": contents,
-        "paper": paper,
-        "full": [full_table(setting, members) for setting, members in groups.items()] + text_tables(groups),
+        "sections": sections,
+        "across": across,
         "failed": failed,
-        "figures": figures,
         "environment": _environment(records),
     }
 
 
-def _note(records: Sequence[dict[str, Any]], paper: Sequence[TableView]) -> str:
+def _section(number: int, words: str, setting: Setting, members: Sequence[Done]) -> dict[str, Any]:
+    return {
+        "id": f"setting{number}",
+        "title": f"Setting {number}" + (f": {words}" if words else ""),
+        "tables": [*paper_tables(setting, members), full_table(members)],
+        "pictures": [_shown(picture) for picture in pictures(members, f"setting{number}")],
+    }
+
+
+def _across(groups: Mapping[Setting, Sequence[Done]]) -> list[dict[str, Any]]:
+    """Tables of settings that differ in their text."""
+    views = [*paper_text_tables(groups), *text_tables(groups)]
+    kinds = list(dict.fromkeys(setting for setting, _ in views))
+    _, apart = describe(kinds)
+    return [
+        {"title": words, "tables": [view for setting, view in views if setting == kind]}
+        for kind, words in zip(kinds, apart, strict=True)
+    ]
+
+
+def _note(records: Sequence[Record], has_paper: bool) -> str:
     kinds = sorted({perplexity_kind(record) for record in done(records)})
-    lines = ["Means over seeds ± standard deviation (number of runs); the best pruned model of a column is in bold."]
-    lines.append(f"Perplexity: {'; '.join(kinds)}.")
-    if any(view.has_paper for view in paper):
-        lines.append("Beside them, where the model is the same, the figures that the paper prints.")
-    else:
-        lines.append("The paper's own figures are of other models, so they are not shown beside these.")
-    return " ".join(lines)
+    paper = (
+        "Beside them, where the model is the same, the figures that the paper prints."
+        if has_paper
+        else "The paper's own figures are of other models, so they are not shown beside these."
+    )
+    return (
+        "Means over runs that differ in their seed, where there are several. ± is the standard error "
+        "over a task's documents, or the standard deviation over seeds where that is larger; where none stands, no "
+        "error is known. Bold: the best pruned model of a column, ahead of every other by more than two standard "
+        f"errors of the difference; italic: the best where that is not known. Perplexity: {'; '.join(kinds)}; "
+        f"with a number in brackets, in windows of so many tokens. {paper}"
+    )
 
 
 def _shown(picture: Picture) -> dict[str, Any]:
@@ -128,12 +155,12 @@ def _shown(picture: Picture) -> dict[str, Any]:
     return {**picture._asdict(), "base64": encoded, "csv": text.getvalue().encode()}
 
 
-def _environment(records: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
+def _environment(records: Iterable[Record]) -> list[tuple[str, str]]:
     """Every value that any record has, so that a mixture shows."""
     found: dict[str, set[str]] = {}
     for record in records:
-        pairs = {**record["environment"], **record["versions"], "git revision": record["git"]}
-        pairs["computed on"] = record.get("computed_on")
+        pairs = {**record.environment, **record.versions, "git revision": record.git}
+        pairs["computed on"] = record.computed_on
         for name, value in pairs.items():
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             found.setdefault(name, set()).add(text or "none")
@@ -141,14 +168,12 @@ def _environment(records: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _render(name: str, values: dict[str, Any]) -> str:
-    try:
-        import jinja2
-    except ImportError:
-        raise ExperimentError("reports need jinja2: pip install 'dicer[report]'.") from None
+    import jinja2
+
     text = importlib.resources.files("dicer.study.report.templates").joinpath(name).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=name.endswith(".html.j2"), undefined=jinja2.StrictUndefined)
     return environment.from_string(text).render(
-        **values, heads=_heads, flat=_flat, heading=_heading, percent=_percent, number=shown
+        **values, heads=_heads, flat=_flat, heading=heading, percent=_percent, number=shown
     )
 
 
@@ -158,13 +183,9 @@ def _heads(view: TableView) -> tuple[str, ...]:
 
 def _flat(view: TableView) -> list[str]:
     """Headings in one line, as Markdown has no second."""
-    if len(view.ratios) < 2:
-        return [_heading(column) for column in view.columns]
-    return [f"{_heading(column)}, {_percent(ratio)}" for ratio in view.ratios for column in view.columns]
-
-
-def _heading(column: str) -> str:
-    return TITLES.get(column, column)
+    if not view.ratios:
+        return [heading(column) for column in view.columns]
+    return [f"{heading(column)}, {_percent(ratio)}" for ratio in view.ratios for column in view.columns]
 
 
 def _percent(ratio: float) -> str:

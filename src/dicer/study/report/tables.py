@@ -1,52 +1,52 @@
-"""Records to tables: what was measured, by setting, in the paper's rows and columns."""
+"""Records to tables: what was measured, by setting, in the paper's rows and columns, and how sure it is."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
-from dicer.study.columns import lower_is_better, measures
+from dicer.study.columns import Measure, clear, lower_is_better, measures
+from dicer.study.record import ORIGINAL, Done, Original, Pruned
 from dicer.study.report.paper import TABLES, TITLES, PaperRow, PaperTable
+from dicer.study.report.settings import Setting, pruned
 
-ORIGINAL = "original"
-_METHOD_PARTS = (
-    *("method", "criterion", "activation", "grouping", "grouped_by", "merge", "groups", "ratio", "seed"),
-    *("axis", "allocate", "max_ratio", "min_width", "drop_threshold", "compensate"),
-    *("schedule", "split", "entropy_search", "entropy_at"),
-)
-_SOURCE_PARTS = ("calib", "calib_config", "calib_split", "calib_field")
-_TEXT_PARTS = (*_SOURCE_PARTS, "samples", "seq_len")
-_NOT_SHOWN = ("device", "batch_size", "gradient_checkpointing")
+_SIDE_BY_SIDE = 6  # columns of ratios beside one another; more do not fit a laptop's width
 
 
 class Cell(NamedTuple):
     """A mean over seeds.
 
     Attributes:
-        mean: over the runs.
-        spread: standard deviation over the runs; None for one run.
+        mean: over the runs; None where there is none.
+        error: standard error of a run, or the standard deviation over the runs where that is larger; None where no
+            error is known and there is one run.
         runs: how many.
         paper: the paper's own figure, where it is of the same model.
-        best: whether it is the best of its column (of pruned models).
+        mark: ``best`` of its column (of pruned models) and ahead of every other by more than two standard errors of
+            their difference; ``unsure`` where it is the best and that is not known.
     """
 
     mean: float | None
-    spread: float | None
+    error: float | None
     runs: int
     paper: float | None = None
-    best: bool = False
+    mark: Literal["", "best", "unsure"] = ""
+
+    @property
+    def measure(self) -> Measure | None:
+        """Its number with its error."""
+        return None if self.mean is None else Measure(self.mean, self.error)
 
     def text(self, column: str) -> str:
-        """As printed: three decimals, ``±`` the spread over seeds."""
+        """As printed: three decimals, and ``±`` the error."""
         if self.mean is None:
             return "-"
-        spread = "" if self.spread is None else f" ± {shown(self.spread, column)}"
-        return shown(self.mean, column) + spread
+        error = "" if self.error is None else f" ± {shown(self.error, column)}"
+        return shown(self.mean, column) + error
 
 
 class Row(NamedTuple):
@@ -54,6 +54,12 @@ class Row(NamedTuple):
 
     title: str
     cells: tuple[Cell, ...]
+
+    @property
+    def runs(self) -> int | None:
+        """How many runs each of its numbers is the mean of; None where that is not the same for all."""
+        counts = {cell.runs for cell in self.cells if cell.runs}
+        return counts.pop() if len(counts) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,21 @@ class TableView:
     Attributes:
         title: with its number in the paper, if it has one.
         columns: keys of what each cell shows, ratio by ratio.
-        ratios: fractions removed; () where the rows name their own.
-        rows: in order.
+        groups: heading ("" for none) -> rows; the best of a column is that of its group.
+        ratios: fractions removed whose columns stand side by side; () where rows or headings name them.
+        first: heading of the first column.
     """
 
     title: str
     columns: tuple[str, ...]
-    ratios: tuple[float, ...]
-    rows: tuple[Row, ...]
+    groups: Mapping[str, Sequence[Row]]
+    ratios: tuple[float, ...] = ()
+    first: str = "Method"
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return [row for rows in self.groups.values() for row in rows]
 
     @property
     def has_paper(self) -> bool:
@@ -78,108 +91,64 @@ class TableView:
         return any(cell.paper is not None for row in self.rows for cell in row.cells)
 
 
-class Setting(NamedTuple):
-    """Everything but method, ratio and seed: only runs of one setting can be compared.
-
-    Attributes:
-        model: name and fingerprint.
-        common: recipe and evaluation without the text, as JSON.
-        text: name and size of the calibration text.
-    """
-
-    model: tuple[str, str]
-    common: str
-    text: str
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        common = json.loads(self.common)
-        asked = common.get("evaluation", {})
-        single = "".join(f", {name} {count}" for name, count in (asked.get("limits") or {}).items())
-        part = f", only {asked['limit']} documents a task{single}" if asked.get("limit") else single
-        dtype = common["recipe"].get("dtype", "auto")
-        more = "".join(f", {name}" for name in (asked.get("protocol"), dtype) if name not in (None, "auto"))
-        whole = common["recipe"].get("ratio_of", "chosen")
-        more += f", ratio of the {whole}" if whole != "chosen" else ""
-        layers = common["recipe"].get("layers", "all")
-        return f"{self.model[0]}, layers {layers}, calibration {self.text}{more}{part}"
+def cell(records: Iterable[Done], column: str) -> Cell:
+    """Mean and error of one column over runs that differ in their seed (the same run is counted once)."""
+    unique = {record.id: measures(record) for record in records}
+    found = [own[column] for own in unique.values() if column in own]
+    if not found:
+        return Cell(None, None, 0)
+    values = [measure.value for measure in found]
+    if not all(math.isfinite(value) for value in values):
+        return Cell(math.inf, None, len(values))
+    errors = [measure.error for measure in found if measure.error is not None]
+    known = [math.sqrt(statistics.fmean(error**2 for error in errors))] if errors else []
+    spread = [statistics.stdev(values)] if len(values) > 1 else []
+    return Cell(statistics.fmean(values), max(known + spread, default=None), len(values))
 
 
-def setting_of(record: dict[str, Any]) -> Setting:
-    """The setting of a pruned model's record."""
-    recipe = record["recipe"]
-    dropped = {*_METHOD_PARTS, *_TEXT_PARTS, *_NOT_SHOWN}
-    rest = {"recipe": {k: v for k, v in recipe.items() if k not in dropped}, "evaluation": _evaluation(record)}
-    usual = (None, record["text"], "train", "text")  # names of hub configurations, splits, fields; of a stand-in's file
-    source = [value for name in _SOURCE_PARTS if (value := recipe.get(name)) not in usual]
-    named = f"{record['text']} ({', '.join(source)})" if source else record["text"]
-    return Setting(
-        _model(record), json.dumps(rest, sort_keys=True), f"{named} {recipe['samples']} x {recipe['seq_len']}"
-    )
-
-
-def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record["evaluation"].items() if name != "batch_size"}
-
-
-def _model(record: dict[str, Any]) -> tuple[str, str]:
-    return (record["model"]["name"], record["model"]["fingerprint"])
-
-
-def done(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that have metrics."""
-    return [record for record in records if record["status"] == "done"]
-
-
-def settings(records: Iterable[dict[str, Any]]) -> dict[Setting, list[dict[str, Any]]]:
-    """Setting -> its pruned runs, and the original model measured in the same way; one without such runs is alone."""
-    found = done(records)
-    groups: dict[Setting, list[dict[str, Any]]] = {}
-    for record in found:
-        if record["method"] != ORIGINAL:
-            groups.setdefault(setting_of(record), []).append(record)
-    for setting, members in groups.items():
-        members += _originals(found, setting)
-    held = {record["id"] for members in groups.values() for record in members}
-    for record in found:
-        if record["id"] not in held:
-            common = {"recipe": {"dtype": record["recipe"].get("dtype")}, "evaluation": _evaluation(record)}
-            groups[Setting(_model(record), json.dumps(common, sort_keys=True), "none")] = [record]
-    return groups
-
-
-def _originals(records: Iterable[dict[str, Any]], setting: Setting) -> list[dict[str, Any]]:
-    asked = json.loads(setting.common)
+def mark_best(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+    """Rows with the best cell of each column marked: the lowest perplexity, the highest of anything else."""
+    marks = [_mark([row.cells[place] for row in rows], column) for place, column in enumerate(columns)]
     return [
-        record
-        for record in records
-        if record["method"] == ORIGINAL
-        and _model(record) == setting.model
-        and _evaluation(record) == asked["evaluation"]
-        and record["recipe"].get("dtype") == asked["recipe"].get("dtype")
+        Row(row.title, tuple(own._replace(mark=mark[i]) for own, mark in zip(row.cells, marks, strict=True)))
+        for i, row in enumerate(rows)
     ]
 
 
-def paper_tables(records: Sequence[dict[str, Any]]) -> list[TableView]:
-    """Each of the paper's tables that these records have a pruned row of, once for each setting."""
-    views: list[TableView] = []
-    groups = settings(records)
-    for table in TABLES:
-        for setting, members in _joined(groups, table) if table.texts else groups.items():
-            view = _paper_table(table, setting, members)
-            if view is not None:
-                views.append(view)
-    return views
+def _mark(cells: Sequence[Cell], column: str) -> list[Literal["", "best", "unsure"]]:
+    marks: list[Literal["", "best", "unsure"]] = [""] * len(cells)
+    found = [(i, measure) for i, own in enumerate(cells) if (measure := own.measure) is not None]
+    if len(found) < 2:
+        return marks
+    sign = 1 if lower_is_better(column) else -1
+    (place, top), *others = sorted(found, key=lambda pair: sign * pair[1].value)
+    ahead = [clear(top, other) for _, other in others]
+    if math.isfinite(top.value) and top.value != others[0][1].value and False not in ahead:
+        marks[place] = "unsure" if None in ahead else "best"
+    return marks
 
 
-def _joined(
-    groups: dict[Setting, list[dict[str, Any]]], table: PaperTable
-) -> Iterator[tuple[Setting, list[dict[str, Any]]]]:
+def paper_tables(setting: Setting, records: Sequence[Done]) -> list[TableView]:
+    """Those of the paper's tables of one text that these records have two pruned rows of."""
+    views = [_paper_table(table, setting, records) for table in TABLES if not table.texts]
+    return [view for view in views if view is not None]
+
+
+def paper_text_tables(groups: Mapping[Setting, Sequence[Done]]) -> list[tuple[Setting, TableView]]:
+    """Those of the paper's tables that compare texts, of settings that differ only in their text."""
+    found = [
+        (common, _paper_table(table, common, members))
+        for table in TABLES
+        for common, members in (_joined(groups, table) if table.texts else ())
+    ]
+    return [(common, view) for common, view in found if view is not None]
+
+
+def _joined(groups: Mapping[Setting, Sequence[Done]], table: PaperTable) -> Iterator[tuple[Setting, list[Done]]]:
     """Settings that differ only in their text, put together: one of each text, so that every size stands on its own."""
     alike: dict[Setting, dict[str, list[Setting]]] = {}
     for setting, members in groups.items():
-        if (text := members[0]["text"]) in table.texts:
+        if (text := members[0].text) in table.texts:
             alike.setdefault(setting._replace(text=""), {}).setdefault(text, []).append(setting)
     for common, texts in alike.items():
         for chosen in itertools.product(*texts.values()):
@@ -187,119 +156,111 @@ def _joined(
             yield common._replace(text=" and ".join(setting.text for setting in chosen)), members
 
 
-def _paper_table(table: PaperTable, setting: Setting, records: list[dict[str, Any]]) -> TableView | None:
-    same_model = setting.model[0].rsplit("/", 1)[-1] == table.model
-    if not same_model and table.number in (6, 7) and setting.model[0].rsplit("/", 1)[-1] == TABLES[0].model:
+def _paper_table(table: PaperTable, setting: Setting, records: Sequence[Done]) -> TableView | None:
+    same_model = setting.name == table.model
+    if not same_model and table.number in (6, 7) and setting.name == TABLES[0].model:
         return None  # these two are about another model than the first
-    rows = [Row(row.title, tuple(_cells(table, row, records, same_model))) for row in table.rows]
-    pruned = [row for row, source in zip(rows, table.rows, strict=True) if source.method != ORIGINAL]
+    single = len(table.ratios) == 1
+    beside = not single and len(table.ratios) * len(table.columns) <= _SIDE_BY_SIDE
+    blocks = {"": table.ratios} if single or beside else {f"{ratio:.0%} pruning": (ratio,) for ratio in table.ratios}
+    groups = {head: _paper_rows(table, records, ratios, same_model) for head, ratios in blocks.items()}
     # A table that compares needs two rows that are there; Table 4's seeds make one method several rows.
-    if sum(any(cell.mean is not None for cell in row.cells) for row in pruned) < 2:
+    there = zip(table.rows, *groups.values(), strict=True)
+    if sum(own.method != ORIGINAL and any(_has_numbers(row) for row in rows) for own, *rows in there) < 2:
         return None
+    ratio = f", {table.ratios[0]:.0%} pruning" if single else ""
+    title = f"Table {table.number}: {table.caption}{ratio}"
+    return TableView(title, table.columns, groups, table.ratios if beside else ())
+
+
+def _has_numbers(row: Row) -> bool:
+    return any(own.mean is not None for own in row.cells)
+
+
+def _paper_rows(table: PaperTable, records: Sequence[Done], ratios: Sequence[float], same_model: bool) -> list[Row]:
+    rows = [Row(row.title, tuple(_cells(table, row, records, ratios, same_model))) for row in table.rows]
     first = sum(row.method == ORIGINAL for row in table.rows)
-    shown_rows = (*rows[:first], *mark_best(rows[first:], table.columns * len(table.ratios)))
-    ratio = "" if len(table.ratios) > 1 else f", {table.ratios[0]:.0%} pruning"
-    title = f"Table {table.number}: {table.caption}{ratio} ({setting.title})"
-    return TableView(title, table.columns, table.ratios, shown_rows)
+    return [*rows[:first], *mark_best(rows[first:], table.columns * len(ratios))]
 
 
-def _cells(table: PaperTable, row: PaperRow, records: list[dict[str, Any]], same_model: bool) -> Iterable[Cell]:
-    for ratio in table.ratios:
+def _cells(
+    table: PaperTable, row: PaperRow, records: Sequence[Done], ratios: Sequence[float], same_model: bool
+) -> Iterator[Cell]:
+    for ratio in ratios:
         chosen = [record for record in records if _matches(record, row, ratio)]
         for place, column in enumerate(table.columns):
-            paper = row.figures[ratio][place] if same_model else None
-            yield cell(chosen, column)._replace(paper=paper)
+            yield cell(chosen, column)._replace(paper=row.figures[ratio][place] if same_model else None)
 
 
-def _matches(record: dict[str, Any], row: PaperRow, ratio: float) -> bool:
-    if record["method"] != row.method:
-        return False
-    if row.method == ORIGINAL:
-        return True
-    if row.seed is not None and record["recipe"]["seed"] != row.seed:
-        return False
-    return bool(record["recipe"]["ratio"] == ratio) and row.text in (None, record["text"])
+def _matches(record: Done, row: PaperRow, ratio: float) -> bool:
+    if record.method != row.method or not isinstance(record, Pruned):
+        return record.method == row.method
+    return record.recipe.ratio == ratio and row.seed in (None, record.recipe.seed) and row.text in (None, record.text)
 
 
-def cell(records: Iterable[dict[str, Any]], column: str) -> Cell:
-    """Mean and spread of one column over runs that differ in their seed (the same run is counted once)."""
-    unique = {record["id"]: measures(record) for record in records}
-    values = [found[column] for found in unique.values() if column in found]
-    if not values:
-        return Cell(None, None, 0)
-    finite = len(values) > 1 and all(math.isfinite(value) for value in values)
-    mean = statistics.fmean(values) if all(math.isfinite(value) for value in values) else math.inf
-    return Cell(mean, statistics.stdev(values) if finite else None, len(values))
-
-
-def mark_best(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
-    """Rows with the best cell of each column marked: the lowest perplexity, the highest of anything else."""
-    best: dict[int, float] = {}
-    for place, column in enumerate(columns):
-        means = [m for row in rows if (m := row.cells[place].mean) is not None]
-        top = min(means, default=math.inf) if lower_is_better(column) else max(means, default=math.inf)
-        if len(means) > 1 and math.isfinite(top):
-            best[place] = top
-    return [
-        Row(
-            row.title,
-            tuple(c._replace(best=c.mean is not None and c.mean == best.get(i)) for i, c in enumerate(row.cells)),
-        )
-        for row in rows
-    ]
-
-
-def full_table(setting: Setting, records: list[dict[str, Any]]) -> TableView:
+def full_table(records: Sequence[Done]) -> TableView:
     """Every method and ratio of a setting, with everything that was measured."""
     columns = measured_columns(records)
-    originals = [record for record in records if record["method"] == ORIGINAL]
-    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    for record in records:
-        if record["method"] != ORIGINAL:
-            groups.setdefault((record["recipe"]["ratio"], record["method"]), []).append(record)
-    rows = [Row("original", tuple(cell(originals, column) for column in columns))] if originals else []
-    for ratio in sorted({ratio for ratio, _ in groups}):
-        block = [
-            Row(f"{method}, {ratio * 100:g}%", tuple(cell(members, column) for column in columns))
-            for (own, method), members in sorted(groups.items())
-            if own == ratio
-        ]
-        rows += mark_best(block, columns)
-    return TableView(f"All runs ({setting.title})", columns, (), tuple(rows))
+    originals = [record for record in records if isinstance(record, Original)]
+    runs: dict[tuple[float, str], list[Pruned]] = {}
+    for record in pruned(records):
+        runs.setdefault((record.recipe.ratio, record.method), []).append(record)
+    groups = {"": [_row(ORIGINAL, originals, columns)]} if originals else {}
+    for ratio in sorted({ratio for ratio, _ in runs}):
+        rows = [_row(method, members, columns) for (own, method), members in sorted(runs.items()) if own == ratio]
+        groups[f"{ratio * 100:g}%"] = mark_best(rows, columns)
+    return TableView("All runs", columns, groups)
 
 
-def text_tables(groups: dict[Setting, list[dict[str, Any]]]) -> list[TableView]:
-    """Runs that differ only in their calibration text or its size, side by side."""
+def _row(title: str, records: Sequence[Done], columns: Sequence[str]) -> Row:
+    return Row(title, tuple(cell(records, column) for column in columns))
+
+
+def text_tables(groups: Mapping[Setting, Sequence[Done]]) -> list[tuple[Setting, TableView]]:
+    """Runs that differ only in their calibration text or its size, side by side, one table a setting."""
     alike: dict[Setting, list[Setting]] = {}
     for setting in groups:
         alike.setdefault(setting._replace(text=""), []).append(setting)
     views = []
     for common, members in alike.items():
-        shared = _shared_methods([groups[setting] for setting in members]) if len(members) > 1 else set()
         columns = measured_columns(record for setting in members for record in groups[setting])
-        for method, ratio in sorted(shared):
-            rows = []
-            for setting in sorted(members, key=lambda s: _size_of(groups[s])):
-                chosen = [r for r in groups[setting] if (r["method"], r["recipe"].get("ratio")) == (method, ratio)]
-                if chosen:
-                    rows.append(Row(setting.text, tuple(cell(chosen, column) for column in columns)))
-            title = f"Calibration of {method}, {ratio:.0%} ({common._replace(text='of several texts').title})"
-            views.append(TableView(title, columns, (), tuple(mark_best(rows, columns))))
+        shared = _shared_methods([pruned(groups[setting]) for setting in members])
+        by_size = sorted(members, key=lambda setting: _size_of(groups[setting]))
+        compared = {
+            f"{method}, {ratio * 100:g}%": mark_best(_text_rows(method, ratio, by_size, groups, columns), columns)
+            for method, ratio in sorted(shared)
+        }
+        if compared:
+            views.append((common, TableView("Calibration texts", columns, compared, first="Text")))
     return views
 
 
-def _shared_methods(groups: Sequence[list[dict[str, Any]]]) -> set[tuple[str, float]]:
+def _text_rows(
+    method: str,
+    ratio: float,
+    members: Sequence[Setting],
+    groups: Mapping[Setting, Sequence[Done]],
+    columns: Sequence[str],
+) -> list[Row]:
+    chosen = {
+        setting.text: [r for r in pruned(groups[setting]) if (r.method, r.recipe.ratio) == (method, ratio)]
+        for setting in members
+    }
+    return [_row(text, runs, columns) for text, runs in chosen.items() if runs]
+
+
+def _shared_methods(groups: Sequence[Sequence[Pruned]]) -> set[tuple[str, float]]:
     """Methods and ratios that at least two groups have."""
-    found = [{(r["method"], r["recipe"]["ratio"]) for r in group if r["method"] != ORIGINAL} for group in groups]
+    found = [{(record.method, record.recipe.ratio) for record in group} for group in groups]
     return {pair for a, b in itertools.combinations(found, 2) for pair in a & b}
 
 
-def _size_of(records: list[dict[str, Any]]) -> tuple[str, int]:
-    recipe = next(r["recipe"] for r in records if r["method"] != ORIGINAL)
-    return records[0]["text"], recipe["samples"] * recipe["seq_len"]
+def _size_of(records: Sequence[Done]) -> tuple[str, int]:
+    first = next(iter(pruned(records)), None)
+    return ("", 0) if first is None else (first.text, first.recipe.samples * first.recipe.seq_len)
 
 
-def measured_columns(records: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+def measured_columns(records: Iterable[Done]) -> tuple[str, ...]:
     """What was measured, in the paper's order, then the rest by name, the average last."""
     found = {column for record in records for column in measures(record)}
     rest = sorted(found - set(TITLES))
