@@ -1,28 +1,23 @@
-"""Transfer entropy against stock forwards with hooks, what it costs, and profiles as JSON."""
+"""Transfer entropy against stock forwards with hooks, and what it costs."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
-from tiny import LAYERS, tiny_model, tiny_tokens
+from tiny import FAMILIES, LAYERS, tiny_model, tiny_tokens
 
 from dicer.errors import CalibrationError, RecipeError
-from dicer.measure.entropy.moments import STD_FLOOR, Moments
-from dicer.measure.entropy.profile import LISTS, Profile, read_profile
+from dicer.measure.entropy.profile import LISTS
 from dicer.measure.entropy.transfer import layer_forwards, measure
 from dicer.measure.stores.resident import ResidentStore
 from dicer.model.families import family_of
 
-MODELS = ("llama", "gemma3_text", "gpt2", "opt", "phi3")
 ATTENTION = {"gpt2": "attn"}
 MLP = {"opt": "fc2"}
 KINDS = {"blocks": "block", "attention": "attention", "mlp": "mlp"}
-every_model = pytest.mark.parametrize("family", MODELS)
 both_searches = pytest.mark.parametrize("search", ["independent", "greedy"])
 
 
@@ -81,22 +76,23 @@ def plant(model, index):
     return model
 
 
-@every_model
-@pytest.mark.parametrize("at", ["norm", "hidden"])
-def test_it_is_what_stock_forwards_with_hooks_give(family, at):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_forwards_with_hooks(family):
     model, tokens = tiny_model(family), tiny_tokens(7)
-    whole, expected = _naive(model, tokens, at)
-    for size in (7, 4, 3):  # a whole batch, and last ones of three rows and of one
-        profile = measure(_store(model), tokens.split(size), at=at)
-        assert profile.entropy == pytest.approx(whole, rel=1e-5)
-        # A difference of two entropies has the rounding of both: float32 in the model, whatever is summed afterwards.
-        assert _values(profile) == pytest.approx(expected, rel=1e-4, abs=1e-6 * abs(whole))
-        assert (profile.tokens, profile.channels) == (tokens.numel(), model.config.hidden_size)
-        for entries in profile.lists.values():
-            assert all(entry.te == abs(profile.entropy - entry.entropy) for entry in entries)
+    sizes = {"norm": (7, 4, 3), "hidden": (3,)} if family in ("llama", "opt") else {"norm": (3,)}
+    for at, each in sizes.items():
+        whole, expected = _naive(model, tokens, at)
+        for size in each:  # a whole batch, and last ones of three rows and of one
+            profile = measure(_store(model), tokens.split(size), at=at)
+            assert profile.entropy == pytest.approx(whole, rel=1e-5)
+            # A difference of two entropies has the rounding of both: float32 in the model, whatever is summed after it.
+            assert _values(profile) == pytest.approx(expected, rel=1e-4, abs=1e-6 * abs(whole))
+            assert (profile.tokens, profile.channels) == (tokens.numel(), model.config.hidden_size)
+            for entries in profile.lists.values():
+                assert all(entry.te == abs(profile.entropy - entry.entropy) for entry in entries)
 
 
-def test_in_float64_it_is_exact_to_many_digits():
+def test_float64():
     model, tokens = tiny_model("llama", dtype=torch.float64), tiny_tokens(7)
     whole, expected = _naive(model, tokens, "norm")
     profile = measure(_store(model), tokens.split(3))
@@ -104,14 +100,7 @@ def test_in_float64_it_is_exact_to_many_digits():
     assert _values(profile) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma", "gemma2"])
-def test_the_other_families_agree_too(family):
-    model, tokens = tiny_model(family), tiny_tokens(4)
-    whole, expected = _naive(model, tokens, "norm")
-    assert _values(measure(_store(model), tokens.split(3))) == pytest.approx(expected, rel=1e-4, abs=1e-6 * abs(whole))
-
-
-def test_a_model_without_a_final_norm_has_one_final_state():
+def test_no_final_norm():
     model, tokens = tiny_model("opt", do_layer_norm_before=False), tiny_tokens(4)
     norm, hidden = (measure(_store(model), tokens.split(3), at=at) for at in ("norm", "hidden"))
     assert _values(norm) == _values(hidden)
@@ -119,7 +108,7 @@ def test_a_model_without_a_final_norm_has_one_final_state():
 
 
 @both_searches
-def test_a_block_that_adds_nothing_has_no_transfer_entropy(search):
+def test_block_that_adds_nothing(search):
     model = plant(tiny_model("llama"), 2)
     profile = measure(_store(model), tiny_tokens().split(4), search=search)
     assert [entries[2].te for entries in profile.lists.values()] == [0.0, 0.0, 0.0]
@@ -128,7 +117,7 @@ def test_a_block_that_adds_nothing_has_no_transfer_entropy(search):
         assert [profile.blocks[2].pick, profile.attention[2].pick, profile.mlp[2].pick] == [0, 0, 1]
 
 
-def test_ties_go_to_the_lower_layer_and_to_attention():
+def test_ties():
     profile = measure(_store(plant(plant(tiny_model("llama"), 3), 1)), tiny_tokens().split(4), search="greedy")
     assert [profile.blocks[i].pick for i in (1, 3)] == [0, 1]
     assert [entries[i].pick for i in (1, 3) for entries in (profile.attention, profile.mlp)] == [0, 1, 2, 3]
@@ -146,8 +135,8 @@ def _naive_greedy(model, tokens, rest):
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
-def test_a_greedy_search_is_the_loop(family):
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_greedy_loop(family):
     model, tokens = tiny_model(family), tiny_tokens(5)
     profile = measure(_store(model), tokens.split(2), search="greedy")
     blocks = _naive_greedy(model, tokens, [("block", i) for i in range(LAYERS)])
@@ -184,10 +173,10 @@ class _Counting(ResidentStore):
         return recording
 
 
-@pytest.mark.parametrize("lists", [LISTS, ("blocks",), ("attention",), ("mlp", "attention"), ("mlp", "blocks")])
+@pytest.mark.parametrize("lists", [LISTS, ("blocks",), ("attention",), ("mlp", "blocks")])
 @both_searches
-@pytest.mark.parametrize("layers", [1, 2, 5])
-def test_the_count_of_layer_forwards_is_the_real_one(lists, search, layers):
+@pytest.mark.parametrize("layers", [1, 5])
+def test_count_of_layer_forwards(lists, search, layers):
     store, told = _Counting(tiny_model("llama", num_hidden_layers=layers)), []
     profile = measure(store, tiny_tokens().split(4), lists=lists, search=search, progress=lambda *a: told.append(a))
     picks = None
@@ -202,7 +191,7 @@ def test_the_count_of_layer_forwards_is_the_real_one(lists, search, layers):
     assert dones == sorted(dones)
 
 
-def test_the_most_is_when_late_layers_are_picked_first():
+def test_most_layer_forwards():
     late = [3, 3, 2, 2, 1, 1, 0, 0]
     most = layer_forwards(4, ["attention", "mlp"], "greedy")
     assert layer_forwards(4, ["attention", "mlp"], "greedy", late) == most
@@ -212,13 +201,13 @@ def test_the_most_is_when_late_layers_are_picked_first():
     )
 
 
-def test_the_closed_form():
+def test_closed_form():
     assert layer_forwards(30) == 30 + 30 * 29 // 2 + 2 * 30 * 31 // 2
     assert layer_forwards(30, ["blocks"], "greedy") == 1 + sum(n * (n - 1) // 2 + n - 1 for n in range(1, 31))
 
 
-@every_model
-def test_what_is_bypassed_is_not_computed_and_put_back_afterwards(family):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_bypassed_modules(family):
     model, calls = tiny_model(family), []
     names = {"gpt2": ("attn.c_proj", "mlp.c_proj"), "opt": ("self_attn.out_proj", "fc1")}
     for name in names.get(family, ("self_attn.o_proj", "mlp.down_proj")):
@@ -233,41 +222,14 @@ def test_what_is_bypassed_is_not_computed_and_put_back_afterwards(family):
     assert sum("forward" in module.__dict__ for module in model.modules()) == 2  # those of this test
 
 
-def test_a_model_in_training_mode_is_measured_without_dropout_and_left_as_it_was():
+def test_training_mode():
     model = tiny_model("gpt2", resid_pdrop=0.5, attn_pdrop=0.5)
     quiet = measure(_store(model), [tiny_tokens()])
     assert measure(_store(model.train()), [tiny_tokens()]) == quiet
     assert all(module.training for module in model.modules())
 
 
-def _moments(values, size):
-    zeros = torch.zeros(values.shape[1], dtype=torch.float64)
-    moments = Moments(0, zeros, zeros)
-    for batch in values.split(size):
-        moments = moments.add(batch)
-    return moments
-
-
-@pytest.mark.parametrize("size", [5000, 512, 7, 1])
-def test_a_channel_far_from_zero_keeps_its_digits(size):
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(5000, 3, generator=generator, dtype=torch.float64)
-    values = (values * torch.tensor([1e-2, 1.0, 1e3]) + torch.tensor([1e4, 0.0, -1e6])).float()  # what a model gives
-    moments, std = _moments(values, size), values.double().numpy().std(0)
-    assert std[0] == pytest.approx(1e-2, rel=0.05)
-    assert moments.std.numpy() == pytest.approx(std, rel=1e-9)
-    assert moments.entropy == pytest.approx(np.log(std).sum(), rel=1e-9)
-    assert moments.count == 5000
-
-
-def test_a_constant_channel_counts_as_one_of_the_smallest_std():
-    values = torch.tensor([[0.1, 1.0], [0.1, 3.0], [0.1, 1.0]] * 50)
-    moments = _moments(values, 4)
-    assert moments.constant == 1
-    assert moments.entropy == pytest.approx(np.log(STD_FLOOR) + np.log(values[:, 1].double().numpy().std()))
-
-
-def test_constant_channels_are_told():
+def test_constant_channels():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.norm.weight[:3] = 0
@@ -276,18 +238,17 @@ def test_constant_channels_are_told():
     assert profile.notes == ("3 of 32 channels of the final state are constant over all tokens",)
 
 
-def test_few_tokens_are_told():
+def test_few_tokens():
     profile = measure(_store(tiny_model("llama")), [tiny_tokens(1, 31)])
     (note,) = profile.notes
     assert note == "31 calibration tokens for 32 channels: the entropy estimate is poor; use at least 32"
     assert measure(_store(tiny_model("llama")), [tiny_tokens(1, 32)]).notes == ()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_one_line(bad):
+def test_values_not_finite():
     model = tiny_model("llama")
     with torch.no_grad():
-        _layers(model)[2].mlp.down_proj.weight[0] = bad
+        _layers(model)[2].mlp.down_proj.weight[0] = float("inf")
     with pytest.raises(RecipeError, match=r"with attention.0 bypassed, layer 2 .* NaN or .*--dtype float32") as caught:
         measure(_store(model), [tiny_tokens()])
     assert "\n" not in str(caught.value)
@@ -305,19 +266,19 @@ def test_values_that_are_not_finite_are_one_line(bad):
         ({"lists": []}, "nothing to measure"),
     ],
 )
-def test_unknown_choices_name_the_nearest(choices, says):
+def test_unknown_choices(choices, says):
     with pytest.raises(RecipeError, match=r".") as caught:
         measure(_store(tiny_model("llama")), [tiny_tokens()], **choices)
     assert says in str(caught.value)
 
 
-def test_no_tokens_are_told():
+def test_no_tokens():
     with pytest.raises(CalibrationError, match="no calibration tokens"):
         measure(_store(tiny_model("llama")), [])
 
 
 @both_searches
-def test_only_the_chosen_lists_and_in_any_order(search):
+def test_chosen_lists(search):
     store, batches = _store(tiny_model("llama")), tiny_tokens().split(4)
     whole = measure(store, batches, search=search)
     assert measure(store, batches, search=search) == whole  # the same bits
@@ -327,8 +288,8 @@ def test_only_the_chosen_lists_and_in_any_order(search):
 
 
 @both_searches
-@pytest.mark.parametrize("after", [1, 5, 11])
-def test_what_is_known_is_not_run_again(search, after):
+@pytest.mark.parametrize("after", [1, 11])
+def test_known_values(search, after):
     model, batches = tiny_model("llama"), tiny_tokens().split(4)
     known, whole, later, told = {}, {}, {}, []
 
@@ -348,64 +309,3 @@ def test_what_is_known_is_not_run_again(search, after):
     assert not known.keys() & later.keys()
     assert store.calls < calls
     assert told[-1][1] == calls // 2  # what was saved counts as done
-
-
-def _example(search="greedy"):
-    return measure(_store(tiny_model("llama")), tiny_tokens().split(4), search=search)
-
-
-@both_searches
-def test_json_there_and_back(search, tmp_path):
-    profile = dataclasses.replace(_example(search), about={"model": {"name": "llama"}})
-    value = json.loads(json.dumps(profile.to_json()))
-    assert Profile.from_json(value) == profile
-    assert [entry["layer"] for entry in value["mlp"]] == list(range(LAYERS))
-    assert value["blocks"][1]["te"] == profile.blocks[1].te == profile.te_lists()["blocks"][1]
-    assert ("pick" in value["mlp"][0]) == (search == "greedy")
-    file = tmp_path / "profile.json"
-    file.write_text(json.dumps(value))
-    assert read_profile(file) == profile
-
-
-def _with(**changes):
-    return lambda value: value | changes
-
-
-BROKEN = {
-    "a key that is not known": (_with(mlps=[]), "unknown key 'mlps'. Did you mean 'mlp'?"),
-    "a key that is missing": (lambda v: {k: x for k, x in v.items() if k != "entropy"}, "'entropy' is missing"),
-    "a value of the wrong kind": (_with(tokens="many"), "tokens: Input should be a valid integer, got 'many'"),
-    "no tokens": (_with(tokens=0), "tokens and channels must be at least 1"),
-    "an unknown search": (_with(search="brute"), "search: Input should be 'independent' or 'greedy'"),
-    "no lists": (lambda v: {k: x for k, x in v.items() if k not in LISTS}, "none of the lists blocks, attention, mlp"),
-    "an entry without te": (_with(mlp=[{"layer": 0, "entropy": 1.0}]), "'mlp.0.te' is missing"),
-    "NaN": (_with(entropy=float("nan")), "entropy: Input should be a finite number"),
-    "a negative te": (
-        lambda v: v | {"mlp": [{**entry, "te": -1.0} for entry in v["mlp"]]},
-        "a transfer entropy cannot be negative",
-    ),
-    "another order": (lambda v: v | {"mlp": v["mlp"][::-1]}, "mlp: the layers must be 0 to 3, in order"),
-    "lists that differ in length": (lambda v: v | {"blocks": v["blocks"][:3]}, "of different lengths"),
-    "picks without a search": (_with(search="independent"), "the picks do not fit to search 'independent'"),
-    "no object": (lambda v: [v], "no JSON object"),
-}
-
-
-@pytest.mark.parametrize("case", sorted(BROKEN))
-def test_a_broken_profile_is_one_line(case, tmp_path):
-    change, says = BROKEN[case]
-    file = tmp_path / "profile.json"
-    file.write_text(json.dumps(change(_example().to_json())))
-    with pytest.raises(RecipeError, match=r"^entropy profile .*profile.json: [^\n]*\.$") as caught:
-        read_profile(file)
-    assert says in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff"])
-def test_a_file_that_is_no_json_is_one_line(content, tmp_path):
-    file = tmp_path / "profile.json"
-    file.write_bytes(content)
-    with pytest.raises(RecipeError, match=r"^entropy profile .*profile.json[^\n]*\.$"):
-        read_profile(file)
-    with pytest.raises(RecipeError, match="No such file"):
-        read_profile(tmp_path / "none.json")
