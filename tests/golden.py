@@ -102,4 +102,4 @@ if __name__ == "__main__":
     elif "--write" in sys.argv:
         TABLE.write_text(json.dumps(run(), indent=1) + "\n")
     else:
-        sys.exit("\n".join(differences(run())))
+        sys.exit("\n".join(differences(run())) or 0)

@@ -15,6 +15,8 @@ import dicer
 from dicer.decide.plan import LayerPlan
 from dicer.measure.statistics import Need, Sums
 from dicer.model.source import ModelSource
+from dicer.write.checkpoint import build_model
+from dicer.write.surgery import plan_cut
 
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{family}-tied-mha": (family, {"tied": True, "kv_heads": 4}) for family in FAMILIES},
@@ -96,6 +98,11 @@ def plan_for(source: ModelSource, axes: dict[str, Any], blocks: tuple[int, ...] 
     """A plan that fits a model and says nothing of where it comes from."""
     model = {"name": source.name, "model_type": source.config.model_type, "fingerprint": source.fingerprint}
     return dicer.PrunePlan(model, {"method": None}, {}, {}, axes, blocks)
+
+
+def cut_by(plan: dicer.PrunePlan, source: ModelSource) -> Any:
+    """What the library makes of a plan, in memory."""
+    return build_model(plan_cut(source, plan))
 
 
 class Passed(torch.nn.Module):

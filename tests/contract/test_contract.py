@@ -22,6 +22,7 @@ from by_hand import (
     assert_same_tensors,
     bytes_in,
     config_in,
+    cut_by,
     dense_model,
     generated_by,
     is_stock,
@@ -44,7 +45,6 @@ from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.walk import walk
 from dicer.model.families import family_of
 from dicer.model.source import from_memory, open_model
-from dicer.pipeline import build_model
 from dicer.write.export import modeling_pruned
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +61,7 @@ class TestFamilyContract:
     def test_cut_equals_masked(self, case, shape):
         dense = dense_model(case)
         plan = plan_of(from_memory(dense), case, shape)
-        cut = logits_of(build_model(from_memory(dense), plan))
+        cut = logits_of(cut_by(plan, from_memory(dense)))
         assert_near(cut, logits_of(masked(dense, case, plan)))
         assert (cut - logits_of(dense)).abs().max() > 1e-4, "what goes must have mattered"
 
@@ -86,10 +86,9 @@ class TestFamilyContract:
         seen = plain_activations(model, family, batches)
         visits = walk(ResidentStore(model, family_of(family)), range(LAYERS), batches, needs=NEEDS)
         for index, visit in enumerate(visits):
-            sums = visit.axes["mlp"].sums
-            assert (visit.index, sums.count) == (index, 6 * 24)
-            assert_same_sums(sums, seen, index)
-            assert_exact_within_rounding(sums, seen, index)
+            assert (visit.place, visit.sums.count) == ((index, "mlp"), 6 * 24)
+            assert_same_sums(visit.sums, seen, index)
+            assert_exact_within_rounding(visit.sums, seen, index)
 
     @every_family
     def test_walk_stops_after_the_last_chosen_layer(self, family):
@@ -98,9 +97,9 @@ class TestFamilyContract:
         for index, layer in enumerate(attrgetter(PLACES[family][0])(model)):
             layer.get_submodule(PLACES[family][2]).register_forward_hook(lambda *_, index=index: ran.append(index))
         visits = list(walk(ResidentStore(model, family_of(family)), [2], [tiny_tokens()], needs=NEEDS))
-        assert [visit.index for visit in visits] == [2]
+        assert [visit.place for visit in visits] == [(2, "mlp")]
         assert ran == [0, 1, 2]
-        assert_same_sums(visits[0].axes["mlp"].sums, seen, 2)
+        assert_same_sums(visits[0].sums, seen, 2)
 
     @every_case
     def test_cached_generation_equals_uncached(self, case):
@@ -179,7 +178,7 @@ class TestFamilyContract:
     @every_family
     def test_pruning_again_and_applying_the_plan_give_the_same_bytes(self, family, tmp_path, calib):
         dense, method = save_tiny(tmp_path / "dense", family), METHODS[FAMILIES.index(family) % len(METHODS)]
-        asked = dicer.Recipe(method=method, layers="1-2", calib=calib, batch_size=4)
+        asked = dicer.Recipe(method=method, layers="1-2", calib=calib)
         first = dicer.prune(dense, asked, output=tmp_path / "first")
         dicer.prune(dense, asked, output=tmp_path / "second")
         dicer.make_plan(dense, asked).save(tmp_path / "plan")
@@ -220,7 +219,7 @@ class TestFamilyContract:
         once = dicer.load(elsewhere.folder(family, "sub-layers gone with biases"))
         keep = torch.arange(NEURONS // 2)
         plan = plan_for(from_memory(once), {"mlp": {1: LayerPlan(NEURONS, keep, torch.zeros(NEURONS))}}, (3,))
-        twice = build_model(from_memory(once), plan)
+        twice = cut_by(plan, from_memory(once))
         assert_near(logits_of(twice), logits_of(masked(once, family, plan)))
         groups = units_of(family, "attention")
         assert family_of(family).units(twice.config, "attention") == [groups, 0, groups]
@@ -282,7 +281,7 @@ def elsewhere(tmp_path_factory):
         for shape in (shape for other, shape in FOLDERS if other == case):
             plan, out = plan_of(source, case, shape), made.folder(case, shape)
             dicer.apply_plan(plan, dense, out)
-            made.models[case, shape] = build_model(source, plan)
+            made.models[case, shape] = cut_by(plan, source)
             load[str(out)] = f"{out} again" if case in FAMILIES and shape in AGAIN else None
     for family in FAMILIES:
         saved = made.root / f"{family} by dicer"
@@ -300,4 +299,4 @@ def elsewhere(tmp_path_factory):
 
 def cut_in_memory(case, shape):
     source = from_memory(dense_model(case))
-    return build_model(source, plan_of(source, case, shape))
+    return cut_by(plan_of(source, case, shape), source)

@@ -22,11 +22,13 @@ from dicer.measure.walk import walk
 from dicer.model.families import family_of
 from dicer.write.export import modeling_pruned
 
+CHECKPOINTING = dicer.Compute(batch_size=4, gradient_checkpointing=True)
+
 
 @pytest.fixture(scope="module")
 def recipe(calib):
     def make(**values):
-        return dicer.Recipe(**{"method": "rc-a", "batch_size": 4, "calib": calib, **values})
+        return dicer.Recipe(**{"method": "rc-a", "calib": calib, **values})
 
     return make
 
@@ -68,7 +70,7 @@ def test_left_as_it_was(family, method, recipe):
     layers[3].eval()
     layers[2].register_forward_hook(lambda *_: None)
     before = footprint(model)
-    dicer.prune(model, recipe(method=method, layers="1-2", gradient_checkpointing=True))
+    dicer.prune(model, recipe(method=method, layers="1-2"), CHECKPOINTING)
     assert parts_that_differ(before, footprint(model)) == []
 
 
@@ -83,7 +85,7 @@ def test_left_as_it_was_when_scoring_fails(recipe):
     handle = layers[2].mlp.down_proj.register_forward_hook(broken)
     for method in ("rc-a", "taylor"):
         with pytest.raises(RuntimeError, match="the device is lost"):
-            dicer.prune(model, recipe(method=method, gradient_checkpointing=True))
+            dicer.prune(model, recipe(method=method), CHECKPOINTING)
     handle.remove()
     assert parts_that_differ(before, footprint(model)) == []
 
@@ -141,9 +143,9 @@ def test_no_language_model(wrong):
         dicer.prune(given[wrong])
 
 
-def test_dtype_of_another_recipe():
-    with pytest.raises(dicer.DicerError, match="asks for dtype bfloat16, and the model in memory has float32"):
-        dicer.prune(tiny_model("llama"), dicer.Recipe(method="weight-l2", dtype="bfloat16"))
+def test_another_dtype_asked_for():
+    with pytest.raises(dicer.DicerError, match="dtype bfloat16 is asked for, and the model in memory has float32"):
+        dicer.prune(tiny_model("llama"), compute=dicer.Compute(dtype="bfloat16"))
 
 
 def test_load_of_what_is_not_there():
@@ -175,6 +177,6 @@ def test_one_layers_sums_at_a_time():
         progress=lambda *_: most.append(sum(ref() is not None for ref in alive)),
     )
     for visit in visits:
-        alive.append(weakref.ref(visit.axes["mlp"].sums))
+        alive.append(weakref.ref(visit.sums))
         del visit
     assert most == [0] * LAYERS

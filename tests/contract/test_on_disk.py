@@ -21,7 +21,7 @@ from dicer.model.source import open_model
 @pytest.fixture(scope="module")
 def recipe(calib):
     def make(**values):
-        return dicer.Recipe(**{"method": "rc-a", "batch_size": 4, "calib": calib, **values})
+        return dicer.Recipe(**{"method": "rc-a", "calib": calib, **values})
 
     return make
 

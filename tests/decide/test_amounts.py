@@ -10,22 +10,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from dicer.decide.amounts.modules import (
-    Bounds,
-    Module,
-    allowed_widths,
-    most,
-    read_ratios,
-    total,
-    uniform_units,
-    whole_units,
-)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dicer.decide.amounts.by_entropy import SCHEDULES, SPLITS, entropy_ratios, water_fill, weights_of
 from dicer.decide.amounts.by_rank import block_removal, global_units
+from dicer.decide.amounts.from_file import read_ratios
+from dicer.decide.amounts.prunable import Bounds, Prunable, allowed_widths, most, total
+from dicer.decide.amounts.rounding import whole_units
+from dicer.decide.amounts.uniform import uniform_units
 from dicer.errors import RecipeError
+from dicer.model.units import SubLayer
 
 ROUNDING = 1e-9
 FRACTIONS = st.floats(0, 1)
@@ -33,6 +28,10 @@ IMPORTANCES = st.floats(0, 100).map(lambda x: round(x, 3))
 NEVER, THRESHOLDS, MULTIPLES = st.none(), st.floats(0.3, 1), st.sampled_from([1, 4])
 GIVING = st.floats(0, 10).map(lambda x: round(x, 3))
 SCHEDULE, SPLIT = st.sampled_from(sorted(SCHEDULES)), st.sampled_from(sorted(SPLITS))
+
+
+def sub_layer(axis, layer, units, unit_parameters):
+    return Prunable(SubLayer(layer, axis), units, unit_parameters)
 
 
 @st.composite
@@ -43,7 +42,7 @@ def models(draw):
     same = draw(st.booleans())
     shape = st.tuples(st.integers(1, 40), st.integers(1, 20))
     shapes = {axis: draw(shape) for axis in axes}
-    return [Module(axis, layer, *(shapes[axis] if same else draw(shape))) for layer in layers for axis in axes]
+    return [sub_layer(axis, layer, *(shapes[axis] if same else draw(shape))) for layer in layers for axis in axes]
 
 
 @st.composite
@@ -73,7 +72,7 @@ def steps(modules, bounds):
 
 
 def entropies(draw, modules):
-    te = {(m.axis, m.layer): draw(IMPORTANCES) for m in modules}
+    te = {(m.layer, m.axis): draw(IMPORTANCES) for m in modules}
     return te, {layer: draw(IMPORTANCES) for layer in {m.layer for m in modules}}
 
 
@@ -92,7 +91,7 @@ def test_widths_keep_to_the_bounds_and_something_of_every_module_stays(modules, 
 
 
 def test_most_is_all_but_the_smallest_widths_or_all_but_one_where_modules_may_go_whole():
-    modules = [Module("attention", 0, 3, 100), Module("mlp", 0, 40, 5)]
+    modules = [sub_layer("attention", 0, 3, 100), sub_layer("mlp", 0, 40, 5)]
     assert most(modules, Bounds()) == 500 - 100 - 5
     assert most(modules, Bounds(max_ratio=0.5, multiple=8)) == 100 + 16 * 5
     assert most(modules, Bounds(min_width=30)) == 200 + 10 * 5, "min_width is for neurons"
@@ -214,15 +213,15 @@ def test_unknown_names_and_bad_importances_are_one_line():
         weights_of([1], "linea")
     with pytest.raises(RecipeError, match="not finite"):
         weights_of([1, math.nan], "rank")
-    modules = [Module("mlp", 3, 4, 1)]
+    modules = [sub_layer("mlp", 3, 4, 1)]
     with pytest.raises(RecipeError, match="unknown split 'half'"):
-        entropy_ratios(modules, {("mlp", 3): 1}, None, 1, Bounds(), split="half")
-    for te in ({("mlp", 3): math.nan}, {("mlp", 3): math.inf}, {("mlp", 3): -1.0}, {}):
+        entropy_ratios(modules, {(3, "mlp"): 1}, None, 1, Bounds(), split="half")
+    for te in ({(3, "mlp"): math.nan}, {(3, "mlp"): math.inf}, {(3, "mlp"): -1.0}, {}):
         with pytest.raises(RecipeError, match=r"entropy of mlp in layer 3 is (nan|inf|-1.0|None), not"):
             entropy_ratios(modules, te, None, 1, Bounds())
-    both = [*modules, Module("attention", 3, 2, 1)]
+    both = [*modules, sub_layer("attention", 3, 2, 1)]
     with pytest.raises(RecipeError, match="entropy of block 3 is nan"):
-        entropy_ratios(both, {("mlp", 3): 1, ("attention", 3): 1}, {3: math.nan}, 1, Bounds())
+        entropy_ratios(both, {(3, "mlp"): 1, (3, "attention"): 1}, {3: math.nan}, 1, Bounds())
 
 
 # Transfer entropy
@@ -245,7 +244,7 @@ def test_what_matters_more_never_loses_more_in_one_level(modules, bounds, data, 
     te, _ = entropies(data.draw, modules)
     ratios = entropy_ratios(modules, te, None, share * most(modules, bounds), bounds, schedule)
     limits = [1 - allowed_widths(m, bounds)[0] / m.units for m in modules]
-    rows = list(zip([te[m.axis, m.layer] for m in modules], limits, ratios, strict=True))
+    rows = list(zip([te[m.layer, m.axis] for m in modules], limits, ratios, strict=True))
     for entropy, limit, ratio in rows:
         for other, other_limit, other_ratio in rows:
             assert not (entropy > other and limit == other_limit) or ratio <= other_ratio + 1e-12
@@ -262,9 +261,9 @@ def test_entropy_ratios_do_not_see_the_order_of_modules(modules, bounds, data, s
     assert shuffled == pytest.approx([ratios[i] for i in order], abs=1e-9)
 
 
-PAIR = [Module("attention", 0, 10, 10), Module("mlp", 0, 30, 10), Module("attention", 1, 10, 10)]
-PAIR += [Module("mlp", 1, 30, 10)]
-PAIR_TE = {("attention", 0): 1.0, ("mlp", 0): 3.0, ("attention", 1): 0.0, ("mlp", 1): 0.0}
+PAIR = [sub_layer("attention", 0, 10, 10), sub_layer("mlp", 0, 30, 10), sub_layer("attention", 1, 10, 10)]
+PAIR += [sub_layer("mlp", 1, 30, 10)]
+PAIR_TE = {(0, "attention"): 1.0, (0, "mlp"): 3.0, (1, "attention"): 0.0, (1, "mlp"): 0.0}
 
 
 @pytest.mark.parametrize(
@@ -289,8 +288,8 @@ def test_blocks_by_hand_the_most_important_gives_nothing():
 
 
 def test_one_axis_goes_by_its_own_entropy_whatever_the_blocks():
-    modules = [Module("mlp", layer, 100, 1) for layer in range(3)]
-    te = {("mlp", 0): 0.0, ("mlp", 1): 1.0, ("mlp", 2): 2.0}
+    modules = [sub_layer("mlp", layer, 100, 1) for layer in range(3)]
+    te = {(0, "mlp"): 0.0, (1, "mlp"): 1.0, (2, "mlp"): 2.0}
     assert entropy_ratios(modules, te, {0: 9, 1: 0, 2: 0}, 60, Bounds()) == pytest.approx([0.4, 0.2, 0])
 
 
@@ -320,29 +319,29 @@ def test_modules_go_whole_only_where_they_fit(modules, bounds, data, schedule, s
 
 
 def test_dropping_by_hand():
-    te = {("mlp", layer): float(layer) for layer in range(3)}
-    modules = [Module("mlp", layer, 100, 1) for layer in range(3)]
+    te = {(layer, "mlp"): float(layer) for layer in range(3)}
+    modules = [sub_layer("mlp", layer, 100, 1) for layer in range(3)]
     assert entropy_ratios(modules, te, None, 120, Bounds()) == pytest.approx([0.8, 0.4, 0])
     assert entropy_ratios(modules, te, None, 120, Bounds(drop_threshold=0.8)) == pytest.approx([1, 0.2, 0])
     assert entropy_ratios(modules, te, None, 120, Bounds(drop_threshold=0.81)) == pytest.approx([0.8, 0.4, 0])
     # A layer of three heads reaches 0.8 although it cannot keep less than one; where it is too large, it keeps one.
-    heads = [Module("attention", 0, 3, 10), Module("attention", 1, 3, 10)]
-    te = {("attention", 0): 0.0, ("attention", 1): 1.0}
+    heads = [sub_layer("attention", 0, 3, 10), sub_layer("attention", 1, 3, 10)]
+    te = {(0, "attention"): 0.0, (1, "attention"): 1.0}
     assert entropy_ratios(heads, te, None, 36, Bounds(drop_threshold=0.8)) == pytest.approx([1, 0.2])
     assert entropy_ratios(heads, te, None, 28, Bounds(drop_threshold=0.8)) == pytest.approx([2 / 3, 4 / 15])
 
 
 def test_a_dropped_sub_layer_counts_for_its_block():
-    te = {**PAIR_TE, ("attention", 0): 0.0}
+    te = {**PAIR_TE, (0, "attention"): 0.0}
     ratios = entropy_ratios(PAIR, te, {0: 1.0, 1: 1.0}, 320, Bounds(drop_threshold=0.9))
     assert ratios == pytest.approx([1, 0.2, 0.4, 0.4])  # block 0 still gives 40%, and block 1 too
 
 
 @pytest.mark.parametrize("target", [800, 795])
-def test_not_every_module_can_go(target):
+def test_not_every_sub_layer_can_go(target):
     with pytest.raises(RecipeError, match="at most 790"):
         entropy_ratios(PAIR, PAIR_TE, {0: 1, 1: 1}, target, Bounds(drop_threshold=0.1))
-    with pytest.raises(RecipeError, match="removes every module whole"):
+    with pytest.raises(RecipeError, match="removes every sub-layer whole"):
         whole_units(PAIR, [1.0] * 4, Bounds(drop_threshold=1.0), target)
 
 
@@ -367,7 +366,7 @@ def test_whole_units_meet_the_target_each_near_its_ratio(modules, bounds, data, 
 
 @given(st.lists(st.floats(0, 0.9), min_size=1, max_size=12), st.integers(2, 50))
 def test_largest_remainders_lose_one_more(ratios, units):
-    modules = [Module("attention", layer, units, 7) for layer in range(len(ratios))]
+    modules = [sub_layer("attention", layer, units, 7) for layer in range(len(ratios))]
     bounds = Bounds()
     exact = [min(units * ratio, units - 1) for ratio in ratios]
     kept = whole_units(modules, [x / units for x in exact], bounds, 7 * sum(exact))
@@ -381,14 +380,14 @@ def test_largest_remainders_lose_one_more(ratios, units):
 
 @given(st.integers(1, 40), st.integers(2, 50), st.floats(0, 0.9))
 def test_equal_modules_with_equal_ratios_differ_by_at_most_one(layers, units, ratio):
-    modules = [Module("attention", layer, units, 7) for layer in range(layers)]
+    modules = [sub_layer("attention", layer, units, 7) for layer in range(layers)]
     ratio = min(ratio, 1 - 1 / units)
     kept = whole_units(modules, [ratio] * layers, Bounds(), ratio * total(modules))
     assert max(kept) - min(kept) <= 1
 
 
 def test_equal_remainders_are_taken_evenly_over_the_layers():
-    modules = [Module("attention", layer, 3, 100) for layer in range(30)]
+    modules = [sub_layer("attention", layer, 3, 100) for layer in range(30)]
     kept = whole_units(modules, [0.2] * 30, Bounds(), 0.2 * 9000)
     assert removed(modules, kept) == 1800
     thirds = [sum(3 - keep for keep in kept[start : start + 10]) for start in (0, 10, 20)]
@@ -396,14 +395,14 @@ def test_equal_remainders_are_taken_evenly_over_the_layers():
 
 
 def test_small_units_take_up_what_large_ones_miss():
-    modules = [Module("attention", 0, 3, 100), Module("mlp", 0, 100, 3), Module("mlp", 1, 100, 3)]
+    modules = [sub_layer("attention", 0, 3, 100), sub_layer("mlp", 0, 100, 3), sub_layer("mlp", 1, 100, 3)]
     # 60 of attention rounds to 100; each MLP has 30.5 units to lose, and may lose only one less for it.
     kept = whole_units(modules, [0.2, 0.305, 0.305], Bounds(), 60 + 2 * 91.5)
     assert kept == [2, 70, 70]
 
 
 def test_a_ratio_of_one_is_whole_only_where_a_threshold_says_so():
-    modules = [Module("attention", 0, 3, 10), Module("mlp", 0, 32, 1)]
+    modules = [sub_layer("attention", 0, 3, 10), sub_layer("mlp", 0, 32, 1)]
     assert whole_units(modules, [1.0, 0.25], Bounds(drop_threshold=1.0, multiple=8), 38) == [0, 24]
     assert whole_units(modules, [1.0, 0.25], Bounds(multiple=8), 38) == [1, 24]
     with pytest.raises(RecipeError, match=r"at most 44 \(71.0%\)"):
@@ -414,19 +413,19 @@ def test_a_ratio_of_one_is_whole_only_where_a_threshold_says_so():
 
 
 def test_uniform_attention_of_three_groups_is_spread_over_the_layers():
-    modules = [Module("attention", layer, 3, 100) for layer in range(30)]
+    modules = [sub_layer("attention", layer, 3, 100) for layer in range(30)]
     kept = uniform_units(modules, 0.2, Bounds())
     assert kept == [2, 3, 2, 3, 2] * 6
     assert removed(modules, kept) == 18 * 100
 
 
 def test_uniform_mlp_is_one_width_in_multiples():
-    modules = [Module("mlp", layer, 1536, 100) for layer in range(4)]
+    modules = [sub_layer("mlp", layer, 1536, 100) for layer in range(4)]
     assert uniform_units(modules, 0.25, Bounds()) == [1152] * 4
     assert uniform_units(modules, 0.2, Bounds(multiple=256)) == [1280] * 4
     assert uniform_units(modules, 0.3, Bounds(max_ratio=0.3)) == [1076] * 4  # 1075 would lose a little more than 0.3
     with pytest.raises(RecipeError, match="leaves no neuron of 100"):
-        uniform_units([Module("mlp", 0, 100, 1)], 0.2, Bounds(multiple=256))
+        uniform_units([sub_layer("mlp", 0, 100, 1)], 0.2, Bounds(multiple=256))
 
 
 @given(models(), st.floats(0, 0.9), st.floats(0.3, 1))
@@ -451,7 +450,7 @@ def test_uniform_attention_never_misses_by_more_than_half_a_unit(modules, ratio,
 
 @given(st.integers(1, 40), st.integers(1, 16), st.floats(0, 0.9))
 def test_uniform_attention_is_never_half_a_unit_off_in_the_first_layers_either(layers, units, ratio):
-    modules = [Module("attention", layer, units, 100) for layer in range(layers)]
+    modules = [sub_layer("attention", layer, units, 100) for layer in range(layers)]
     assume(ratio <= (units - 1) / units)
     lost = 0
     for layer, keep in enumerate(uniform_units(modules, ratio, Bounds())):
@@ -460,27 +459,27 @@ def test_uniform_attention_is_never_half_a_unit_off_in_the_first_layers_either(l
 
 
 def test_uniform_attention_takes_from_wide_layers_what_narrow_last_ones_cannot_give():
-    modules = [Module("attention", layer, units, 100) for layer, units in enumerate([4, 4, 1, 1])]
+    modules = [sub_layer("attention", layer, units, 100) for layer, units in enumerate([4, 4, 1, 1])]
     assert uniform_units(modules, 0.5, Bounds()) == [1, 2, 1, 1]
     assert uniform_units(modules, 0.2, Bounds()) == [3, 3, 1, 1]
 
 
 def test_a_layer_narrower_than_the_multiple_stays_where_others_are_wider():
-    modules = [Module("mlp", layer, units, 100) for layer, units in enumerate([40, 5, 40])]
+    modules = [sub_layer("mlp", layer, units, 100) for layer, units in enumerate([40, 5, 40])]
     assert uniform_units(modules, 0.25, Bounds(multiple=8)) == [32, 5, 32]
 
 
 @pytest.mark.parametrize(
     ("ratio", "bounds", "message"),
     [
-        (0.5, Bounds(max_ratio=0.4), "more than the 0.4 that any module may lose"),
+        (0.5, Bounds(max_ratio=0.4), "more than the 0.4 that any may lose"),
         (0.9, Bounds(), r"\(90.0%\) are to go, but at most 6,000 \(66.7%\)"),
         (0.5, Bounds(max_ratio=0.5), r"at most 3,000 \(33.3%\)"),
     ],
 )
 def test_uniform_says_what_the_bounds_do_not_allow(ratio, bounds, message):
     with pytest.raises(RecipeError, match=message):
-        uniform_units([Module("attention", layer, 3, 100) for layer in range(30)], ratio, bounds)
+        uniform_units([sub_layer("attention", layer, 3, 100) for layer in range(30)], ratio, bounds)
 
 
 # One ranking
@@ -538,7 +537,7 @@ def test_global_units_meet_the_target_within_the_bounds(modules, bounds, seed, t
 
 
 def test_a_global_ranking_by_hand():
-    modules = [Module("attention", 0, 4, 10), Module("mlp", 0, 8, 1)]
+    modules = [sub_layer("attention", 0, 4, 10), sub_layer("mlp", 0, 8, 1)]
     scores = [torch.tensor([1.0, 2, 3, 100]), torch.tensor([5.0, 1, 1, 1, 9, 9, 9, 9])]
     # z of attention: -0.60, -0.58, -0.55, 1.73; of the MLP: three at -1.28, one at -0.14, four at 0.99
     assert global_units(modules, scores, 3, Bounds()) == [4, 5]
@@ -552,7 +551,7 @@ def test_a_global_ranking_by_hand():
 
 
 def test_constant_scores_go_from_the_lowest_layer_attention_first():
-    modules = [Module("mlp", 1, 4, 1), Module("mlp", 0, 4, 1), Module("attention", 0, 2, 1)]
+    modules = [sub_layer("mlp", 1, 4, 1), sub_layer("mlp", 0, 4, 1), sub_layer("attention", 0, 2, 1)]
     constant = [torch.full((m.units,), 0.1) for m in modules]
     assert [global_units(modules, constant, target, Bounds()) for target in (1, 3, 6)] == [
         [4, 4, 1],
@@ -562,16 +561,18 @@ def test_constant_scores_go_from_the_lowest_layer_attention_first():
 
 
 def test_global_errors():
-    modules = [Module("mlp", 2, 4, 10)]
+    modules = [sub_layer("mlp", 2, 4, 10)]
     with pytest.raises(RecipeError, match=r"at most 30 \(75.0%\)"):
         global_units(modules, [torch.arange(4.0)], 31, Bounds())
-    with pytest.raises(RecipeError, match="scores of mlp in layer 2 are not finite"):
+    with pytest.raises(RecipeError, match="scores of mlp of layer 2 are not finite"):
         global_units(modules, [torch.tensor([1, math.nan, 2, 3])], 10, Bounds())
 
 
 @pytest.mark.parametrize("bounds", [Bounds(), Bounds(multiple=256, drop_threshold=0.6)], ids=["units", "packs"])
 def test_the_units_of_a_70b_model_are_ranked_in_seconds(bounds):
-    modules = [Module(axis, i, n, p) for i in range(80) for axis, n, p in (("attention", 8, 9000), ("mlp", 28672, 12))]
+    modules = [
+        sub_layer(axis, i, n, p) for i in range(80) for axis, n, p in (("attention", 8, 9000), ("mlp", 28672, 12))
+    ]
     scores = [torch.randn(m.units, generator=torch.Generator().manual_seed(m.layer)) for m in modules]
     start = time.process_time()
     kept = global_units(modules, scores, 0.4 * total(modules), bounds)
@@ -609,7 +610,7 @@ def test_blocks_by_hand():
 # Ratios from a file
 
 
-CHOSEN = [Module("mlp", layer, 40, 10) for layer in (1, 2, 3)] + [Module("attention", 3, 4, 10)]
+CHOSEN = [sub_layer("mlp", layer, 40, 10) for layer in (1, 2, 3)] + [sub_layer("attention", 3, 4, 10)]
 
 
 def test_a_file_gives_lists_or_tables(tmp_path):

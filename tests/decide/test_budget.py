@@ -10,13 +10,12 @@ from operator import attrgetter
 import numpy as np
 import pytest
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import pdist
 from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, PLACES, tiny_model, tiny_tokens
 
 import dicer
-from dicer.decide.grouping import similarity_groups
-from dicer.decide.task import prepare
 from dicer.errors import RecipeError
-from dicer.model.source import from_memory
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -184,8 +183,8 @@ def test_a_ratio_of_one_in_a_file_removes_the_module_and_both_of_a_layer_the_lay
     assert {i: len(layer.keep) for i, layer in result.plan.axes["attention"].items()} == {0: 0, 1: 2, 3: 2}
     assert result.model.config.num_hidden_layers == 3
     assert bool(result.model(tiny_tokens(1)).logits.isfinite().all())
-    job = prepare(from_memory(model), dicer.Recipe(axis="all", allocate=file, calib=calib))
-    assert job.sizes() == (result.before, result.after), "what a dry run says"
+    found = dicer.look(model, dicer.Recipe(axis="all", allocate=file, calib=calib))
+    assert (found.before, found.after) == (result.before, result.after), "what a dry run says"
 
 
 @pytest.mark.parametrize(
@@ -267,8 +266,9 @@ def test_one_ranking_says_how_many_stay_and_groups_say_which(grouping, pruned):
     for index, layer in plan.mlp.items():
         strongest = sorted(range(NEURONS), key=lambda i: -float(scores[index][i]))[: widths[index]]
         if grouping == "similarity":
-            labels = similarity_groups(acts[index].T @ acts[index], widths[index])
-            groups = [torch.nonzero(labels == label).flatten().tolist() for label in labels.unique()]
+            tree = linkage(pdist(acts[index].T.double().numpy(), "cosine"), "complete")
+            labels = fcluster(tree, widths[index], "maxclust")
+            groups = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
             strongest = [max(group, key=lambda i: float(scores[index][i])) for group in groups]
         if grouping != "random":
             assert layer.keep.tolist() == sorted(strongest)

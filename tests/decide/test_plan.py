@@ -59,24 +59,25 @@ def test_broken_file(saved, name, content):
 
 
 RECORDS = [
-    (lambda r: r.update(format=3), "has format 3; this version of dicer reads 1 to 2"),
-    (lambda r: r.pop("format"), "has format None"),
-    (lambda r: r.pop("axes"), "'axes' is no table"),
-    (lambda r: r["model"].pop("fingerprint"), "'fingerprint' is missing"),
+    (lambda r: r.update(format=3), "it has format 3, and this version of dicer reads 1 to 2"),
+    (lambda r: r.pop("format"), "'format' is missing"),
+    (lambda r: r.pop("axes"), "'axes' is missing"),
+    (lambda r: r["model"].pop("fingerprint"), "'model.fingerprint' is missing"),
     (lambda r: r["recipe"].pop("method"), "does not say 'method'"),
     (lambda r: r["recipe"].pop("ratio_of"), "'ratio_of'"),
-    (lambda r: r.update(recipe=[]), "'recipe' is no table"),
-    (lambda r: r.update(calibration="x"), "'calibration' is no table"),
-    (lambda r: r.update(allocation=[]), "'allocation' is no table"),
-    (lambda r: r["allocation"].update(whole="x"), "'whole'"),
+    (lambda r: r.update(recipe=[]), "'recipe': Input should be an object, got []"),
+    (lambda r: r.update(calibration="x"), "'calibration': Input should be an object, got 'x'"),
+    (lambda r: r.update(allocation=[]), "'allocation': Input should be an object, got []"),
+    (lambda r: r["allocation"].update(whole="x"), "'allocation.whole"),
     (lambda r: r.update(axes={}), "its axes are []"),
     (lambda r: r["axes"].update(mlp={}), "its axes are ['mlp']"),
     (lambda r: r["axes"].update(heads=r["axes"]["mlp"]), "'heads'"),
-    (lambda r: r["axes"]["mlp"].update({"9": {}}), "'units' is missing"),
+    (lambda r: r["axes"]["mlp"].update({"9": {}}), "'axes.mlp.9.units' is missing"),
     (lambda r: r["axes"]["mlp"]["1"].update(units=39), "layer 1 does not keep a sorted selection of its 39 units"),
     (lambda r: r["axes"]["mlp"]["1"].update(keep=29), "layer 1 keeps 30 units in one file and 29 in the other"),
     (lambda r: r.update(blocks=[1]), "a layer that goes whole is also cut"),
-    *((lambda r, b=b: r.update(blocks=b), "'blocks' is no sorted list") for b in ([9, 8], [8, 8], [-1], [True], "all")),
+    *((lambda r, b=b: r.update(blocks=b), "'blocks' is no sorted list of layers") for b in ([9, 8], [8, 8])),
+    *((lambda r, b=b: r.update(blocks=b), "'blocks") for b in ([-1], [True], "all")),
 ]
 
 

@@ -23,8 +23,9 @@ def view(model, family, name):
 
 def test_order_and_names_of_sub_layers():
     places = [SubLayer(layer, axis) for layer in (0, 10, 2) for axis in ("mlp", "attention")]
-    in_order = [f"{axis}.{layer}" for layer in (0, 2, 10) for axis in ("attention", "mlp")]
-    assert [place.key for place in sorted(places)] == in_order
+    assert [place.key for place in sorted(places)] == [
+        f"{axis}.{i}" for i in (0, 2, 10) for axis in ("attention", "mlp")
+    ]
     assert str(places[0]) == "mlp of layer 0"
 
 

@@ -20,13 +20,15 @@ import pytest
 import torch
 from tiny_tasks import write_choice
 
+from dicer.ask.compute import Compute
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.recipe import Recipe
-from dicer.cli import main as cli
+from dicer.ask.spelling import Wanted
 from dicer.cli.experiments import describe
 from dicer.decide import together as passes
 from dicer.decide.together import score_all
 from dicer.errors import DicerError, ExperimentError, RecipeError
+from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_calibration
 from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import make_plan
@@ -107,15 +109,15 @@ def test_a_bit_mask_comes_back():
 
 
 def test_passes_are_shared_and_plans_the_same_as_alone(model, rows, monkeypatch):
-    asked = [run.recipe for run in make_experiment(_values(model, rows, original=False)).runs]
+    asked = [Wanted(run.recipe, run.compute) for run in make_experiment(_values(model, rows, original=False)).runs]
     source, forwards, reads = open_model(model), [], []
     dense = source.load_model()
     dense.model.layers[1].mlp.register_forward_hook(lambda *_: forwards.append(1))
     monkeypatch.setattr(passes, "load_calibration", lambda *args: reads.append(1) or load_calibration(*args))
-    found = score_all(source, dense, asked, source.tokenizer())
+    found = score_all(source, ResidentStore(dense, source.family), asked, source.tokenizer())
     assert len(forwards) == 3, "sums (with the norms that all show), gradients, Gram matrices; none for weights"
     assert len(reads) <= 1
-    for recipe, scored in zip(asked, found, strict=True):
+    for (recipe, _), scored in zip(asked, found, strict=True):
         assert not scored.plan.diff(make_plan(model, recipe)), recipe.method
         assert scored.sharing in (2, 4, 6)
 
@@ -176,7 +178,7 @@ def test_what_is_done_is_not_looked_at_again(model, rows, tmp_path):
     asked = make_experiment(_values(model, rows, methods=["rc-a"], ratios=[0.25]))
     run_experiment(asked, tmp_path / "r", evaluate=Measure())
     moved = make_experiment(_values(model, text, methods=["rc-a"], ratios=[0.25], recipe={"layers": "1-2"}))
-    far = [run._replace(loading=run.loading.model_copy(update={"device": "cuda:77"})) for run in moved.runs]
+    far = [run._replace(compute=Compute(device="cuda:77")) for run in moved.runs]
     counts = run_experiment(replace(moved, runs=far), tmp_path / "r", evaluate=Measure())
     assert counts == {"done": 0, "skipped": 2, "failed": 0}
 
@@ -272,7 +274,7 @@ def test_a_model_is_loaded_once_for_each_dtype_and_the_same_run_written_twice_is
     assert sorted(loads) == ["auto", "bfloat16"]
 
 
-def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, tmp_path, monkeypatch, capfd):
+def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, tmp_path, monkeypatch, command):
     pytest.importorskip("lm_eval", reason="pip install 'dicer[eval]' brings the harness")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -287,11 +289,8 @@ def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(model, rows, 
         f'models = ["{model}"]\nmethods = ["weight-l2"]\ncalib = ["{rows}"]\n'
         f'[evaluation]\ntasks = "tiny_choise"\ninclude_path = "{tasks}"\n'
     )
-    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capfd.readouterr()
-    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    code, out, err = command("run", toml, "-o", tmp_path / "results")
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert "unknown task 'tiny_choise'. Did you mean 'tiny_choice'?" in err
     assert not list((tmp_path / "results").rglob("*.json"))
 
@@ -303,17 +302,17 @@ def test_a_criterion_file_that_is_not_there_is_one_line(model, rows, tmp_path):
 
 
 def test_of_several_processes_none_tries_a_pass_again(model, rows, monkeypatch):
-    def fails(*_):
-        calls.append(1)
-        raise MemoryError
+    class Full(ResidentStore):
+        def record(self, batches):
+            calls.append(1)
+            raise MemoryError
 
     calls = []
     monkeypatch.setattr(passes, "world_size", lambda: 2)
-    monkeypatch.setattr(passes, "score", fails)
     source = open_model(model)
-    recipes = [Recipe(method=name, calib=str(rows)) for name in ("act-l2", "rc-a")]
+    asked = [Wanted(Recipe(method=name, calib=str(rows)), Compute()) for name in ("act-l2", "rc-a")]
     with pytest.raises(MemoryError):
-        score_all(source, None, recipes, source.tokenizer())
+        score_all(source, Full(source.load_model(), source.family), asked, source.tokenizer())
     assert len(calls) == 1
 
 
@@ -341,10 +340,7 @@ def test_content_of_a_text_not_its_place_makes_the_run(model, rows, tmp_path):
         ('models = ["a"]\nmethods = ["rc-a"]\nseeds = [1.5]\n', "seeds.0: expected a valid integer, got 1.5."),
         ('models = ["a"]\nmethods = ["rc-b"]\n', "unknown method 'rc-b'. Did you mean 'rc-a'?"),
         ('models = ["a"]\nmethods = [{method="rc-a", seeds=3}]\n', "methods.seeds: expected a list, got 3."),
-        (
-            'models = ["a"]\nmethods = ["rc-a"]\n[recipe]\nseq = 3\n',
-            "unknown recipe key 'seq'. Did you mean 'seq_len'?",
-        ),
+        ('models = ["a"]\nmethods = ["rc-a"]\n[recipe]\nseqlen = 3\n', "recipe key 'seqlen'. Did you mean 'seq_len'?"),
         ('models = ["a"]\nmethods = ["rc-a"]\n[evaluation]\nlimt = 3\n', "Did you mean 'limit'?"),
         ('models = ["a"]\nmethods = ["rc-a"]\ncalib = ["${NO_SUCH}/x.txt"]\n', "environment variable NO_SUCH"),
         ('models = ["a"]\nmethods = ["rc-a"]\n[recipe]\nratio = 0.5\n', "write ratios = [0.5] above it."),
@@ -374,14 +370,9 @@ def test_a_bad_file_is_one_line(tmp_path, monkeypatch, text, says):
     assert "\n" not in str(caught.value)
 
 
-def test_a_bad_file_typed_is_one_line_and_makes_no_folder(tmp_path, monkeypatch, capfd):
+def test_a_bad_file_typed_makes_no_folder(refused, tmp_path):
     (tmp_path / "bad.toml").write_text('models = ["a"]\nmethod = ["rc-a"]\n')
-    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(tmp_path / "bad.toml"), "-o", str(tmp_path / "results")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capfd.readouterr()
-    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.toml"]
+    refused("run", tmp_path / "bad.toml", "-o", tmp_path / "results")
 
 
 def test_variables_are_put_into_paths_only(monkeypatch):
@@ -392,7 +383,11 @@ def test_variables_are_put_into_paths_only(monkeypatch):
     asked = make_experiment({**values, "evaluation": {"perplexity": "${DICER_DATA}/b.txt"}})
     assert [run.model for run in asked.runs] == ["/texts/m"] * 2
     recipe = asked.runs[1].recipe
-    assert (recipe.calib, recipe.criterion, recipe.allocate) == ("/texts/a.txt", "/texts/c.py:own", "/texts/r.json")
+    assert (recipe.text.source, recipe.criterion, recipe.allocate) == (
+        "/texts/a.txt",
+        "/texts/c.py:own",
+        "/texts/r.json",
+    )
     assert asked.evaluation.perplexity == "/texts/b.txt"
 
 
@@ -420,7 +415,7 @@ def test_the_experiments_of_what_to_prune_can_be_read_and_no_two_runs_have_one_n
     if not any(isinstance(method, dict) and {"samples", "seq_len"} & method.keys() for method in written["methods"]):
         assert len(pruned) == math.prod(map(len, lists))
     assert len(asked.runs) == len(pruned) + 1
-    settings = {(run.method, r.ratio, r.calib, r.samples, r.seq_len) for run in pruned if (r := run.recipe)}
+    settings = {(run.method, run.recipe.ratio, run.recipe.text) for run in pruned}
     assert len(settings) == len(pruned)
     assert len({run.recipe.resolve().ratio_of for run in pruned}) == 1
 
@@ -560,8 +555,9 @@ def test_a_killed_experiment_goes_on_where_it_was(model, rows, tmp_path):
     killed.stdout.close()
     killed.wait(60)
     assert sorted(path.stem for path in place.rglob("*.json")) == sorted(done)
-    left = next(place.rglob("*.json")).with_suffix(".json.partial")
-    left.write_text('{"half')  # as if it had died while it wrote
+    left = next(place.rglob("*.json")).with_name(".dicer-killed.partial")
+    left.mkdir()  # as if it had died while it wrote
+    (left / "new").write_text('{"half')
     seen = []
     assert run_experiment(asked, place, evaluate=_half, watch=seen.append) == {"done": 4, "skipped": 3, "failed": 0}
     assert sorted(event.task.name for event in seen if event.kind == "skipped") == sorted(done)
@@ -573,21 +569,16 @@ def test_a_killed_experiment_goes_on_where_it_was(model, rows, tmp_path):
     assert resumed == whole
 
 
-def test_without_a_terminal_each_run_is_a_line(model, rows, tmp_path, monkeypatch, capfd):
+def test_without_a_terminal_each_run_is_a_line(model, rows, tmp_path, monkeypatch, command):
     monkeypatch.setattr("dicer.evaluate.quality.evaluate", Measure(broken=[3]))
-    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
     toml = tmp_path / "grid.toml"
     toml.write_text(
         f'models = ["{model}"]\nmethods = ["rc-a", "random"]\ncalib = ["{rows}"]\n'
         '[evaluation]\nperplexity = "builtin"\n'
     )
-    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, _ = capfd.readouterr()
+    code, out, _ = command("run", toml, "-o", tmp_path / "results")
     lines = out.splitlines()
-    assert end.value.code == 1
+    assert code == 1
     assert lines[0].startswith("[1/3] done llama original")
     assert lines[1].startswith("[2/3] done llama rc-a 0.25 seed 42, rows.jsonl 10 x 128")
     assert lines[2] == "[3/3] failed llama random 0.25 seed 42, rows.jsonl 10 x 128: ValueError: a number that is none"
@@ -608,7 +599,7 @@ def test_on_a_terminal_there_is_a_live_table(model, rows, tmp_path, monkeypatch,
     assert "llama weight-l2 0.25 seed 42" in out
 
 
-def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkeypatch, capfd):
+def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkeypatch, command):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("dicer.evaluate.quality.evaluate", Measure())
@@ -616,12 +607,9 @@ def test_where_all_is_done_there_is_no_empty_table(model, rows, tmp_path, monkey
     toml.write_text(
         f'models = ["{model}"]\nmethods = ["random"]\ncalib = ["{rows}"]\n[evaluation]\nperplexity = "builtin"\n'
     )
-    monkeypatch.setattr(sys, "argv", ["dicer", "run", str(toml), "-o", str(tmp_path / "results")])
     for says in ("2 runs: 2 done", "0 done, 2 skipped, 0 failed. Records: "):
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, _ = capfd.readouterr()
-        assert end.value.code == 0
+        code, out, _ = command("run", toml, "-o", tmp_path / "results")
+        assert code == 0
         assert says in out
     assert len(out.splitlines()) == 2
 
@@ -685,7 +673,7 @@ def test_the_commit_is_recorded_where_there_is_one(tmp_path, monkeypatch):
 
 def test_runs_of_versions_that_knew_no_profile_are_still_known():
     """A field that is new must not make a run of every earlier record."""
-    run = Run("model", Recipe(), "text", Recipe())
+    run = Run("model", Recipe(), "text", Compute())
     without = Recipe().model_dump(exclude={"entropy_profile"})
     same = [identity(run, recipe, Evaluation(), "f") for recipe in (without, {**without, "entropy_profile": None})]
     assert same[0] == same[1]

@@ -123,12 +123,12 @@ for samples in (7, 1):  # of one sample, the second process sees nothing
     batches = mine.split(2) if len(mine) else ()
     store = ResidentStore(source.load_model(), source.family)
     for visit in walk(store, [1, 2], batches, needs=needs, gradient=True):
-        name = f"{samples}.{visit.index}"
-        part = visit.axes["mlp"]
-        found |= {f"{name}.{need.kind}": part.sums.get(*need[:2]) for need in needs}
-        found |= {f"{name}.gradient": part.gradient.down, f"{name}.count": torch.tensor(part.sums.count)}
+        name = f"{samples}.{visit.place.layer}"
+        found |= {f"{name}.{need.kind}": visit.sums.get(*need[:2]) for need in needs}
+        found |= {f"{name}.gradient": visit.gradient.down, f"{name}.count": torch.tensor(visit.sums.count)}
     for turn in ("measured", "cached"):
-        profile = entropy_profile(source, source.load_model(), tokens[:samples], batch_size=2)
+        store = ResidentStore(source.load_model(), source.family)
+        profile = entropy_profile(source, store, tokens[:samples], batch_size=2)
         assert profile.tokens == samples * 24
         entries = profile.blocks + profile.attention + profile.mlp
         found[f"{samples}.{turn}.entropy"] = torch.tensor([profile.entropy, *(entry.entropy for entry in entries)])

@@ -253,9 +253,8 @@ def load_plan(path: Path) -> PrunePlan:
     except PermissionError as error:
         raise PlanError(f"the plan at {path} cannot be read: {error.strerror}.") from None
     except ValidationError as error:
-        raise PlanError(
-            f"the plan at {path} is broken: {first_fault(error)}. Make it again with 'dicer plan'."
-        ) from None
+        reason = first_fault(error)
+        raise PlanError(f"the plan at {path} is broken: {reason}. Make it again with 'dicer plan'.") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
     allocation = {} if file.allocation is None else file.allocation.model_dump()

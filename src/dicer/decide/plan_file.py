@@ -71,9 +71,9 @@ def first_fault(error: ValidationError) -> str:
     """What is wrong with a file, in a few words."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    if where == "format":
-        return f"it has format {first['input']!r:.60}, and this version of dicer reads 1 to {FORMAT}"
     if first["type"] == "missing":
         return f"'{where}' is missing"
+    if where == "format":
+        return f"it has format {first['input']!r:.60}, and this version of dicer reads 1 to {FORMAT}"
     reason = str(first["msg"]).removeprefix("Value error, ")
     return f"'{where}': {reason}, got {first['input']!r:.60}" if where else reason

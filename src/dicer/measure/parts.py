@@ -35,6 +35,11 @@ class Parameter(NamedTuple):
     default: Any
     kind: Any
 
+    def converted(self, value: Any) -> Any:
+        """A value as its annotation says; raises pydantic's ValidationError."""
+        adapter: TypeAdapter[Any] = TypeAdapter(self.kind)
+        return adapter.validate_python(value)
+
     def __str__(self) -> str:
         return f"{getattr(self.kind, '__name__', self.kind)} = {self.default!r}"
 
@@ -146,9 +151,8 @@ def bind(parts: Iterable[Part], asked: Mapping[str, Any]) -> list[Any]:
 
 
 def _converted(part: Part, name: str, value: Any) -> Any:
-    parameter = part.parameters[name.rpartition(".")[2]]
     try:
-        return TypeAdapter(parameter.kind).validate_python(value)
+        return part.parameters[name.rpartition(".")[2]].converted(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise RecipeError(f"--set {name}: {part.what} '{part.name}': {reason}, got {value!r}.") from None

@@ -27,7 +27,7 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def _number(value: Any) -> Any:
-    """JSON has no infinity and no NaN: :func:`dicer.files.finite` writes text. Integers may be beyond floats."""
+    """JSON has no infinity: :func:`dicer.files.finite` writes it as text. Integers may exceed any float."""
     try:
         return float(value) if value in ("inf", "-inf", "nan") or type(value) is int else value
     except OverflowError:

@@ -6,18 +6,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dicer.ask.compute import WITHOUT_EFFECT
+from dicer.ask.text import TEXT_KEYS
 from dicer.study.record import Done, Original, Pruned, Record
 
-# What a recipe holds besides the choice of what goes: the text that is read, and how it is computed.
-TEXT_KEYS = ("calib", "calib_config", "calib_split", "calib_field", "samples", "seq_len", "calib_seed")
-COMPUTE_KEYS = ("device", "dtype", "batch_size", "gradient_checkpointing")
 # What the rows and columns of a setting's tables tell apart. A key that stands nowhere here makes another setting.
 _METHOD_KEYS = (
-    *("method", "criterion", "activation", "grouping", "grouped_by", "merge", "groups", "ratio", "seed"),
+    *("method", "criterion", "activation", "grouping", "grouped_by", "merge", "groups", "set", "ratio", "seed"),
     *("axis", "allocate", "max_ratio", "min_width", "drop_threshold", "compensate"),
     *("schedule", "split", "entropy_search", "entropy_at"),
 )
-_SAME = {*_METHOD_KEYS, *TEXT_KEYS, *COMPUTE_KEYS} - {"calib_seed", "dtype"}  # the draw and the number format count
+_SAME = {*_METHOD_KEYS, *TEXT_KEYS, *WITHOUT_EFFECT} - {"calib_seed"}  # the draw counts, and so does the dtype
 
 
 class Setting(NamedTuple):
