@@ -21,8 +21,8 @@ both_axes = pytest.mark.parametrize("axis", ["attention", "mlp"])
 @pytest.fixture(scope="module")
 def compensated(calib):
     def prune(model, **recipe):
-        asked = {"criterion": "weight-l2", "compensate": "bias", "calib": calib, "batch_size": 4, **recipe}
-        return dicer.prune(model, dicer.Recipe(**asked))
+        asked = {"criterion": "weight-l2", "compensate": "bias", "calib": calib, **recipe}
+        return dicer.prune(model, dicer.Recipe(**asked), dicer.Compute(batch_size=4))
 
     return prune
 
