@@ -106,7 +106,7 @@ MUTATIONS = (
         *(
             "write/sink.py",
             "        done = 0\n",
-            '        done = 0\n        self.write_json(INDEX, {"weight_map": {}})\n',
+            "        done = 0\n        _ = len(shards) > 1 and self.write_json(INDEX, {})\n",
         ),
         "write/test_sink.py",
     ),
