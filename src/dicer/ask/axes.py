@@ -13,8 +13,8 @@ class AxisKind:
 
     Attributes:
         units: what users know them as.
-        rounds_each_layer: ``--min-width`` and ``--width-multiple`` speak of it, and each layer is rounded by itself. Else
-            a layer has so few units that rounding goes over all layers, and one is the least that a layer keeps.
+        rounds_each_layer: ``--min-width`` and ``--width-multiple`` speak of it, and each layer is rounded by itself.
+            Else a layer has so few units that rounding goes over all layers, and one is the least that a layer keeps.
         can_merge: several units can become one.
         activations: which activations can be read; the first is read where the one that was asked for is none of them.
         stream: what the names of its random streams end with.
