@@ -161,7 +161,7 @@ def apply_plan(
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
     cut = plan_cut(source, loaded)
-    result = Result(loaded, *cut.sizes())
+    result = Result(loaded, *cut.sizes(), notes=list(source.notes))
     check_space(out, result.after.nbytes)
     with _timed(result.seconds, "write"):
         write_checkpoint(result, cut, out, progress, overwrite=overwrite)

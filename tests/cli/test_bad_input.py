@@ -279,7 +279,11 @@ ROWS = "".join(json.dumps({"text": f"{i} {TEXT}"}) + "\n" for i in range(20))
         ("truncated.jsonl.gz", _gz(ROWS)[:60], ["truncated.jsonl.gz cannot be read", "ended before"]),
         ("damaged.jsonl.gz", _damaged(_gz(ROWS)), ["damaged.jsonl.gz cannot be read"]),
         ("plain.jsonl.gz", ROWS.encode(), ["plain.jsonl.gz cannot be read", "gzip"]),
-        ("ragged.jsonl", b'{"input_ids": [5, 6, 7]}\n{"input_ids": [5, 6]}\n', ["row 2: 2 tokens", "first row has 3"]),
+        (
+            "hole.jsonl",
+            b'{"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}\n',
+            ["row 1: attention_mask has a hole"],
+        ),
         ("half.jsonl", b'{"input_ids": [5, 6, 7]}\n{"text": "a"}\n', ["row 2: input_ids must be a list"]),
         ("one.jsonl", b'{"input_ids": [5]}\n', ["rows of one token are too short"]),
         ("none.jsonl", b'{"input_ids": []}\n', ["row 1: input_ids must be a list of token ids"]),
@@ -296,7 +300,7 @@ def test_a_calibration_file_that_gives_no_sample(prune_refused, tmp_path, name, 
     prune_refused("--calib", tmp_path / name, says=says)
 
 
-@pytest.mark.parametrize("source", ["c5", "some/where/else", "", "text.csv"])
+@pytest.mark.parametrize("source", ["c5", "some/where/else", "", "text.doc"])
 def test_a_calibration_source_that_is_none(prune_refused, source):
     prune_refused("--calib", source, says=[f"unknown calibration text '{source}'", "builtin", "wikitext2", ".txt"])
 

@@ -60,8 +60,8 @@ def score(tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent
     Raises:
         RecipeError: tasks with different calibration tokens, or a target that the bounds cannot reach.
     """
-    texts = [task.calibration.tokens for task in tasks if task.calibration is not None]
-    if any(not torch.equal(tokens, texts[0]) for tokens in texts):
+    texts = [task.calibration for task in tasks if task.calibration is not None]
+    if any(not text.same_tokens(texts[0]) for text in texts):
         raise RecipeError("methods that share a pass must share their calibration tokens; score these apart.")
     tasks = [_by_entropy(task, store, progress) for task in tasks]
     plans = []
@@ -83,6 +83,7 @@ def _by_entropy(task: Asked, store: LayerStore, progress: Progress) -> Asked:
         task.source,
         store,
         task.calibration.tokens,
+        mask=task.calibration.mask,
         lists=lists_needed(task.method, task.recipe.split),
         search=task.recipe.entropy_search,
         at=task.recipe.entropy_at,
@@ -144,12 +145,12 @@ def _statistics(task: Asked, place: SubLayer, part: str, seen: Visit | Scores) -
 
 def _batches(tasks: Sequence[Asked]) -> Sequence[Tensor]:
     """This process's share of the tokens, cut into what one forward pass takes; none where no task looks at text."""
-    tokens = next((task.calibration.tokens for task in tasks if task.calibration is not None), None)
-    if tokens is None:
+    text = next((task.calibration for task in tasks if task.calibration is not None), None)
+    if text is None:
         return ()
     most = GRADIENT_TOKENS if any(task.needs_gradient for task in tasks) else BATCH_TOKENS
     size = min((task.compute.batch_size for task in tasks if task.compute.batch_size), default=None)
-    return own_batches(tokens, size, most)
+    return own_batches(text.tokens, size, most, text.mask)
 
 
 def _plan(task: Decided, layers: dict[SubLayer, LayerPlan]) -> PrunePlan:

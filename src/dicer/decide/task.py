@@ -98,7 +98,7 @@ class Asked:
     @property
     def notes(self) -> list[str]:
         """What the user should know before the result surprises her."""
-        notes = list(self.calibration.notes) if self.calibration else []
+        notes = [*self.source.notes, *(self.calibration.notes if self.calibration else ())]
         if ignored := self.source.ignored:
             notes.append(f"{len(ignored)} tensors that are no part of the model are left out ({ignored[0]} ...)")
         if self.method.merge != "prune" and self.method.grouping == "none":
