@@ -47,7 +47,9 @@ class Outcome:
         same: whose continuation is the same to its end.
         margins: where a continuation splits: transformers' difference between its two best log-probabilities there.
         agreed: tokens before a split, of ``tokens``.
-        difference: largest one of a chosen token's log-probability, before a split.
+        difference: largest one of a chosen token's log-probability, before a split;
+            of the continuations of which llama.cpp tells it.
+        ends: transformers' next tokens where llama.cpp stopped before the end.
         seconds: what llama.cpp took to load and to generate.
         answers: all that llama.cpp said.
     """
@@ -58,6 +60,7 @@ class Outcome:
     agreed: int = 0
     tokens: int = 0
     difference: float = 0.0
+    ends: set[int] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
     answers: dict[str, Any] = field(default_factory=dict)
 
@@ -101,13 +104,14 @@ def compare(folder: Path, gguf: Path, prompts: list[list[int]], count: int = 24,
 
 
 def _count(outcome: Outcome, ours: list[int], logits: torch.Tensor, theirs: dict[str, Any]) -> None:
-    length = min(len(ours), len(theirs["ids"]))  # llama.cpp stops at an end of text
+    length = len(theirs["ids"])  # llama.cpp stops at an end of text, and transformers was told to go on
     split = next((i for i in range(length) if ours[i] != theirs["ids"][i]), length)
-    outcome.same += split == length and length > 0
+    outcome.same += split == length
+    if split == length < len(ours):
+        outcome.ends.add(ours[length])
     outcome.agreed, outcome.tokens = outcome.agreed + split, outcome.tokens + length
-    for i, logprob in enumerate(theirs["logprobs"][:split]):
-        difference = 0.0 if logprob is None else abs(logits[i, ours[i]].item() - logprob)
-        outcome.difference = max(outcome.difference, difference)
+    for i, logprob in enumerate((theirs["logprobs"] or [])[:split]):
+        outcome.difference = max(outcome.difference, abs(logits[i, ours[i]].item() - logprob))
     if split < length:
         best = logits[split].topk(2).values
         outcome.margins.append((best[0] - best[1]).item())

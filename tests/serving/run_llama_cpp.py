@@ -23,7 +23,7 @@ def started(model):
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.verbosity = 0
+    params.verbosity = int(os.environ.get("VERBOSITY", "0"))
     for name in ("fit_params",):
         if hasattr(params, name):
             setattr(params, name, False)
@@ -39,13 +39,12 @@ def asked(server, path, body):
 
 
 def completed(server, ids, count):
-    """Greedy ids, and the log-probability of each; None where its text is no whole character yet."""
+    """Greedy ids, and their log-probabilities, or None where it does not tell all."""
     body = {"prompt": ids, "n_predict": count, "temperature": 0.0, "samplers": ["temperature"], "n_probs": 1}
     found = asked(server, "/completion", {**body, "cache_prompt": False, "return_tokens": True})
-    told, logprobs = found["completion_probabilities"], []
-    for token in found["tokens"]:
-        logprobs.append(told.pop(0)["logprob"] if told and told[0]["id"] == token else None)
-    return {"ids": found["tokens"], "logprobs": logprobs}
+    told = [token["logprob"] for token in found.get("completion_probabilities", ())]
+    whole = len(told) == len(found["tokens"])  # it tells none of tokens whose text is no whole character
+    return {"ids": found["tokens"], "logprobs": told if whole else None}
 
 
 def tokenized(server, text):

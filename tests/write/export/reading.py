@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from gguf.quants import dequantize
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from sentencepiece import SentencePieceTrainer
+from tiny import save_tiny, tiny_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
 from dicer.write.export.llama_cpp import tokenizer
 
@@ -34,10 +37,31 @@ class File:
         }
 
 
+MERGES = [("t", "h"), ("th", "e"), ("\u0120", "the"), ("\u0120", "a")]
+
+
+def merging_tokenizer(merges: list[tuple[str, str]] = MERGES) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with a few merges, without which llama.cpp loads none."""
+    plain = tiny_tokenizer()
+    vocabulary = plain.get_vocab() | {a + b: len(plain) + i for i, (a, b) in enumerate(merges)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = plain.backend_tokenizer.pre_tokenizer, plain.backend_tokenizer.decoder
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def save_stock(folder: Path, family: str = "llama", **options: Any) -> Path:
+    """A tiny stock checkpoint with that tokenizer."""
+    save_tiny(folder, family, **options)
+    merging_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def know_tiny_tokenizer(patch: pytest.MonkeyPatch) -> None:
     """Let the tiny tokenizer be one of those that are known: it cuts text as GPT-2 does."""
     text, names = tokenizer.known_pre_tokenizers()
-    digest = hashlib.sha256(str(tiny_tokenizer().encode(text)).encode()).hexdigest()
+    digest = hashlib.sha256(str(merging_tokenizer().encode(text)).encode()).hexdigest()
     assert digest not in names
     patch.setattr(tokenizer, "known_pre_tokenizers", lambda: (text, {**names, digest: "gpt-2"}))
 
@@ -55,10 +79,36 @@ def save_shaped(folder: Path, stock: Path, layers: dict[int, dict[str, Any]], **
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    merging_tokenizer().save_pretrained(folder)
     return folder
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Everything that a one-file checkpoint holds."""
     return load_file(folder / "model.safetensors")
+
+
+TEXT = "the sun and the moon shine on the old stone house by the sea where the children sing all day long"
+
+
+def save_sentence_piece(folder: Path, *, kind: str = "bpe", size: int = 300, file: bool = True) -> None:
+    """A SentencePiece tokenizer with byte tokens, as Llama's; with its own file, or only with tokenizer.json."""
+    folder.mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    made = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 4),
+        model_writer=made,
+        vocab_size=size,
+        model_type=kind,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(made.getvalue())
+    if kind == "bpe":
+        LlamaTokenizer.from_pretrained(folder, bos_token="<s>", add_bos_token=True).save_pretrained(folder)
+        if not file:
+            (folder / "tokenizer.model").unlink()

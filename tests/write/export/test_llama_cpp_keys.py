@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from reading import File, know_tiny_tokenizer, save_shaped
-from tiny import HIDDEN, LAYERS, NEURONS, POSITIONS, VOCABULARY, save_tiny
+from reading import File, know_tiny_tokenizer, save_shaped, save_stock
+from tiny import HIDDEN, LAYERS, NEURONS, POSITIONS, VOCABULARY
 
 from dicer.errors import ModelError
 from dicer.model.source import open_model
@@ -27,7 +27,7 @@ def exported(folder, out):
 
 
 def tiny(tmp_path, family="llama", **options):
-    return save_tiny(tmp_path / "model", family, **options)
+    return save_stock(tmp_path / "model", family, **options)
 
 
 def test_sizes(tmp_path):

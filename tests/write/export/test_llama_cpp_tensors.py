@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reading import File, know_tiny_tokenizer, save_shaped, weights
-from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS, save_tiny
+from reading import File, know_tiny_tokenizer, save_shaped, save_stock, weights
+from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS
 
 from dicer.model.source import open_model
 from dicer.write.export.llama_cpp import arch as archs
@@ -96,7 +96,7 @@ def expected(family, name, tensor, heads=4, groups=2):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", WITH_ARCH)
 def test_stock_checkpoint(tmp_path, family, tied):
-    folder = save_tiny(tmp_path / "model", family, tied=tied or family in ALWAYS_TIED)
+    folder = save_stock(tmp_path / "model", family, tied=tied or family in ALWAYS_TIED)
     file = exported(folder, tmp_path)
     assert file.arch == OWN.get(family, family)
     stored = weights(folder)
@@ -111,7 +111,7 @@ def test_stock_checkpoint(tmp_path, family, tied):
 @pytest.mark.parametrize("type", ["f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_types(tmp_path, dtype, type):
-    folder = save_tiny(tmp_path / "model", dtype=dtype)
+    folder = save_stock(tmp_path / "model", dtype=dtype)
     file = exported(folder, tmp_path, type=type)
     whole = exported(folder, tmp_path, type="f32", pad=32 if type == "q8_0" else 1, overwrite=True)
     for name, tensor in whole.tensors.items():
@@ -125,7 +125,7 @@ def test_types(tmp_path, dtype, type):
 
 @pytest.mark.parametrize(("dtype", "type"), [(torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.float16, "F16")])
 def test_type_of_the_checkpoint(tmp_path, dtype, type):
-    file = exported(save_tiny(tmp_path / "model", dtype=dtype), tmp_path)
+    file = exported(save_stock(tmp_path / "model", dtype=dtype), tmp_path)
     assert {kind for name, kind in file.types.items() if "norm" not in name} == {type}
     assert {kind for name, kind in file.types.items() if "norm" in name} == {"F32"}
 
@@ -156,7 +156,7 @@ def sizes(layer, widest=False):
     ("family", "tied"), [("llama", False), ("mistral", True), ("qwen2", True), ("qwen3", True), ("qwen3", False)]
 )
 def test_own_width_of_every_layer(tmp_path, family, layers, tied):
-    stock = save_tiny(tmp_path / "stock", family, tied=tied)
+    stock = save_stock(tmp_path / "stock", family, tied=tied)
     folder = save_shaped(tmp_path / "model", stock, layers)
     file, stored = exported(folder, tmp_path), weights(folder)
     padded = family == "qwen3" and not tied
@@ -214,7 +214,7 @@ def padded(tensor, length, dim, other=None):
 def test_norm_of_a_sub_layer_that_is_gone_is_missing(tmp_path, monkeypatch, gone):
     """Checkpoints may leave it out: nothing depends on it."""
     skip = "attention" if gone == "input_layernorm" else "mlp"
-    folder = save_shaped(tmp_path / "model", save_tiny(tmp_path / "stock"), {1: {"skip": [skip]}})
+    folder = save_shaped(tmp_path / "model", save_stock(tmp_path / "stock"), {1: {"skip": [skip]}})
     source = open_model(folder)
     name = f"model.layers.1.{gone}.weight"
     source.tensors.leave_out([name])
@@ -236,7 +236,7 @@ BIASES = {
 @pytest.mark.parametrize("layers", BIASES.values(), ids=BIASES)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_output_biases(tmp_path, family, layers):
-    folder = save_shaped(tmp_path / "model", save_tiny(tmp_path / "stock", family), layers, output_bias=[])
+    folder = save_shaped(tmp_path / "model", save_stock(tmp_path / "stock", family), layers, output_bias=[])
     file, stored = exported(folder, tmp_path), weights(folder)
     assert file.arch in ("deci", "llama")
     for axis, (module, output, theirs) in {
@@ -263,7 +263,7 @@ def test_gemma_padded(tmp_path, family):
         1: {"intermediate_size": 9},
         3: {"skip": ["mlp"]},
     }
-    folder = save_shaped(tmp_path / "model", save_tiny(tmp_path / "stock", family, tied=True), layers)
+    folder = save_shaped(tmp_path / "model", save_stock(tmp_path / "stock", family, tied=True), layers)
     file, stored = exported(folder, tmp_path), weights(folder)
     keys = [file.keys[f"attention.{key}"] for key in ("head_count", "head_count_kv")]
     assert [*keys, file.keys["feed_forward_length"]] == [4, 2, NEURONS]
@@ -277,7 +277,7 @@ def test_gemma_padded(tmp_path, family):
 @pytest.mark.parametrize("layers", [{0: {"num_attention_heads": 2, "num_key_value_heads": 1}}, None])
 def test_phi3_heads_fill_the_hidden_size(tmp_path, layers):
     half = {i: {"num_attention_heads": 2, "num_key_value_heads": 1} for i in range(LAYERS)}
-    stock = save_tiny(tmp_path / "stock", "phi3")
+    stock = save_stock(tmp_path / "stock", "phi3")
     folder = save_shaped(tmp_path / "model", stock, layers or half)
     file, stored = exported(folder, tmp_path), weights(folder)
     assert (file.keys["attention.head_count"], file.keys["attention.head_count_kv"]) == (4, 2)
@@ -287,7 +287,7 @@ def test_phi3_heads_fill_the_hidden_size(tmp_path, layers):
 
 
 def test_phi3_gate_and_up_padded_apart(tmp_path):
-    folder = save_shaped(tmp_path / "model", save_tiny(tmp_path / "stock", "phi3"), {1: {"intermediate_size": 6}})
+    folder = save_shaped(tmp_path / "model", save_stock(tmp_path / "stock", "phi3"), {1: {"intermediate_size": 6}})
     file, stored = exported(folder, tmp_path), weights(folder)
     halves = stored["model.layers.1.mlp.gate_up_proj.weight"].chunk(2)
     wanted = torch.cat([padded(half, NEURONS, 0, HIDDEN) for half in halves])
@@ -296,7 +296,7 @@ def test_phi3_gate_and_up_padded_apart(tmp_path):
 
 @pytest.mark.parametrize("layers", [{0: {"n_head": 3}}, {2: {"n_head": 1}, 3: {"n_inner": 5}}])
 def test_gpt2_padded(tmp_path, layers):
-    folder = save_shaped(tmp_path / "model", save_tiny(tmp_path / "stock", "gpt2"), layers)
+    folder = save_shaped(tmp_path / "model", save_stock(tmp_path / "stock", "gpt2"), layers)
     file, stored = exported(folder, tmp_path), weights(folder)
     assert file.keys["attention.head_count"] == 4
     for i, own in layers.items():
@@ -314,7 +314,7 @@ def test_gpt2_padded(tmp_path, layers):
     ("pad", "type", "neurons"), [(None, "q8_0", 64), (256, "f32", 256), (None, "f32", 40), (8, "f32", 40)]
 )
 def test_multiple_of_neurons(tmp_path, pad, type, neurons):
-    folder = save_tiny(tmp_path / "model")
+    folder = save_stock(tmp_path / "model")
     file = exported(folder, tmp_path, type=type, pad=pad)
     assert file.keys["feed_forward_length"] == neurons
     assert file.tensors["blk.0.ffn_down.weight"].shape == (HIDDEN, neurons)
@@ -326,7 +326,9 @@ def test_multiple_of_neurons(tmp_path, pad, type, neurons):
 
 def test_wide_gemma_takes_its_scale_from_the_width(tmp_path, monkeypatch):
     """llama.cpp takes 46 layers for the 27B, whose scale is that of hidden size over heads."""
-    folder = save_tiny(tmp_path / "model", "gemma2", tied=True, num_hidden_layers=46, query_pre_attn_scalar=HIDDEN // 4)
+    folder = save_stock(
+        tmp_path / "model", "gemma2", tied=True, num_hidden_layers=46, query_pre_attn_scalar=HIDDEN // 4
+    )
     query = weights(folder)["model.layers.0.self_attn.q_proj.weight"]
     assert torch.equal(exported(folder, tmp_path).tensors["blk.0.attn_q.weight"], query)
 

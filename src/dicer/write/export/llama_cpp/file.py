@@ -149,6 +149,7 @@ def _nbytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
 
 
 def _write_head(writer: Any, layout: Layout, rope: Rope | None, vocabulary: Vocabulary, kind: str) -> None:
+    writer.add_name(vocabulary.named(layout.layers.source.name))
     write_keys(writer, layout)
     writer.add_file_type(int(TYPES[kind][1]))
     if kind == "q8_0":

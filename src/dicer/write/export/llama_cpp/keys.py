@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model: sizes of every layer, norms, windows, soft caps, and the name."""
+"""What a GGUF file says of its model: sizes of every layer, norms, windows, soft caps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def write_keys(writer: Any, layout: Layout) -> None:
-    """Hand a ``GGUFWriter`` all but tokens and positions.
+    """Hand a ``GGUFWriter`` all but name, tokens and positions.
 
     Raises:
         ModelError: the config asks for something that the architecture does not compute.
@@ -21,7 +21,6 @@ def write_keys(writer: Any, layout: Layout) -> None:
     _refuse_odd(layout)
     family = source.family.model_type
     writer.add_type("model")
-    writer.add_name(source.name)
     if layout.arch.per_layer:
         writer.add_description(
             f"{family}, pruned by dicer; its layers differ in width, which llama.cpp's {arch} allows, and {family} not"

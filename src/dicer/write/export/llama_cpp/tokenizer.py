@@ -19,6 +19,8 @@ from dicer.model.source import ModelSource
 
 _SPECIAL = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _NO_SCORE = -1000.0  # of what no merge makes
+_PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
+_PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 _BPE = 2  # sentencepiece's model_type; unigram is 1
 
 
@@ -36,6 +38,7 @@ class Vocabulary:
         flags: what is put in front or behind, by the writer's method (``bos_token``, ``space_prefix`` ...).
         special: kind -> id, of those that there are.
         template: the chat template, or several with their names.
+        strips: added tokens swallow the spaces behind them, as Phi-3's do.
     """
 
     model: str
@@ -47,6 +50,17 @@ class Vocabulary:
     flags: dict[str, bool] = field(default_factory=dict)
     special: dict[str, int] = field(default_factory=dict)
     template: Any = None
+    strips: bool = False
+
+    def named(self, name: str) -> str:
+        """A model's name for the file: llama.cpp lets added tokens swallow spaces if and only if it has Phi-3 in it.
+
+        So one that is called so without being one would not even load, and one that is no longer called so would have
+        other tokens (its src/llama-vocab.cpp).
+        """
+        if self.strips and set(self.tokens) >= _PHI3_TOKENS:
+            return name if _PHI3_NAME.search(name) else f"{name} (Phi-3)"
+        return _PHI3_NAME.sub("Phi_3", name)
 
     def write(self, writer: Any) -> None:
         """Hand it to a ``GGUFWriter``."""
@@ -116,6 +130,8 @@ def known_pre_tokenizers() -> tuple[str, dict[str, str]]:
 
 
 def _byte_level(source: ModelSource, tokenizer: Any, model: dict[str, Any], size: int) -> Vocabulary:
+    if not model["merges"]:
+        raise ModelError(f"{source.name}: its tokenizer merges nothing, and llama.cpp loads none without merges.")
     text, names = known_pre_tokenizers()
     digest = hashlib.sha256(str(tokenizer.encode(text)).encode()).hexdigest()
     if digest not in names:
@@ -162,8 +178,7 @@ def _from_merges(model: dict[str, Any], size: int) -> Vocabulary:
     found.scores = [_NO_SCORE * size] * size
     for token, number in model["vocab"].items():
         is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", token)
-        kind = TokenType.BYTE if is_byte else TokenType.UNKNOWN if token == model.get("unk_token") else TokenType.NORMAL
-        _put(found, number, token, kind)
+        _put(found, number, token, TokenType.BYTE if is_byte else TokenType.NORMAL)
     for rank, pair in enumerate(model["merges"]):
         number = model["vocab"].get("".join(pair.split(" ") if isinstance(pair, str) else pair), size)
         if number < size and found.scores[number] <= _NO_SCORE * size:
@@ -173,9 +188,9 @@ def _from_merges(model: dict[str, Any], size: int) -> Vocabulary:
 
 def _complete(found: Vocabulary, tokenizer: Any) -> None:
     """Added tokens, special ids, what the tokenizer puts around a text, and the chat template."""
+    found.strips = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
     for number, token in tokenizer.added_tokens_decoder.items():
-        if number < len(found.types) and found.types[number] != TokenType.UNKNOWN:
-            _put(found, number, token.content, TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
+        _put(found, number, token.content, TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
     for kind in _SPECIAL:
         number = getattr(tokenizer, f"{kind}_token_id", None)
         if number is not None and number < len(found.tokens):
@@ -184,6 +199,8 @@ def _complete(found: Vocabulary, tokenizer: Any) -> None:
     found.flags["bos_token"] = around[:1] != bare[:1] and around[0] == found.special.get("bos")
     found.flags["eos_token"] = around[-1:] != bare[-1:] and around[-1] == found.special.get("eos")
     if found.model == "llama":
+        if "unk" in found.special:
+            found.types[found.special["unk"]] = int(TokenType.UNKNOWN)
         found.flags["space_prefix"] = tokenizer.convert_ids_to_tokens(bare)[0].startswith("\u2581")
     template = tokenizer.chat_template
     if isinstance(template, dict):
