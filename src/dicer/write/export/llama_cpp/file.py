@@ -26,6 +26,7 @@ from dicer.write.export.padding import Made
 from dicer.write.sink import check_space
 
 _Q8_ROW = 32  # elements that q8_0 packs together
+_LARGEST_F16 = float(np.finfo(np.float16).max)
 _NEEDS_FLOAT = ("position_embd.weight",)  # besides all vectors: llama.cpp reads these rows as float32
 TYPES: Mapping[str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = MappingProxyType(
     {
@@ -174,8 +175,7 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     for done, (name, made) in enumerate(wanted.items(), start=1):
         values = made.read().detach().float().contiguous().numpy()
-        packed = quantize(values, types[name])
-        if types[name] == gguf.GGMLQuantizationType.F16 and not np.isfinite(packed).all():
+        if types[name] == gguf.GGMLQuantizationType.F16 and np.abs(values).max() > _LARGEST_F16:
             raise ModelError(f"{model}: '{name}' has values that f16 cannot hold. Use --type bf16 or f32.")
-        writer.write_tensor_data(packed)
+        writer.write_tensor_data(quantize(values, types[name]))
         progress(done)
