@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -48,7 +49,7 @@ ODD = (
 def texts(data: Path) -> list[str]:
     """Each sentence of the four languages alone and after another, odd ones, and English to make a hundred."""
     own = [*FRENCH, *GERMAN, *RUSSIAN, *CHINESE]
-    both = [f"{first} {second}" for first, second in zip(own, own[1:], strict=False)]
+    both = [f"{first} {second}" for first, second in itertools.pairwise(own)]
     lines = (data / "c4" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     found = [*own, *both, *ODD]
     return [*found, *(json.loads(line)["text"][:600] for line in lines[: 100 - len(found)])]
