@@ -94,7 +94,7 @@ def test_same_bytes_from_flags_a_file_and_python(run, model, rows, tmp_path):
 def test_plan_then_apply(run, model, rows, tmp_path):
     flags = ("--calib", rows, "--method", "sim-dominant", "--layers", "1-3")
     printed = run("plan", model, "-o", tmp_path / "plan", *flags)
-    assert sorted(_bytes(tmp_path / "plan")) == ["dicer_plan.json", "dicer_plan.safetensors"]
+    assert sorted(_bytes(tmp_path / "plan")) == ["dicer_plan.json", "dicer_plan.tensors"]
     assert printed == f"Plan: {tmp_path / 'plan'}. Next: dicer apply {tmp_path / 'plan'} {model} -o FOLDER\n"
     applied = run("apply", tmp_path / "plan", model, "-o", tmp_path / "applied")
     pruned = run("prune", model, "-o", tmp_path / "pruned", *flags)

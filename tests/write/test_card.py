@@ -38,7 +38,7 @@ tags:
 # model, pruned with dicer
 
 Structured pruning of `org/model` by the method `own`: neurons and whole layers; they are gone from the weight matrices.
-`dicer_plan.json` and `dicer_plan.safetensors` say what stayed, with every score, and make it again: `dicer apply`.
+`dicer_plan.json` and `dicer_plan.tensors` say what stayed, with every score, and make it again: `dicer apply`.
 
 | | before | after | left |
 | --- | --- | --- | --- |

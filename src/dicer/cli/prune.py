@@ -99,7 +99,7 @@ def plan(
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Decide what of MODEL stays, and write only that: dicer_plan.json and dicer_plan.safetensors in OUT."""
+    """Decide what of MODEL stays, and write only that: dicer_plan.json and dicer_plan.tensors in OUT."""
     asked, compute = _wanted(recipe, flags)
     from dicer import pipeline
     from dicer.write.sink import CheckpointSink, check_output

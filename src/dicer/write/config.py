@@ -61,6 +61,9 @@ def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Seque
     per_layer = {f"{i:03d}": own for i, shape in enumerate(shapes) if (own := _differs(family, said, shape))}
     if any(shape.output_bias for shape in shapes):
         config["output_bias"] = []
+    for axis in family.axes.values():
+        if axis.size_key is not None and any(axis.width_keys[-1] in own for own in per_layer.values()):
+            config[axis.size_key] = head_size(values, int(values[axis.width_keys[0]]))
     module = MODELING_FILE.removesuffix(".py")
     config.update(
         model_type=family.pruned_type,

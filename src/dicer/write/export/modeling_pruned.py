@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 
@@ -85,8 +86,9 @@ class SkippedMLP(nn.Module):
 class SkippedAttention(SkippedMLP):
     """Attention that is gone. Its cache still counts tokens: the first layer's length is taken for that of all."""
 
-    def __init__(self, size: int, bias: bool, layer_idx: int) -> None:
-        super().__init__(size, bias)
+    def __init__(self, config: Any, bias: bool, layer_idx: int) -> None:
+        super().__init__(config.hidden_size, bias)
+        self.config = config
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
@@ -94,6 +96,9 @@ class SkippedAttention(SkippedMLP):
         if past_key_values is not None:
             count = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             past_key_values.update(count, count, self.layer_idx)
+        if self.config is None:  # never: vLLM looks for this call in the source of every layer that it serves
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+            attend(self, hidden_states, hidden_states, hidden_states, None)
         return super().forward(hidden_states), None
 
 
@@ -129,7 +134,7 @@ def _shape_layers(model: Any, layers: Any, attention: SubLayer, mlp: SubLayer) -
         skipped = getattr(config, "skip", ())
         size = config.hidden_size
         if "attention" in skipped:
-            _replace(layer, attention, SkippedAttention(size, "attention" in biased, index))
+            _replace(layer, attention, SkippedAttention(model.config, "attention" in biased, index))
         else:
             _set_heads(layer, attention, config, "attention" in biased)
         if "mlp" in skipped:
@@ -196,12 +201,13 @@ def _classes(model_type: str) -> dict[str, type]:
         "Pruned" + config_name, (stock_config,), {"model_type": "pruned_" + model_type, "__module__": __name__}
     )
 
-    def init_base(self: Any, config: Any) -> None:
+    # Nothing annotated: vLLM holds the arguments against what this says of them, one place off.
+    def init_base(self, config):  # type: ignore[no-untyped-def]
         with _all_alike(config):
             stock_base.__init__(self, config)
         _shape_layers(self, attrgetter(path)(self), attention, mlp)
 
-    def init_causal(self: Any, config: Any) -> None:
+    def init_causal(self, config):  # type: ignore[no-untyped-def]
         with _all_alike(config):
             stock_causal.__init__(self, config)
         _shape_layers(self, attrgetter(path)(self.base_model), attention, mlp)
