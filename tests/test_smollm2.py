@@ -82,7 +82,7 @@ def independent_keeps(path: Path) -> dict[str, dict[int, list]]:
     return found
 
 
-def test_the_kept_neurons_are_those_that_an_independent_script_finds(rows, tmp_path, command):
+def test_kept_neurons_of_an_independent_script(rows, tmp_path, command):
     expected = independent_keeps(rows)
     for method in ("act-l2", "weight-l2", "taylor"):
         words = ("plan", MODEL, "-o", tmp_path / method, "--method", method, "--calib", rows)
@@ -95,11 +95,11 @@ def test_the_kept_neurons_are_those_that_an_independent_script_finds(rows, tmp_p
     plan = dicer.load_plan(tmp_path / "sim-a")
     assert {i: layer.keep.tolist() for i, layer in plan.mlp.items()} == expected["sim-a"]
     for i, layer in dicer.load_plan(tmp_path / "sim-mean").mlp.items():
-        groups = [torch.nonzero(layer.row == k).flatten().tolist() for k in range(KEEP)]
+        groups = [torch.nonzero(layer.merge.row == k).flatten().tolist() for k in range(KEEP)]
         assert sorted(groups) == expected["clusters"][i]
 
 
-def test_seeds_matter_to_random_methods_and_to_no_others(rows):
+def test_seeds_of_random_methods(rows):
     for method, layers in (("random", "10"), ("rc-a", "10"), ("act-l2", "10"), ("weight-l2", "10"), ("taylor", "29")):
         kept = set()
         for seed in (42, 0, 1, 7):
@@ -109,7 +109,7 @@ def test_seeds_matter_to_random_methods_and_to_no_others(rows):
 
 
 @pytest.mark.parametrize("method", PRESETS)
-def test_every_preset_through_command_line_and_api(method, tmp_path, command):
+def test_preset_by_command_and_by_api(method, tmp_path, command):
     out = tmp_path / "out"
     asked = {"method": method, "layers": "20-21", "samples": 4, "seq_len": 64}
     if method == "let-llm":

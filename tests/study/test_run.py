@@ -32,12 +32,19 @@ from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_calibration
 from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import make_plan
+from dicer.study import records as stored
 from dicer.study.grid import Grid, Run, identity, make_experiment, method_name, read_experiment
-from dicer.study.records import pack, read_record, read_records, unpack, write_record
+from dicer.study.record import make_record, pack, unpack
+from dicer.study.records import read_record, values_of, write_record
 from dicer.study.run import run_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 METHODS = ["random", "rc-a", "act-l2", "weight-l2", "taylor", {"method": "act-mean", "activation": "pre"}, "sim-a"]
+
+
+def read_records(results):
+    """What the records on disk say."""
+    return [values_of(record) for record in stored.read_records(results)]
 
 
 class Measure:
@@ -509,9 +516,10 @@ def test_numbers_that_are_not_finite_are_written_as_json(tmp_path):
     parts = {"id": "a", "status": "done", "method": "original", "text": "", "model": {"name": "m", "fingerprint": "f"}}
     parts |= {name: {} for name in ("recipe", "evaluation", "environment", "versions", "seconds", "memory")}
     summary = {"perplexity": float("inf"), "average": float("nan")}
-    write_record(tmp_path / "a.json", {**parts, "git": None, "metrics": {"summary": summary, "x": [1.5]}})
+    said = {**parts, "git": None, "metrics": {"summary": summary, "x": [1.5]}}
+    write_record(tmp_path / "a.json", make_record(said))
     json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert float(read_record(tmp_path / "a.json")["metrics"]["summary"]["perplexity"]) == float("inf")
+    assert read_record(tmp_path / "a.json").metrics.summary["perplexity"] == float("inf")
 
 
 RUNNER = """
