@@ -1,9 +1,9 @@
 """Runs folders through transformers alone: ``python by_transformers.py JOB RESULT``, in a process without dicer.
 
 The job says ``folders``, ``rows`` (token ids), ``new`` (tokens to make of each row, greedily) and ``code`` (whether the
-folders' own code may run). The result has for each folder its class, the tokens with the cache and without, their
-log-probabilities, and by how much the first token was ahead of the second; or the ``error`` that it ended with. The
-logits of the rows lie in files ``RESULT.0``, ``RESULT.1`` ...
+folders' own code may run). The result has for each folder its class, the tokens with the cache, what would come after
+each of them without it, their log-probabilities, and by how much each was ahead of the next best; or the ``error`` that
+it ended with. The logits of the rows lie in files ``RESULT.0``, ``RESULT.1`` ...
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ def _run(folder: str, job: dict[str, Any], logits_file: str) -> dict[str, Any]:
         ids, start = torch.tensor([row]), len(row)
         with torch.no_grad():
             logits[str(number)] = model(input_ids=ids, use_cache=False).logits[0].contiguous()
-            made = [
-                model.generate(ids, max_new_tokens=job["new"], min_new_tokens=job["new"], do_sample=False, use_cache=c)
-                for c in (True, False)
-            ]
-            said = model(input_ids=made[0], use_cache=False).logits[0, start - 1 : -1].log_softmax(-1)
+            made = model.generate(
+                ids, max_new_tokens=job["new"], min_new_tokens=job["new"], do_sample=False, use_cache=True
+            )
+            said = model(input_ids=made, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1)
         best = said.topk(2).values
-        found["tokens"].append(made[0][0, start:].tolist())
-        found["uncached"].append(made[1][0, start:].tolist())
-        found["logprobs"].append(said.gather(1, made[0][0, start:, None])[:, 0].tolist())
+        found["tokens"].append(made[0, start:].tolist())
+        found["uncached"].append(said.argmax(-1).tolist())
+        found["logprobs"].append(said.gather(1, made[0, start:, None])[:, 0].tolist())
         found["ahead"].append((best[:, 0] - best[:, 1]).tolist())
     save_file(logits, logits_file)
     return found
