@@ -30,6 +30,7 @@ from dicer.progress import Progress, silent
 from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
+from dicer.write.opened import check_cut
 from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
 
@@ -91,6 +92,8 @@ def look(
     if perplexity_text is not None:
         check_source(perplexity_text, ("builtin",), "perplexity text")
     before, after = foreseen(task)
+    if isinstance(task, Decided):
+        check_cut(plan_cut(source, task.outline()))
     if output is not None:
         check_space(Path(output), after.nbytes)
     return Look(task, before, after, pick_device(task.compute.device))

@@ -14,6 +14,7 @@ from dicer.model.sizes import Sizes
 from dicer.model.source import ModelSource
 from dicer.write.card import model_card
 from dicer.write.config import MODELING_FILE
+from dicer.write.opened import check_written, described
 from dicer.write.side_files import copy_side_files
 from dicer.write.sink import CheckpointSink
 from dicer.write.surgery import Cut
@@ -57,19 +58,8 @@ def build_model(cut: Cut, dtype: Any = "auto", device: Any = "cpu") -> Any:
         dtype: ``auto`` (the checkpoint's own) or a torch dtype.
         device: a torch device.
     """
-    import transformers
-
-    from dicer.write.export import modeling_pruned
-
-    source, family = cut.source, cut.source.family
-    raw = dict(cut.config)
-    kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
-    config = transformers.AutoConfig.for_model(kind, **raw)
-    if auto_map is None:
-        model_class = getattr(transformers, family.causal_lm)
-    else:
-        model_class = getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"])
-        config.auto_map = auto_map
+    source = cut.source
+    model_class, config = described(cut)
     state = {name: cut.read(name) for name in cut.infos}
     if source.live is not None:  # what was not cut is still the dense model's own memory
         state = {name: tensor if name in cut.made else tensor.clone() for name, tensor in state.items()}
@@ -102,7 +92,7 @@ def write_checkpoint(
         perplexity_text: what ``result.perplexities`` were measured on.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or what was written cannot be opened.
         ModelError: a file of the model cannot be read.
     """
     config, source = dict(cut.config), cut.source
@@ -125,6 +115,7 @@ def write_checkpoint(
             perplexity_text=Path(perplexity_text).name if perplexity_text else None,
         )
         sink.write_text("README.md", card)
+        check_written(sink.folder, out)
     result.path = out
 
 

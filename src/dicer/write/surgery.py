@@ -17,7 +17,7 @@ from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis, Slice
-from dicer.write.config import fits_stock, pruned_config
+from dicer.write.config import pruned_config
 
 Read = Callable[[], Tensor]
 
@@ -130,7 +130,7 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             if axis in after[new].output_bias and layer is not None and layer.means is not None:
                 weight = places[old, axes[axis].output_slice.name]
                 _output_bias(cut, axes[axis], layer, weight, new)
-    if fits_stock(source, after):
+    if "auto_map" not in cut.config:
         _zero_biases(cut, [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)])
     return cut
 
