@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,3 +76,33 @@ def test_head_dim_where_heads_differ(family, axis, tmp_path):
 def _plan(source, axes):
     model = {"name": source.name, "model_type": source.config.model_type, "fingerprint": source.fingerprint}
     return dicer.PrunePlan(model, {"method": None}, {}, {}, axes)
+
+
+QUIET = """
+import sys, torch, transformers
+transformers.utils.logging.disable_progress_bar()
+folder, again, dicer = sys.argv[1:]
+flag = {} if dicer else {"trust_remote_code": True}
+if dicer:
+    import dicer
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, **flag)
+model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+model.save_pretrained(again)
+transformers.AutoTokenizer.from_pretrained(folder, **flag).save_pretrained(again)
+transformers.AutoModelForCausalLM.from_pretrained(again, **flag)
+transformers.AutoTokenizer.from_pretrained(again, **flag)
+"""
+
+
+@pytest.mark.parametrize("with_dicer", ["", "dicer"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_nothing_is_asked_or_printed(family, with_dicer, tmp_path):
+    """Loading, generating, saving, loading again, in a process of its own: with the flag, or with dicer and none."""
+    source = open_model(save_tiny(tmp_path / "dense", family))
+    heads = source.family.units(source.config, "attention")[0]
+    half, gone = (LayerPlan(heads, torch.arange(kept), torch.zeros(heads)) for kept in (heads // 2, 0))
+    dicer.apply_plan(_plan(source, {"attention": {0: gone, 1: half}}), tmp_path / "dense", tmp_path / "out")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", QUIET, tmp_path / "out", tmp_path / "again", with_dicer]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

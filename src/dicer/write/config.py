@@ -85,6 +85,7 @@ def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Seque
         auto_map={auto: f"{module}.{name}" for auto, name in family.pruned_classes.items()},
         per_layer_config=per_layer,
         allow_global_per_layer_attribute_access=True,
+        num_hidden_layers=len(kept),  # also where the family has its own word: AutoTokenizer may know no other
     )
     return config
 

@@ -219,9 +219,13 @@ def _classes(model_type: str) -> dict[str, type]:
     config_name, base_name, causal_name, path, attention, mlp = FAMILIES[model_type]
     stock_config = CONFIG_MAPPING[model_type]
     stock_base, stock_causal = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
-    config_class = type(
-        "Pruned" + config_name, (stock_config,), {"model_type": "pruned_" + model_type, "__module__": __name__}
-    )
+
+    def validate(self: Any) -> None:
+        with _all_alike(self):  # each layer was held against the rules already; the whole is read without a warning
+            stock_config.validate(self)
+
+    own = {"model_type": "pruned_" + model_type, "__module__": __name__, "validate": validate}
+    config_class = type("Pruned" + config_name, (stock_config,), own)
 
     # Nothing annotated: vLLM holds the arguments against what this says of them, one place off.
     def init_base(self, config):  # type: ignore[no-untyped-def]
