@@ -18,6 +18,7 @@ from dicer.write.opened import check_written, described
 from dicer.write.side_files import copy_side_files
 from dicer.write.sink import CheckpointSink
 from dicer.write.surgery import Cut
+from dicer.write.targets import targets_line
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Result:
         model: the pruned model, when it was asked for in memory.
         seconds: stage -> wall time.
         perplexities: ``before`` and ``after``, when text for it was given.
+        targets: what loads the checkpoint, in one line, when one was written.
         notes: what the user should know of how the text was sampled, and of choices without effect.
     """
 
@@ -42,6 +44,7 @@ class Result:
     model: Any | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     perplexities: dict[str, float] = field(default_factory=dict)
+    targets: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -98,6 +101,7 @@ def write_checkpoint(
     config, source = dict(cut.config), cut.source
     if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
         config["tokenizer_class"] = tokenizer_class
+    result.targets = targets_line(source.family, config)
     with CheckpointSink(out, overwrite=overwrite) as sink:
         _write_side_files(sink, source, tokenizer)
         result.plan.save(sink.folder)
@@ -111,6 +115,7 @@ def write_checkpoint(
             before=result.before,
             after=result.after,
             needs_code="auto_map" in config,
+            targets=result.targets,
             perplexities=result.perplexities,
             perplexity_text=Path(perplexity_text).name if perplexity_text else None,
         )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dicer.errors import ModelError, OutputError
-from dicer.model.find import as_model_error, no_bars
-from dicer.model.source import open_model
+from dicer.model.find import as_model_error
+from dicer.model.source import ModelSource, open_model
 from dicer.write.surgery import Cut
 
 
@@ -49,28 +49,38 @@ def check_cut(cut: Cut) -> None:
     _run(model, cut.source.name, what)
 
 
-def check_written(folder: Path, out: Path) -> None:
-    """Open a folder as transformers does, with our own model file for the one in it, before it gets its name.
+def check_folder(folder: Path) -> ModelSource:
+    """Open a folder as transformers does, with our own model file for the one in it, and load no weight.
 
     The model is built on the meta device, every tensor's name and shape held against it, one short sequence sent
     through it; then the generation config and the tokenizer are read.
+
+    Raises:
+        ModelError: something in it cannot be opened.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = open_model(folder)
+    with as_model_error(source.name, "model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
+    _run(model, source.name, "model")
+    source.generation_config()
+    source.tokenizer()
+    return source
+
+
+def check_written(folder: Path, out: Path) -> None:
+    """Open what was written before it gets its name.
 
     Args:
         folder: where it lies now.
         out: what it will be called, for the message.
 
     Raises:
-        OutputError: something in it cannot be opened.
+        OutputError: it cannot be opened.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
-        source = open_model(folder)
-        with no_bars(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
-        _run(model, source.name, "model")
-        source.generation_config()
-        source.tokenizer()
+        check_folder(folder)
     except ModelError as error:
         reason = str(error).removeprefix(f"{folder.resolve().name}: ")
         raise OutputError(f"{out} was not written, as it could not be opened again: {reason}") from None
