@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_ALONE = {  # no processes beside this one, no more memory and threads than a check needs, no word to anybody
+ALONE = {  # no processes beside this one, no more memory and threads than a check needs, no word to anybody
     **{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
     **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
 }
@@ -65,5 +65,5 @@ def _main(job_file: str, result_file: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.update({name: os.environ.get(name, value) for name, value in _ALONE.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in ALONE.items()})
     _main(*sys.argv[1:])
