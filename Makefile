@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SERVING ?= .venv-serving
 JOBS ?= 2
 
-.PHONY: demo test check format golden clean-env bench install
+.PHONY: demo test test-serving check format golden clean-env mutants bench install
 
 install: $(VENV)/.installed
 
@@ -22,6 +23,16 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+# vLLM and llama.cpp on what dicer writes. They get an environment of their own, as vLLM asks for another transformers.
+test-serving: install $(SERVING)/.installed
+	DICER_VLLM_PYTHON=$(SERVING)/bin/python DICER_LLAMA_CPP_PYTHON=$(SERVING)/bin/python OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m serving tests/serving $(ARGS)
+
+$(SERVING)/.installed: constraints-serving.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --no-deps -r constraints-serving.txt
+	touch $@
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +48,11 @@ golden: install
 
 # A pruned checkpoint must load where only torch, transformers and safetensors are installed: builds such a place.
 clean-env: install
-	$(BIN)/python -m pytest -m clean_env --run-clean-env
+	$(BIN)/python -m pytest tests/write/test_clean_env.py --run-clean-env
+
+# Breaks the library on purpose, one thing at a time; a test has to fall for each.
+mutants: install
+	$(BIN)/python scripts/mutate.py
 
 bench: install
 	$(BIN)/python benchmarks/calibration.py

@@ -30,8 +30,10 @@ from dicer.progress import Progress, silent
 from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
+from dicer.write.opened import check_cut
 from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
+from dicer.write.targets import targets_line
 
 PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024
@@ -46,12 +48,14 @@ class Look:
         before: sizes of the model.
         after: sizes of what it will be; the same as before where only a run of the model can tell.
         device: to compute on.
+        targets: what will load the result, in one line; empty where only a run of the model can tell.
     """
 
     task: Asked
     before: Sizes
     after: Sizes
     device: str
+    targets: str = ""
 
 
 def look(
@@ -91,9 +95,13 @@ def look(
     if perplexity_text is not None:
         check_source(perplexity_text, ("builtin",), "perplexity text")
     before, after = foreseen(task)
+    targets = ""
+    if isinstance(task, Decided):
+        check_cut(cut := plan_cut(source, task.outline()))
+        targets = targets_line(source.family, cut.config)
     if output is not None:
         check_space(Path(output), after.nbytes)
-    return Look(task, before, after, pick_device(task.compute.device))
+    return Look(task, before, after, pick_device(task.compute.device), targets)
 
 
 def foreseen(task: Asked) -> tuple[Sizes, Sizes]:
@@ -253,7 +261,7 @@ def _as_it_is(model: Any, compute: Compute) -> Compute:
     found = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     for name, value in found.items():
         asked = getattr(compute, name)
-        if asked not in ("auto", value):
+        if asked not in ("auto", value, value.partition(":")[0]):  # a GPU's own number need not be said
             raise RecipeError(f"{name} {asked} is asked for, and the model in memory has {value}; move it first.")
     return compute.model_copy(update=found)
 
@@ -285,12 +293,13 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     Raises:
         ModelError: it cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         with no_bars():
             return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 

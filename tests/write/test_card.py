@@ -12,8 +12,9 @@ from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.model.sizes import Sizes
 from dicer.write.card import model_card
 
-BEFORE, AFTER = Sizes(4000, 3000, 1000, 2000, 16000), Sizes(3000, 2000, 1000, 1000, 12000)
-CODE = {"needs_code": False, "perplexities": {}, "perplexity_text": None}
+BEFORE = Sizes(4000, 3000, {"attention": 1000, "mlp": 2000}, 16000)
+AFTER = Sizes(3000, 2000, {"attention": 1000, "mlp": 1000}, 12000)
+CODE = {"needs_code": False, "targets": "Loads in all.", "perplexities": {}, "perplexity_text": None}
 
 
 def _plan(name="org/model", **recipe):
@@ -38,7 +39,7 @@ tags:
 # model, pruned with dicer
 
 Structured pruning of `org/model` by the method `own`: neurons and whole layers; they are gone from the weight matrices.
-`dicer_plan.json` and `dicer_plan.safetensors` say what stayed, with every score, and make it again: `dicer apply`.
+`dicer_plan.json` and `dicer_plan.tensors` say what stayed, with every score, and make it again: `dicer apply`.
 
 | | before | after | left |
 | --- | --- | --- | --- |
@@ -60,6 +61,7 @@ tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 ```
 
 All layers have one width: a stock checkpoint, no code.
+Loads in all.
 
 ## Recipe
 

@@ -67,8 +67,9 @@ class Sums:
                 continue
             if need.kind == "gram":
                 by_unit = flat.reshape(len(flat), -1, self.channels).movedim(1, 0).flatten(1)  # [U, T*C]
-                total = self._totals.setdefault(need, flat.new_zeros(len(by_unit), len(by_unit)))
-                total.addmm_(by_unit, by_unit.T)
+                if need not in self._totals:
+                    self._totals[need] = flat.new_zeros(len(by_unit), len(by_unit))
+                self._totals[need].addmm_(by_unit, by_unit.T)
                 continue
             batch = (flat.square() if need.kind == "square_sum" else flat).sum(0)  # [U*C]
             if need.kind != "channel_sum":

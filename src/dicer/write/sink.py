@@ -23,6 +23,7 @@ SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
 _MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
 _OLD = "old"  # inside it: the checkpoint that --overwrite replaces, between two renames
 _MADE_BY_DICER = "dicer_plan.json"  # in every checkpoint and plan of ours; nothing else is overwritten
+MADE_BY_EXPORT = "dicer_export.json"  # instead of it in every stock checkpoint that was padded
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems without locks answer
 _MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
 
@@ -138,17 +139,14 @@ class CheckpointSink:
             except SafetensorError as error:  # what safetensors makes of a full disk
                 raise OutputError(f"cannot write {self.out}: {error}.") from error
             shutil.copymode(self._partial / _MARKER, self.folder / file)  # safetensors makes files for the owner only
-        if len(shards) > 1:  # last, so that no index ever points at a shard that is not there
-            self.write_json(
-                INDEX,
-                {
-                    "metadata": {
-                        "total_parameters": sum(info.numel for info in infos.values()),
-                        "total_size": sum(info.nbytes for info in infos.values()),
-                    },
-                    "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
-                },
-            )
+        counts = {
+            "total_parameters": sum(info.numel for info in infos.values()),
+            "total_size": sum(info.nbytes for info in infos.values()),
+        }
+        files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        # Also of one shard: without an index some loaders read whatever ends in .safetensors. Last, so that it never
+        # points at a shard that is not there.
+        self.write_json(INDEX, {"metadata": counts, "weight_map": files})
 
     def write_json(self, name: str, value: object) -> None:
         """One JSON file, keys sorted, so that the same content gives the same bytes."""
@@ -189,7 +187,7 @@ def _check_held(target: Path, out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"output folder {out} is not empty. Choose another, or pass --overwrite to replace it.")
-    if not (held / _MADE_BY_DICER).is_file():
+    if not any((held / name).is_file() for name in (_MADE_BY_DICER, MADE_BY_EXPORT)):
         raise OutputError(
             f"{out} holds no {_MADE_BY_DICER}, so dicer did not write it; --overwrite leaves it. Choose another folder."
         )
