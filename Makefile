@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test check format golden clean-env bench install
+.PHONY: demo test check format golden clean-env mutants bench install
 
 install: $(VENV)/.installed
 
@@ -37,7 +37,11 @@ golden: install
 
 # A pruned checkpoint must load where only torch, transformers and safetensors are installed: builds such a place.
 clean-env: install
-	$(BIN)/python -m pytest -m clean_env --run-clean-env
+	$(BIN)/python -m pytest tests/write/test_clean_env.py --run-clean-env
+
+# Breaks the library on purpose, one thing at a time; a test has to fall for each.
+mutants: install
+	$(BIN)/python scripts/mutate.py
 
 bench: install
 	$(BIN)/python benchmarks/calibration.py

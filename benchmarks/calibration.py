@@ -15,11 +15,12 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
-from dicer.ask.recipe import make_recipe
+import dicer
 from dicer.decide.decide import score
-from dicer.decide.task import prepare
+from dicer.decide.task import prepare, with_text
 from dicer.machine import pick_device
-from dicer.measure.batches import BATCH_TOKENS
+from dicer.measure.batches import own_batches
+from dicer.measure.stores.resident import ResidentStore
 from dicer.model.source import open_model
 
 
@@ -37,13 +38,15 @@ def main() -> None:
 
     source = open_model(options.model)
     asked = {"layers": options.layers, "samples": options.samples, "seq_len": options.seq_len}
-    jobs = {name: prepare(source, make_recipe({"method": name, **asked})) for name in ("rc-a", "act-l2", "taylor")}
+    recipes = {name: dicer.Recipe(method=name, **asked) for name in ("rc-a", "act-l2", "taylor")}
+    tasks = {name: with_text(prepare(source, recipe)) for name, recipe in recipes.items()}
     device = pick_device(options.device)
     model = source.load_model(options.dtype, device)
-    calibration = jobs["rc-a"].calibration
+    store = ResidentStore(model, source.family)
+    calibration = tasks["rc-a"].calibration
     assert calibration is not None
-    batches = calibration.tokens.split(max(1, BATCH_TOKENS // options.seq_len))
-    base, last = model.base_model, max(jobs["rc-a"].layers)
+    batches = own_batches(calibration.tokens)
+    base, last = model.base_model, max(tasks["rc-a"].layers)
     layers = base.get_submodule(source.family.layers.split(".", 1)[1])
 
     def forward() -> None:
@@ -59,8 +62,8 @@ def main() -> None:
             layers.extend(every[last + 1 :])
 
     runs: dict[str, Callable[[], object]] = {"forward": forward}
-    for name, job in jobs.items():
-        runs[name] = lambda job=job: score([job], model)
+    for name, task in tasks.items():
+        runs[name] = lambda task=task: score([task], store)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(options.rounds + 1):
         for name, run in runs.items():

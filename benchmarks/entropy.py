@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
-from dicer.ask.recipe import make_recipe
+from dicer.ask.text import Text
 from dicer.machine import pick_device
 from dicer.measure.batches import own_batches
 from dicer.measure.entropy.profile import LISTS
@@ -40,8 +40,8 @@ def main() -> None:
     logging.disable_progress_bar()
     source, device = open_model(options.model), pick_device(options.device)
     model, lists = source.load_model(options.dtype, device), options.lists.split(",")
-    recipe = make_recipe({"samples": options.samples, "seq_len": options.seq_len})
-    tokens = load_calibration(recipe, tokenize_with(source.tokenizer())).tokens
+    text = Text(samples=options.samples, seq_len=options.seq_len)
+    tokens = load_calibration(text, tokenize_with(source.tokenizer())).tokens
     batches = own_batches(tokens, options.batch_size)
     store = ResidentStore(model, source.family)
 

@@ -1,7 +1,7 @@
 """What seven methods cost together, against one shared calibration pass, the taylor pass and seven cuts.
 
-The left side is what an experiment does (`passes.score_all`, then each pruned model is built and dropped); the right
-side is the sum of its parts, each timed alone in the same round. One process, rounds interleaved, medians. Prints
+The left side is what an experiment does (`decide.together.score_all`, then each pruned model is built and dropped); the
+right side is the sum of its parts, each timed alone in the same round. One process, rounds interleaved, medians. Prints
 ``seven methods / parts: X`` on a line of its own.
 
     python benchmarks/sharing.py [--model builtin:smollm2] [--layers 5-28] [--rounds 5]
@@ -16,12 +16,14 @@ from collections.abc import Callable
 
 from transformers.utils import logging
 
-from dicer.ask.recipe import make_recipe
+from dicer.ask.spelling import make_wanted
 from dicer.decide.decide import score
-from dicer.decide.task import prepare
+from dicer.decide.task import prepare, with_text
 from dicer.decide.together import score_all
+from dicer.measure.stores.resident import ResidentStore
 from dicer.model.source import open_model
-from dicer.pipeline import build_model
+from dicer.write.checkpoint import build_model
+from dicer.write.surgery import plan_cut
 
 METHODS = ("taylor", "random", "rc-a", "act-mean", "act-l2", "weight-l2", "sim-a")
 
@@ -41,24 +43,24 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable_progress_bar()
     source = open_model(options.model)
-    model, tokenizer = source.load_model(), source.tokenizer()
+    store, tokenizer = ResidentStore(source.load_model(), source.family), source.tokenizer()
     methods = options.methods.split(",")
-    recipes = [make_recipe({"method": method, "layers": options.layers}) for method in methods]
-    jobs = {method: prepare(source, recipe, tokenizer) for method, recipe in zip(methods, recipes, strict=True)}
-    plans = score(list(jobs.values()), model)
+    wanted = [make_wanted({"method": method, "layers": options.layers}) for method in methods]
+    tasks = {method: with_text(prepare(source, *asked)) for method, asked in zip(methods, wanted, strict=True)}
+    plans = score(list(tasks.values()), store)
 
     def together() -> None:
-        for found in score_all(source, model, recipes, tokenizer):
+        for found in score_all(source, store, wanted, tokenizer):
             if isinstance(found, Exception):
                 raise found
-            build_model(source, found.plan)
+            build_model(plan_cut(source, found.plan))
 
     # One pass that collects what all methods without gradients need; its decisions (clustering ...) are part of it.
-    shared = [job for method, job in jobs.items() if method != "taylor"]
+    shared = [task for method, task in tasks.items() if method != "taylor"]
     parts: dict[str, Callable[[], object]] = {
-        "calibration pass": lambda: score(shared, model),
-        "taylor pass": lambda: score([jobs["taylor"]], model),
-        "cuts": lambda: [build_model(source, plan) for plan in plans],
+        "calibration pass": lambda: score(shared, store),
+        "taylor pass": lambda: score([tasks["taylor"]], store),
+        "cuts": lambda: [build_model(plan_cut(source, plan)) for plan in plans],
     }
     whole: list[float] = []
     apart: dict[str, list[float]] = {name: [] for name in parts}

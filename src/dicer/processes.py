@@ -5,6 +5,8 @@ Everything here does nothing in a single process, so that one process runs the s
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,7 +27,17 @@ def join(*, cpu: bool) -> Any:
     """Meet the other processes, once; accelerate's PartialState. They wait for long: one may have the longer texts."""
     from accelerate import PartialState
 
-    return PartialState(cpu=cpu, timeout=timedelta(weeks=1))
+    state = PartialState(cpu=cpu, timeout=timedelta(weeks=1))
+    _leave_at_exit()
+    return state
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """See to it that the process group is gone before the interpreter is: its threads would abort the process."""
+    from accelerate import PartialState
+
+    atexit.register(PartialState().destroy_process_group)
 
 
 def _state() -> Any:

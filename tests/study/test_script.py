@@ -17,7 +17,7 @@ from tiny import tiny_tokens
 
 from dicer.errors import DicerError
 from dicer.measure.statistics import Need, Sums
-from dicer.study.records import read_records, unpack
+from dicer.study.records import read_records
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_experiment.py"
 
@@ -127,7 +127,6 @@ for samples in (7, 1):  # of one sample, the second process sees nothing
         found |= {f"{name}.{need.kind}": visit.sums.get(*need[:2]) for need in needs}
         found |= {f"{name}.gradient": visit.gradient.down, f"{name}.count": torch.tensor(visit.sums.count)}
     for turn in ("measured", "cached"):
-        store = ResidentStore(source.load_model(), source.family)
         profile = entropy_profile(source, store, tokens[:samples], batch_size=2)
         assert profile.tokens == samples * 24
         entries = profile.blocks + profile.attention + profile.mlp
@@ -150,7 +149,7 @@ def _words(model, rows, out):
 
 
 def _records(out):
-    return {record["method"]: record for record in read_records(out / "results")}
+    return {record.method: record for record in read_records(out / "results")}
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +182,15 @@ def test_two_processes_keep_the_same_neurons_and_one_writes(alone, together):
     assert set(one) == set(two) == {"rc-a", "taylor", "sim-a-post"}
     assert printed.count("done: ") == len(METHODS)
     for method, record in one.items():
-        assert record["environment"]["processes"] == 1
-        assert two[method]["environment"]["processes"] == 2
-        assert two[method]["id"] == record["id"]
-        assert two[method]["metrics"]["perplexity"]["value"] == pytest.approx(
-            record["metrics"]["perplexity"]["value"], rel=1e-5
-        )
-        for index, layer in record["layers"].items():
-            other = two[method]["layers"][index]
-            assert np.array_equal(unpack(layer["keep"], 40), unpack(other["keep"], 40)), (method, index)
-            assert other["norm"]["kept"] == pytest.approx(layer["norm"]["kept"], rel=1e-6)
+        assert record.environment["processes"] == 1
+        assert two[method].environment["processes"] == 2
+        assert two[method].id == record.id
+        measured = two[method].metrics.perplexity.value
+        assert measured == pytest.approx(record.metrics.perplexity.value, rel=1e-5)
+        for index, layer in record.layers.items():
+            other = two[method].layers[index]
+            assert np.array_equal(layer.mask, other.mask), (method, index)
+            assert other.norm.kept == pytest.approx(layer.norm.kept, rel=1e-6)
 
 
 def test_sums_and_gradients_of_two_processes_add_up(alone, together):

@@ -12,7 +12,8 @@ from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.model.sizes import Sizes
 from dicer.write.card import model_card
 
-BEFORE, AFTER = Sizes(4000, 3000, 1000, 2000, 16000), Sizes(3000, 2000, 1000, 1000, 12000)
+BEFORE = Sizes(4000, 3000, {"attention": 1000, "mlp": 2000}, 16000)
+AFTER = Sizes(3000, 2000, {"attention": 1000, "mlp": 1000}, 12000)
 CODE = {"needs_code": False, "perplexities": {}, "perplexity_text": None}
 
 

@@ -21,8 +21,8 @@ both_axes = pytest.mark.parametrize("axis", ["attention", "mlp"])
 @pytest.fixture(scope="module")
 def compensated(calib):
     def prune(model, **recipe):
-        asked = {"criterion": "weight-l2", "compensate": "bias", "calib": calib, "batch_size": 4, **recipe}
-        return dicer.prune(model, dicer.Recipe(**asked))
+        asked = {"criterion": "weight-l2", "compensate": "bias", "calib": calib, **recipe}
+        return dicer.prune(model, dicer.Recipe(**asked), dicer.Compute(batch_size=4))
 
     return prune
 
@@ -102,7 +102,7 @@ def test_with_a_merge_it_is_what_the_merged_units_do_not_add(family, merge, comp
     result = compensated(model, grouping="similarity", merge=merge, ratio=0.5)
     dense = means(model, family, "mlp")
     for index, layer in result.plan.mlp.items():
-        groups = [torch.nonzero(layer.row == k).flatten().tolist() for k in range(len(layer.keep))]
+        groups = [torch.nonzero(layer.merge.row == k).flatten().tolist() for k in range(len(layer.keep))]
         assert sorted(unit for group in groups for unit in group) == list(range(NEURONS))
         mean = dense[index][0]  # a
         inputs = [sum(mean[i] for i in group) / len(group) for group in groups]  # M_in a
@@ -185,7 +185,7 @@ def test_means_that_overflowed_make_no_bias(compensated):
     with torch.no_grad():
         for projection in (model.model.layers[1].mlp.up_proj, model.model.layers[1].mlp.gate_proj):
             projection.weight[3] = 6e4
-    with pytest.raises(RecipeError, match="mean activations of mlp in layer 1 are not finite"):
+    with pytest.raises(RecipeError, match="mean activations of mlp of layer 1 are not finite"):
         compensated(model, layers="1", ratio=0.5)
 
 

@@ -73,7 +73,7 @@ def export_stock(
         sink.write_json(MADE_BY_EXPORT, {"source": source.name, "to": "stock", "units": shape.units, "zeros": zeros})
         sink.write_tensors(infos, lambda name: made[name].read(), lambda done: progress("write", done, len(made)))
         sink.write_json("config.json", config)
-    return Padded(out, source.family.causal_lm, nbytes, _notes(infos, zeros))
+    return Padded(out, source.family.causal_lm, nbytes, [*source.notes, *_notes(infos, zeros)])
 
 
 def _notes(infos: dict[str, TensorInfo], zeros: int) -> list[str]:
