@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SERVING ?= .venv-serving
 JOBS ?= 2
 
-.PHONY: demo test check format golden clean-env mutants bench install
+.PHONY: demo test test-serving check format golden clean-env mutants bench install
 
 install: $(VENV)/.installed
 
@@ -21,6 +22,16 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# vLLM and llama.cpp on what dicer writes. They get an environment of their own, as vLLM asks for another transformers.
+test-serving: install $(SERVING)/.installed
+	DICER_VLLM_PYTHON=$(SERVING)/bin/python DICER_LLAMA_CPP_PYTHON=$(SERVING)/bin/python OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m serving tests/serving $(ARGS)
+
+$(SERVING)/.installed: constraints-serving.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --no-deps -r constraints-serving.txt
+	touch $@
 
 check: install
 	$(BIN)/ruff check .

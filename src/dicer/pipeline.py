@@ -30,8 +30,10 @@ from dicer.progress import Progress, silent
 from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
+from dicer.write.opened import check_cut
 from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
+from dicer.write.targets import targets_line
 
 PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024
@@ -46,12 +48,14 @@ class Look:
         before: sizes of the model.
         after: sizes of what it will be; the same as before where only a run of the model can tell.
         device: to compute on.
+        targets: what will load the result, in one line; empty where only a run of the model can tell.
     """
 
     task: Asked
     before: Sizes
     after: Sizes
     device: str
+    targets: str = ""
 
 
 def look(
@@ -91,9 +95,13 @@ def look(
     if perplexity_text is not None:
         check_source(perplexity_text, ("builtin",), "perplexity text")
     before, after = foreseen(task)
+    targets = ""
+    if isinstance(task, Decided):
+        check_cut(cut := plan_cut(source, task.outline()))
+        targets = targets_line(source.family, cut.config)
     if output is not None:
         check_space(Path(output), after.nbytes)
-    return Look(task, before, after, pick_device(task.compute.device))
+    return Look(task, before, after, pick_device(task.compute.device), targets)
 
 
 def foreseen(task: Asked) -> tuple[Sizes, Sizes]:

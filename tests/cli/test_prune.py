@@ -94,7 +94,7 @@ def test_same_bytes_from_flags_a_file_and_python(run, model, rows, tmp_path):
 def test_plan_then_apply(run, model, rows, tmp_path):
     flags = ("--calib", rows, "--method", "sim-dominant", "--layers", "1-3")
     printed = run("plan", model, "-o", tmp_path / "plan", *flags)
-    assert sorted(_bytes(tmp_path / "plan")) == ["dicer_plan.json", "dicer_plan.safetensors"]
+    assert sorted(_bytes(tmp_path / "plan")) == ["dicer_plan.json", "dicer_plan.tensors"]
     assert printed == f"Plan: {tmp_path / 'plan'}. Next: dicer apply {tmp_path / 'plan'} {model} -o FOLDER\n"
     applied = run("apply", tmp_path / "plan", model, "-o", tmp_path / "applied")
     pruned = run("prune", model, "-o", tmp_path / "pruned", *flags)
@@ -290,8 +290,9 @@ def test_plan_of_the_first_format(run, model, tmp_path):
     run("plan", model, "-o", tmp_path / "plan", *FAST)
     run("apply", tmp_path / "plan", model, "-o", tmp_path / "new")
     record = json.loads((tmp_path / "plan" / "dicer_plan.json").read_text())
-    assert (record.pop("format"), record.pop("blocks")) == (2, [])
+    assert (record.pop("format"), record.pop("blocks")) == (3, [])
     del record["allocation"]
+    (tmp_path / "plan" / "dicer_plan.tensors").rename(tmp_path / "plan" / "dicer_plan.safetensors")
     (tmp_path / "plan" / "dicer_plan.json").write_text(json.dumps({**record, "format": 1}))
     run("apply", tmp_path / "plan", model, "-o", tmp_path / "old")
     new, old = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "old"))

@@ -186,7 +186,7 @@ class TestFamilyContract:
         dicer.apply_plan(dicer.load_plan(tmp_path / "first"), dense, tmp_path / "from checkpoint")
         assert first.plan.files() == dicer.load_plan(tmp_path / "plan").files()
         expected = bytes_in(tmp_path / "first")
-        assert {"config.json", "model.safetensors", "dicer_plan.json", "dicer_plan.safetensors"} < expected.keys()
+        assert {"config.json", "model.safetensors", "dicer_plan.json", "dicer_plan.tensors"} < expected.keys()
         for again in ("second", "applied", "from checkpoint"):
             assert bytes_in(tmp_path / again) == expected, again
 
@@ -205,7 +205,7 @@ class TestFamilyContract:
         dense, asked = save_tiny(tmp_path / "dense", family), dicer.Recipe(layers="1-2", calib=calib)
         memory, folder = dicer.prune(tiny_model(family), asked), dicer.prune(dense, asked)
         assert memory.plan.model["fingerprint"] == folder.plan.model["fingerprint"]
-        assert memory.plan.files()["dicer_plan.safetensors"] == folder.plan.files()["dicer_plan.safetensors"]
+        assert memory.plan.files()["dicer_plan.tensors"] == folder.plan.files()["dicer_plan.tensors"]
         assert (memory.before, memory.after) == (folder.before, folder.after)
         assert_same_tensors(memory.model.state_dict(), folder.model.state_dict())
         dicer.prune(tiny_model(family), asked, output=tmp_path / "out")

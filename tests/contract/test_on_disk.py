@@ -88,7 +88,7 @@ def test_shards_or_a_single_file(family, tmp_path, recipe):
     results = [dicer.prune(f, recipe(layers="1-2"), output=tmp_path / f"{f.name}-out") for f in (shards, single)]
     assert results[0].plan.model["fingerprint"] == results[1].plan.model["fingerprint"]
     assert_same_tensors(tensors_in(tmp_path / "shards-out"), tensors_in(tmp_path / "single-out"))
-    assert results[0].plan.files()["dicer_plan.safetensors"] == results[1].plan.files()["dicer_plan.safetensors"]
+    assert results[0].plan.files()["dicer_plan.tensors"] == results[1].plan.files()["dicer_plan.tensors"]
 
 
 def test_a_tensor_that_no_config_calls_for(tmp_path, recipe):

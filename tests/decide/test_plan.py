@@ -15,7 +15,7 @@ from dicer.errors import PlanError
 
 ZEROS, ONES = torch.zeros(40, dtype=torch.int64), torch.ones(40)
 MERGE = {"row": ZEROS, "weight_in": ONES, "weight_out": ONES.clone()}
-JSON, TENSORS = "dicer_plan.json", "dicer_plan.safetensors"
+JSON, TENSORS = "dicer_plan.json", "dicer_plan.tensors"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_broken_file(saved, name, content):
 
 
 RECORDS = [
-    (lambda r: r.update(format=3), "it has format 3, and this version of dicer reads 1 to 2"),
+    (lambda r: r.update(format=4), "it has format 4, and this version of dicer reads 1 to 3"),
     (lambda r: r.pop("format"), "'format' is missing"),
     (lambda r: r.pop("axes"), "'axes' is missing"),
     (lambda r: r["model"].pop("fingerprint"), "'model.fingerprint' is missing"),

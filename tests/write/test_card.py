@@ -14,7 +14,7 @@ from dicer.write.card import model_card
 
 BEFORE = Sizes(4000, 3000, {"attention": 1000, "mlp": 2000}, 16000)
 AFTER = Sizes(3000, 2000, {"attention": 1000, "mlp": 1000}, 12000)
-CODE = {"needs_code": False, "perplexities": {}, "perplexity_text": None}
+CODE = {"needs_code": False, "targets": "Loads in all.", "perplexities": {}, "perplexity_text": None}
 
 
 def _plan(name="org/model", **recipe):
@@ -39,7 +39,7 @@ tags:
 # model, pruned with dicer
 
 Structured pruning of `org/model` by the method `own`: neurons and whole layers; they are gone from the weight matrices.
-`dicer_plan.json` and `dicer_plan.safetensors` say what stayed, with every score, and make it again: `dicer apply`.
+`dicer_plan.json` and `dicer_plan.tensors` say what stayed, with every score, and make it again: `dicer apply`.
 
 | | before | after | left |
 | --- | --- | --- | --- |
@@ -61,6 +61,7 @@ tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 ```
 
 All layers have one width: a stock checkpoint, no code.
+Loads in all.
 
 ## Recipe
 

@@ -61,7 +61,7 @@ def out(tmp_path):
 
 def test_one_shard(out):
     assert _write(out) == [1, 2, 3, 4, 5]
-    assert _names(out) == ["config.json", WEIGHTS]
+    assert _names(out) == ["config.json", WEIGHTS, INDEX]
     with safe_open(out / WEIGHTS, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers refuses files without
     assert (out / "config.json").read_text(encoding="utf-8") == '{\n  "a": "é",\n  "b": 1\n}\n'
@@ -83,10 +83,8 @@ def test_shards_in_order_up_to_the_limit(out, shard_bytes, shards):
     source = SafetensorsSource(out)
     assert dict(source.infos()) == _infos(TENSORS)
     assert all(torch.equal(source.read(name), tensor) for name, tensor in TENSORS.items())
-    if (count := len(shards)) == 1:
-        assert not (out / INDEX).exists()
-        return
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    count = len(shards)
+    names = [WEIGHTS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     assert _names(out) == sorted(["config.json", INDEX, *names])
     assert [sorted(load_file(out / name)) for name in names] == shards
     index = json.loads((out / INDEX).read_text())
@@ -178,7 +176,7 @@ def test_what_is_there_already(tmp_path, out, there, overwrite):
         return
     check_output(out, overwrite=overwrite)
     _write(out, overwrite=overwrite)
-    assert _names(out) == ["config.json", WEIGHTS]
+    assert _names(out) == ["config.json", WEIGHTS, INDEX]
     assert _names(tmp_path) == ["out"]
 
 

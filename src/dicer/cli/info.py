@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from dicer.ask.methods import ALLOCATIONS, PRESETS
 from dicer.ask.recipe import Recipe
-from dicer.cli.terminal import ModelArgument, quiet_transformers, show
+from dicer.cli.terminal import ModelArgument, quiet_transformers, say, show
 
 if TYPE_CHECKING:
     from dicer.model.source import ModelSource
@@ -19,7 +19,12 @@ app = typer.Typer()
 
 
 @app.command()
-def info(model: ModelArgument) -> None:
+def info(
+    model: ModelArgument,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Also say whether N devices can share every layer evenly.")
+    ] = None,
+) -> None:
     """Show what MODEL is made of, and what pruning 10 to 50% of its MLP neurons would leave."""
     from dicer.model.source import open_model
 
@@ -35,6 +40,10 @@ def info(model: ModelArgument) -> None:
     for row in _what_is_left(source):
         left.add_row(*row)
     show(left)
+    if tensor_parallel is not None:
+        from dicer.write.targets import parallel_line
+
+        say(parallel_line(source.family, source.config, tensor_parallel))
 
 
 def _made_of(source: ModelSource) -> list[tuple[str, str]]:

@@ -99,7 +99,7 @@ def plan(
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Decide what of MODEL stays, and write only that: dicer_plan.json and dicer_plan.safetensors in OUT."""
+    """Decide what of MODEL stays, and write only that: dicer_plan.json and dicer_plan.tensors in OUT."""
     asked, compute = _wanted(recipe, flags)
     from dicer import pipeline
     from dicer.write.sink import CheckpointSink, check_output
@@ -152,6 +152,7 @@ def _show_look(found: Any, output: Path) -> None:
     if isinstance(task, Decided):
         _show_sizes(found.before, found.after)
         _show_widths(task.outline())
+        say(found.targets)
     else:
         say(f"About {task.budget.target:,.0f} parameters would go; from where, only a run of the model can tell.")
     _show_notes(task.notes)
@@ -217,3 +218,4 @@ def _show_result(result: Any) -> None:
     say("Peak memory: " + ", ".join(f"{where} {peak / 1e9:.2f} GB" for where, peak in peak_memory().items()) + ".")
     say(f"Checkpoint: {result.path} ({on_disk:,} bytes on disk).")
     say(f"Load it: import transformers; {loading_line(str(result.path), needs_code=result.needs_code)}")
+    say(result.targets)

@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dicer.ask.axes import AXES
-from dicer.decide.plan_file import FORMAT, PlanFile, Widths, first_fault
+from dicer.decide.plan_file import FORMAT, TENSORS, PlanFile, Widths, first_fault
 from dicer.errors import PlanError
 from dicer.files import as_output_error, write_whole
 
 PLAN_JSON = "dicer_plan.json"
-PLAN_TENSORS = "dicer_plan.safetensors"
 
 _MERGE = ("row", "weight_in", "weight_out")
 
@@ -170,7 +169,7 @@ class PrunePlan:
             "allocation": self.allocation,
         }
         text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        return {PLAN_JSON: text.encode(), PLAN_TENSORS: save(tensors)}
+        return {PLAN_JSON: text.encode(), TENSORS: save(tensors)}
 
     def save(self, folder: Path) -> None:
         """Write the two files into a folder, which is made if needed.
@@ -242,13 +241,13 @@ def load_plan(path: Path) -> PrunePlan:
         raise PlanError(f"{path} is no plan: give the folder of one, or its {PLAN_JSON}.")
     try:
         file = PlanFile.model_validate_json((folder / PLAN_JSON).read_bytes())
-        tensors = load_file(folder / PLAN_TENSORS)
+        tensors = load_file(folder / file.tensors)
         axes = {
             axis: {int(i): _layer(tensors, axis, i, layers[i]) for i in sorted(layers, key=int)}
             for axis, layers in file.axes.items()
         }
     except FileNotFoundError as error:
-        name = Path(str(error.filename)).name if error.filename else PLAN_TENSORS
+        name = Path(str(error.filename)).name if error.filename else TENSORS
         raise PlanError(f"no plan at {path}: {name} is missing. 'dicer plan' writes one.") from None
     except PermissionError as error:
         raise PlanError(f"the plan at {path} cannot be read: {error.strerror}.") from None
@@ -270,7 +269,7 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -
     own = {name: tensors.get(f"{axis}.{index}.{name}") for name in ("keep", "scores", *_MERGE, "means")}
     keep, scores, means, units = own["keep"], own["scores"], own["means"], said.units
     if keep is None or scores is None:
-        raise fault(f"has no '{'scores' if keep is not None else 'keep'}' in {PLAN_TENSORS}")
+        raise fault(f"has no '{'scores' if keep is not None else 'keep'}' among its tensors")
     ordered = keep.ndim == 1 and keep.dtype == torch.int64 and bool((keep.diff() > 0).all())
     outside = ordered and len(keep) and (int(keep[0]) < 0 or int(keep[-1]) >= units)
     if not ordered or outside or scores.shape != (units,):

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from dicer.ask.axes import AXES
 
-FORMAT = 2  # 1 knew neurons alone; it is still read
+FORMAT = 3  # 1 knew neurons alone, and of 1 and 2 the tensors had another name; both are still read
+TENSORS = "dicer_plan.tensors"  # no .safetensors beside the weights, which loaders take for more of them
+_OLD_TENSORS = "dicer_plan.safetensors"
 
 
 class Widths(BaseModel):
@@ -38,7 +40,7 @@ class _Allocation(BaseModel):
 class PlanFile(BaseModel):
     """dicer_plan.json; more keys may stand beside."""
 
-    format: Literal[1, 2]
+    format: Literal[1, 2, 3]
     model: _Model
     recipe: dict[str, Any]
     calibration: dict[str, Any]
@@ -46,6 +48,11 @@ class PlanFile(BaseModel):
     axes: dict[str, dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Widths]]
     blocks: list[Annotated[int, Field(strict=True, ge=0)]] = []
     allocation: _Allocation | None = None
+
+    @property
+    def tensors(self) -> str:
+        """The name of the file beside it."""
+        return TENSORS if self.format == FORMAT else _OLD_TENSORS
 
     @field_validator("allocation", mode="before")
     @classmethod

@@ -76,6 +76,7 @@ def model_card(
     before: Sizes,
     after: Sizes,
     needs_code: bool,
+    targets: str,
     perplexities: Mapping[str, float],
     perplexity_text: str | None,
 ) -> str:
@@ -105,6 +106,7 @@ def model_card(
         loading=loading_line("this folder", needs_code=needs_code),
         tokenizer=tokenizer_line("this folder", needs_code=needs_code),
         needs_code=needs_code,
+        targets=targets,
         recipe=plan.recipe,
         calibration=plan.calibration,
         widths=_widths(plan),

@@ -14,9 +14,11 @@ from dicer.model.sizes import Sizes
 from dicer.model.source import ModelSource
 from dicer.write.card import model_card
 from dicer.write.config import MODELING_FILE
+from dicer.write.opened import check_written, described
 from dicer.write.side_files import copy_side_files
 from dicer.write.sink import CheckpointSink
 from dicer.write.surgery import Cut
+from dicer.write.targets import targets_line
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Result:
         model: the pruned model, when it was asked for in memory.
         seconds: stage -> wall time.
         perplexities: ``before`` and ``after``, when text for it was given.
+        targets: what loads the checkpoint, in one line, when one was written.
         notes: what the user should know of how the text was sampled, and of choices without effect.
     """
 
@@ -41,6 +44,7 @@ class Result:
     model: Any | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     perplexities: dict[str, float] = field(default_factory=dict)
+    targets: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -57,19 +61,8 @@ def build_model(cut: Cut, dtype: Any = "auto", device: Any = "cpu") -> Any:
         dtype: ``auto`` (the checkpoint's own) or a torch dtype.
         device: a torch device.
     """
-    import transformers
-
-    from dicer.write.export import modeling_pruned
-
-    source, family = cut.source, cut.source.family
-    raw = dict(cut.config)
-    kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
-    config = transformers.AutoConfig.for_model(kind, **raw)
-    if auto_map is None:
-        model_class = getattr(transformers, family.causal_lm)
-    else:
-        model_class = getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"])
-        config.auto_map = auto_map
+    source = cut.source
+    model_class, config = described(cut)
     state = {name: cut.read(name) for name in cut.infos}
     if source.live is not None:  # what was not cut is still the dense model's own memory
         state = {name: tensor if name in cut.made else tensor.clone() for name, tensor in state.items()}
@@ -102,12 +95,13 @@ def write_checkpoint(
         perplexity_text: what ``result.perplexities`` were measured on.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or what was written cannot be opened.
         ModelError: a file of the model cannot be read.
     """
     config, source = dict(cut.config), cut.source
     if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
         config["tokenizer_class"] = tokenizer_class
+    result.targets = targets_line(source.family, config)
     with CheckpointSink(out, overwrite=overwrite) as sink:
         _write_side_files(sink, source, tokenizer)
         result.plan.save(sink.folder)
@@ -121,10 +115,12 @@ def write_checkpoint(
             before=result.before,
             after=result.after,
             needs_code="auto_map" in config,
+            targets=result.targets,
             perplexities=result.perplexities,
             perplexity_text=Path(perplexity_text).name if perplexity_text else None,
         )
         sink.write_text("README.md", card)
+        check_written(sink.folder, out)
     result.path = out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dicer.model.families import Family, head_size
@@ -26,6 +26,18 @@ def fits_stock(source: ModelSource, shapes: Sequence[LayerShape]) -> bool:
         return False
     values = source.config.to_dict()
     return all(_is_legal(axis, values, first[name]) for name, axis in axes.items())
+
+
+def _is_taken(config: Mapping[str, Any]) -> bool:
+    """Whether transformers takes a stock config; Phi-3's wants rope factors for hidden size / heads, however large."""
+    from transformers import AutoConfig
+
+    values = dict(config)
+    try:
+        AutoConfig.for_model(values.pop("model_type"), **values)
+    except Exception:  # whatever a config class raises of what it does not like
+        return False
+    return True
 
 
 def _is_legal(axis: Axis, values: dict[str, Any], units: int) -> bool:
@@ -56,11 +68,16 @@ def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Seque
     config[family.layers_key] = len(kept)
     config[neurons] = max(shape.units["mlp"] for shape in shapes) or source.widest
     if fits_stock(source, shapes):
-        return config | _stock_keys(family, values, shapes)
+        stock = config | _stock_keys(family, values, shapes)
+        if _is_taken(stock):
+            return stock
     said = values | {neurons: config[neurons]}
     per_layer = {f"{i:03d}": own for i, shape in enumerate(shapes) if (own := _differs(family, said, shape))}
     if any(shape.output_bias for shape in shapes):
         config["output_bias"] = []
+    for axis in family.axes.values():
+        if axis.size_key is not None and any(axis.width_keys[-1] in own for own in per_layer.values()):
+            config[axis.size_key] = head_size(values, int(values[axis.width_keys[0]]))
     module = MODELING_FILE.removesuffix(".py")
     config.update(
         model_type=family.pruned_type,
@@ -68,6 +85,7 @@ def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Seque
         auto_map={auto: f"{module}.{name}" for auto, name in family.pruned_classes.items()},
         per_layer_config=per_layer,
         allow_global_per_layer_attribute_access=True,
+        num_hidden_layers=len(kept),  # also where the family has its own word: AutoTokenizer may know no other
     )
     return config
 

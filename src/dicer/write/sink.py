@@ -139,17 +139,14 @@ class CheckpointSink:
             except SafetensorError as error:  # what safetensors makes of a full disk
                 raise OutputError(f"cannot write {self.out}: {error}.") from error
             shutil.copymode(self._partial / _MARKER, self.folder / file)  # safetensors makes files for the owner only
-        if len(shards) > 1:  # last, so that no index ever points at a shard that is not there
-            self.write_json(
-                INDEX,
-                {
-                    "metadata": {
-                        "total_parameters": sum(info.numel for info in infos.values()),
-                        "total_size": sum(info.nbytes for info in infos.values()),
-                    },
-                    "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
-                },
-            )
+        counts = {
+            "total_parameters": sum(info.numel for info in infos.values()),
+            "total_size": sum(info.nbytes for info in infos.values()),
+        }
+        files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        # Also of one shard: without an index some loaders read whatever ends in .safetensors. Last, so that it never
+        # points at a shard that is not there.
+        self.write_json(INDEX, {"metadata": counts, "weight_map": files})
 
     def write_json(self, name: str, value: object) -> None:
         """One JSON file, keys sorted, so that the same content gives the same bytes."""

@@ -17,7 +17,7 @@ from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis, Slice
-from dicer.write.config import fits_stock, pruned_config
+from dicer.write.config import pruned_config
 
 Read = Callable[[], Tensor]
 
@@ -122,6 +122,7 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             cut.infos[name], cut.origin[name] = info, name
         elif place[0] in number:
             _inside(cut, axes, plan, name, number[place[0]])
+    _drop_norms(cut, after)
     places = _places(family, before)
     for old, new in number.items():
         for axis in axes:
@@ -129,7 +130,7 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             if axis in after[new].output_bias and layer is not None and layer.means is not None:
                 weight = places[old, axes[axis].output_slice.name]
                 _output_bias(cut, axes[axis], layer, weight, new)
-    if fits_stock(source, after):
+    if "auto_map" not in cut.config:
         _zero_biases(cut, [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)])
     return cut
 
@@ -194,6 +195,25 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
         cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
     elif inner == f"{axis.output}.bias" and layer.means is not None:
         cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
+
+
+def _drop_norms(cut: Cut, after: list[LayerShape]) -> None:
+    """Leave out the norms that nothing comes of, as their sub-layer is gone."""
+    from dicer.write.export.modeling_pruned import FAMILIES, unused_norms
+
+    family = cut.source.family
+    *_, heads, mlp = FAMILIES[family.model_type]
+    unused = {
+        (index, norm)
+        for index, shape in enumerate(after)
+        for axis, part in (("attention", heads), ("mlp", mlp))
+        if not shape.units[axis]
+        for norm in unused_norms(part, cut.source.config, axis in shape.output_bias)
+    }
+    for name in [*cut.infos]:
+        place = family.locate(name)
+        if place and (place[0], place[1].partition(".")[0]) in unused:
+            del cut.infos[name], cut.origin[name]
 
 
 def _biased(source: ModelSource, axis: Axis, layer: LayerPlan, bias_name: str) -> Tensor:

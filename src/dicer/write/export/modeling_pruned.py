@@ -2,7 +2,8 @@
 
 Needs only transformers (5.14 or newer) and torch. The classes are those of transformers; then each layer gets the
 heads, the neurons and the biases that ``per_layer_config`` in config.json gives it, and a sub-layer that it skips is
-replaced by one that adds nothing, or a constant. Nothing else is changed. Load with
+replaced by one that adds nothing, or a constant; a norm that nothing comes of goes with it, as a parameter without a
+gradient stops training on several processes. Nothing else is changed. Load with
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 
@@ -31,27 +33,28 @@ class SubLayer(NamedTuple):
         inputs: linear maps whose outputs the units own -> whose rows a unit has there: a neuron one or two, a key-value
             head its queries (q), its keys or values (k), or all three (qkv).
         output: the linear map whose inputs the units own.
+        norms: the one before the sub-layer, and the one behind it where there is one.
     """
 
     units: str
     modules: tuple[str, ...]
     inputs: dict[str, str]
     output: str
+    norms: tuple[str, ...]
 
 
-def _separate(output: str, units: str = "num_key_value_heads") -> SubLayer:
-    inputs = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "k"}
-    return SubLayer(units, ("self_attn",), inputs, output)
-
-
-_HEADS = _separate("self_attn.o_proj")
-_MLP = SubLayer("intermediate_size", ("mlp",), {"mlp.gate_proj": "1", "mlp.up_proj": "1"}, "mlp.down_proj")
-_FUSED_HEADS = SubLayer("num_key_value_heads", ("self_attn",), {"self_attn.qkv_proj": "qkv"}, "self_attn.o_proj")
-_FUSED_MLP = SubLayer("intermediate_size", ("mlp",), {"mlp.gate_up_proj": "2"}, "mlp.down_proj")
-_GPT2_HEADS = SubLayer("n_head", ("attn",), {"attn.c_attn": "qkv"}, "attn.c_proj")
-_GPT2_MLP = SubLayer("n_inner", ("mlp",), {"mlp.c_fc": "1"}, "mlp.c_proj")
-_OPT_HEADS = _separate("self_attn.out_proj", "num_attention_heads")
-_OPT_MLP = SubLayer("ffn_dim", ("fc1", "fc2"), {"fc1": "1"}, "fc2")
+_SEPARATE = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "k"}
+_BEFORE_HEADS, _BEFORE_MLP = ("input_layernorm",), ("post_attention_layernorm",)
+_HEADS = SubLayer("num_key_value_heads", ("self_attn",), _SEPARATE, "self_attn.o_proj", _BEFORE_HEADS)
+_MLP = SubLayer("intermediate_size", ("mlp",), {"mlp.gate_proj": "1", "mlp.up_proj": "1"}, "mlp.down_proj", _BEFORE_MLP)
+_GEMMA_HEADS = _HEADS._replace(norms=("input_layernorm", "post_attention_layernorm"))
+_GEMMA_MLP = _MLP._replace(norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+_FUSED_HEADS = _HEADS._replace(inputs={"self_attn.qkv_proj": "qkv"})
+_FUSED_MLP = _MLP._replace(inputs={"mlp.gate_up_proj": "2"})
+_GPT2_HEADS = SubLayer("n_head", ("attn",), {"attn.c_attn": "qkv"}, "attn.c_proj", ("ln_1",))
+_GPT2_MLP = SubLayer("n_inner", ("mlp",), {"mlp.c_fc": "1"}, "mlp.c_proj", ("ln_2",))
+_OPT_HEADS = SubLayer("num_attention_heads", ("self_attn",), _SEPARATE, "self_attn.out_proj", ("self_attn_layer_norm",))
+_OPT_MLP = SubLayer("ffn_dim", ("fc1", "fc2"), {"fc1": "1"}, "fc2", ("final_layer_norm",))
 
 # model_type -> name of the stock config, base and language-model classes, path of the decoder layers inside the base
 # class, and the two sub-layers.
@@ -61,8 +64,8 @@ FAMILIES: dict[str, tuple[str, str, str, str, SubLayer, SubLayer]] = {
     "qwen2": ("Qwen2Config", "Qwen2Model", "Qwen2ForCausalLM", "layers", _HEADS, _MLP),
     "qwen3": ("Qwen3Config", "Qwen3Model", "Qwen3ForCausalLM", "layers", _HEADS, _MLP),
     "gemma": ("GemmaConfig", "GemmaModel", "GemmaForCausalLM", "layers", _HEADS, _MLP),
-    "gemma2": ("Gemma2Config", "Gemma2Model", "Gemma2ForCausalLM", "layers", _HEADS, _MLP),
-    "gemma3_text": ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM", "layers", _HEADS, _MLP),
+    "gemma2": ("Gemma2Config", "Gemma2Model", "Gemma2ForCausalLM", "layers", _GEMMA_HEADS, _GEMMA_MLP),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM", "layers", _GEMMA_HEADS, _GEMMA_MLP),
     "phi3": ("Phi3Config", "Phi3Model", "Phi3ForCausalLM", "layers", _FUSED_HEADS, _FUSED_MLP),
     "gpt2": ("GPT2Config", "GPT2Model", "GPT2LMHeadModel", "h", _GPT2_HEADS, _GPT2_MLP),
     "opt": ("OPTConfig", "OPTModel", "OPTForCausalLM", "decoder.layers", _OPT_HEADS, _OPT_MLP),
@@ -85,8 +88,9 @@ class SkippedMLP(nn.Module):
 class SkippedAttention(SkippedMLP):
     """Attention that is gone. Its cache still counts tokens: the first layer's length is taken for that of all."""
 
-    def __init__(self, size: int, bias: bool, layer_idx: int) -> None:
-        super().__init__(size, bias)
+    def __init__(self, config: Any, bias: bool, layer_idx: int) -> None:
+        super().__init__(config.hidden_size, bias)
+        self.config = config
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
@@ -94,6 +98,9 @@ class SkippedAttention(SkippedMLP):
         if past_key_values is not None:
             count = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             past_key_values.update(count, count, self.layer_idx)
+        if self.config is None:  # never: vLLM looks for this call in the source of every layer that it serves
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+            attend(self, hidden_states, hidden_states, hidden_states, None)
         return super().forward(hidden_states), None
 
 
@@ -111,6 +118,19 @@ class _OwnHeads:
         return getattr(self._config, name)
 
 
+def unused_norms(part: SubLayer, config: Any, bias: bool) -> tuple[str, ...]:
+    """Norms of a decoder layer that nothing comes of when a sub-layer is gone.
+
+    Args:
+        part: the sub-layer.
+        config: of the model; OPT's says whether norms lie in the residual stream itself, where they stay.
+        bias: whether a bias is left of the sub-layer; a norm behind it is in use.
+    """
+    if not getattr(config, "do_layer_norm_before", True):
+        return ()
+    return part.norms[:1] if bias else part.norms
+
+
 @contextmanager
 def _all_alike(config: Any) -> Iterator[None]:
     """Hide what differs between layers, so that the stock constructor builds them all by the global config."""
@@ -124,18 +144,25 @@ def _all_alike(config: Any) -> Iterator[None]:
 
 def _shape_layers(model: Any, layers: Any, attention: SubLayer, mlp: SubLayer) -> None:
     """Make each layer what ``per_layer_config`` says of it."""
+    old: list[str] = []
     for index, (layer, config) in enumerate(zip(layers, model.config.per_layer_config, strict=True)):
         biased = getattr(config, "output_bias", ())
         skipped = getattr(config, "skip", ())
-        size = config.hidden_size
+        gone: list[str] = []
         if "attention" in skipped:
-            _replace(layer, attention, SkippedAttention(size, "attention" in biased, index))
+            _replace(layer, attention, SkippedAttention(model.config, "attention" in biased, index))
+            gone += unused_norms(attention, config, "attention" in biased)
         else:
             _set_heads(layer, attention, config, "attention" in biased)
         if "mlp" in skipped:
-            _replace(layer, mlp, SkippedMLP(size, "mlp" in biased))
+            _replace(layer, mlp, SkippedMLP(config.hidden_size, "mlp" in biased))
+            gone += unused_norms(mlp, config, "mlp" in biased)
         else:
             _set_units(layer, mlp, getattr(config, mlp.units), {"1": 1, "2": 2}, 1, "mlp" in biased)
+        for name in gone:
+            setattr(layer, name, nn.Identity())
+            old.append(rf"\.{index}\.{name}\.")  # checkpoints of dicer 0.1 have them
+    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or ()), *old]
     model.post_init()  # again: the new modules are not initialised yet
 
 
@@ -192,16 +219,21 @@ def _classes(model_type: str) -> dict[str, type]:
     config_name, base_name, causal_name, path, attention, mlp = FAMILIES[model_type]
     stock_config = CONFIG_MAPPING[model_type]
     stock_base, stock_causal = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
-    config_class = type(
-        "Pruned" + config_name, (stock_config,), {"model_type": "pruned_" + model_type, "__module__": __name__}
-    )
 
-    def init_base(self: Any, config: Any) -> None:
+    def validate(self: Any) -> None:
+        with _all_alike(self):  # each layer was held against the rules already; the whole is read without a warning
+            stock_config.validate(self)
+
+    own = {"model_type": "pruned_" + model_type, "__module__": __name__, "validate": validate}
+    config_class = type("Pruned" + config_name, (stock_config,), own)
+
+    # Nothing annotated: vLLM holds the arguments against what this says of them, one place off.
+    def init_base(self, config):  # type: ignore[no-untyped-def]
         with _all_alike(config):
             stock_base.__init__(self, config)
         _shape_layers(self, attrgetter(path)(self), attention, mlp)
 
-    def init_causal(self: Any, config: Any) -> None:
+    def init_causal(self, config):  # type: ignore[no-untyped-def]
         with _all_alike(config):
             stock_causal.__init__(self, config)
         _shape_layers(self, attrgetter(path)(self.base_model), attention, mlp)

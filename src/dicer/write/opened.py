@@ -1,0 +1,98 @@
+"""Does what is written open? Asked before a run begins, and again before the folder gets its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dicer.errors import ModelError, OutputError
+from dicer.model.find import as_model_error
+from dicer.model.source import ModelSource, open_model
+from dicer.write.surgery import Cut
+
+
+def described(cut: Cut) -> tuple[Any, Any]:
+    """The class and the config of what a cut comes to: a stock one, or one of our own model file."""
+    import transformers
+
+    from dicer.write.export import modeling_pruned
+
+    family, raw = cut.source.family, dict(cut.config)
+    kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
+    config = transformers.AutoConfig.for_model(kind, **raw)
+    if auto_map is None:
+        return getattr(transformers, family.causal_lm), config
+    config.auto_map = auto_map
+    return getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"]), config
+
+
+def check_cut(cut: Cut) -> None:
+    """Hold what would be written against the model that its config calls for, before anything is computed.
+
+    Raises:
+        ModelError: transformers would not take the config, or other tensors belong to it.
+    """
+    what = "checkpoint that this would be"
+    with as_model_error(cut.source.name, what), torch.device("meta"):
+        model_class, config = described(cut)
+        model = model_class(config)
+    tied = set(model.all_tied_weights_keys)
+    for name, parameter in model.named_parameters():
+        found = cut.infos.get(name) or cut.infos.get(name.split(".", 1)[1])
+        if name not in tied and (found is None or found.shape != tuple(parameter.shape)):
+            raise ModelError(
+                f"{cut.source.name}: the {what} cannot be loaded: '{name}' would be {found and found.shape}, and its "
+                f"config calls for {tuple(parameter.shape)}. Choose other units; this one is a fault of dicer."
+            )
+    _run(model, cut.source.name, what)
+
+
+def check_folder(folder: Path) -> ModelSource:
+    """Open a folder as transformers does, with our own model file for the one in it, and load no weight.
+
+    The model is built on the meta device, every tensor's name and shape held against it, one short sequence sent
+    through it; then the generation config and the tokenizer are read.
+
+    Raises:
+        ModelError: something in it cannot be opened.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = open_model(folder)
+    with as_model_error(source.name, "model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
+    _run(model, source.name, "model")
+    source.generation_config()
+    source.tokenizer()
+    return source
+
+
+def check_written(folder: Path, out: Path) -> None:
+    """Open what was written before it gets its name.
+
+    Args:
+        folder: where it lies now.
+        out: what it will be called, for the message.
+
+    Raises:
+        OutputError: it cannot be opened.
+    """
+    try:
+        check_folder(folder)
+    except ModelError as error:
+        reason = str(error).removeprefix(f"{folder.resolve().name}: ")
+        raise OutputError(f"{out} was not written, as it could not be opened again: {reason}") from None
+
+
+def _run(model: Any, name: str, what: str) -> None:
+    """Send a sequence through a model without weights: what does not fit together is found, nothing is computed."""
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, 4, 4, device="meta")  # ready made: to make one, transformers looks at values
+    with as_model_error(name, what), torch.no_grad():
+        try:
+            model.eval()(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+        except RuntimeError as error:
+            if "meta tensors" not in str(error):  # else what looks at values (dynamic rotary scaling) is no fault
+                raise

@@ -1,0 +1,1 @@
+"""Is a written checkpoint what was decided, and does it open elsewhere?"""
