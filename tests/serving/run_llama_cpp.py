@@ -2,8 +2,8 @@
 
     python run_llama_cpp.py MODEL.gguf < QUESTIONS.json > ANSWERS.json
 
-Questions: ``{"prompts": [[id, ...], ...], "count": 24, "texts": ["..."], "messages": [[...]]}``. Answers: for each
-prompt greedy ids and their log-probabilities, for each text its ids, for each list of messages the prompt.
+Questions: ``{"prompts": [[id, ...], ...], "count": 24, "texts": ["..."], "messages": [[...]],
+"banned": [id, ...]}``. Answers: for each prompt greedy ids and their log-probabilities, for each text its ids, for each list of messages the prompt.
 """
 
 import json
@@ -47,6 +47,13 @@ def completed(server, ids, count):
     return {"ids": found["tokens"], "logprobs": told if whole else None}
 
 
+def distribution(server, ids, banned):
+    """Log-probability of every token after a prompt; it tells none where the one that it takes is half a character."""
+    body = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "samplers": ["temperature"], "n_probs": 1_000_000}
+    found = asked(server, "/completion", {**body, "cache_prompt": False, "logit_bias": [[i, False] for i in banned]})
+    return {token["id"]: token["logprob"] for token in found["completion_probabilities"][0]["top_logprobs"]}
+
+
 def tokenized(server, text):
     return asked(server, "/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
@@ -60,6 +67,8 @@ def main():
     loaded = time.perf_counter()
     found = {"completions": [completed(server, ids, questions["count"]) for ids in questions["prompts"]]}
     done = time.perf_counter()
+    if "banned" in questions:
+        found["distributions"] = [distribution(server, ids, questions["banned"]) for ids in questions["prompts"]]
     found["texts"] = [tokenized(server, text) for text in questions.get("texts", ())]
     found["chats"] = [
         asked(server, "/apply-template", {"messages": m})["prompt"] for m in questions.get("messages", ())
