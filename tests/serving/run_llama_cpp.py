@@ -2,8 +2,9 @@
 
     python run_llama_cpp.py MODEL.gguf < QUESTIONS.json > ANSWERS.json
 
-Questions: ``{"prompts": [[id, ...], ...], "count": 24, "texts": ["..."], "messages": [[...]],
-"banned": [id, ...]}``. Answers: for each prompt greedy ids and their log-probabilities, for each text its ids, for each list of messages the prompt.
+Questions: ``{"prompts": [[id, ...], ...], "count": 24, "texts": ["..."], "messages": [[...]], "banned": [id, ...]}``.
+Answers: for each prompt greedy ids and their log-probabilities, for each text its ids, for each list of messages the
+prompt; with ``banned`` also the log-probability of every token after each prompt, where none of these may be taken.
 """
 
 import json
