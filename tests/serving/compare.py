@@ -51,7 +51,7 @@ class Outcome:
             llama.cpp tells.
         spread: largest difference of any token's log-probability after a prompt, where that was asked.
         ends: transformers' next tokens where llama.cpp stopped before the end.
-        seconds: what llama.cpp took to load and to generate.
+        seconds: of CPU that llama.cpp took to load and to generate.
         answers: all that llama.cpp said.
     """
 

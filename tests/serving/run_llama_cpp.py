@@ -63,11 +63,11 @@ def main():
     questions = json.load(sys.stdin)
     answers = os.dup(1)
     os.dup2(2, 1)  # what llama.cpp prints is no answer
-    began = time.perf_counter()
+    began = time.process_time()
     server = started(sys.argv[1])
-    loaded = time.perf_counter()
+    loaded = time.process_time()
     found = {"completions": [completed(server, ids, questions["count"]) for ids in questions["prompts"]]}
-    done = time.perf_counter()
+    done = time.process_time()
     if "banned" in questions:
         found["distributions"] = [distribution(server, ids, questions["banned"]) for ids in questions["prompts"]]
     found["texts"] = [tokenized(server, text) for text in questions.get("texts", ())]
