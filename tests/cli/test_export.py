@@ -34,7 +34,7 @@ def test_gguf(run, checkpoint, tmp_path, type):
     assert lines[0] == f"Wrote {out} ({size:,} bytes): {type or 'f32'}, llama.cpp's architecture 'deci'."
     widths = [32, 64, 64, 64] if type == "q8_0" else [24, 40, 40, 40]
     assert File(out).keys["feed_forward_length"] == widths
-    assert lines[1:] == ["Note: 7,680 zeros were added (17.7% of the parameters)."] * (type == "q8_0")
+    assert lines[1:] == ["Note: padding adds 7,680 parameters (17.7%)."] * (type == "q8_0")
     assert [path.name for path in out.parent.iterdir()] == ["model.gguf"]
 
 
@@ -42,7 +42,7 @@ def test_stock(run, checkpoint, tmp_path):
     out = tmp_path / "out"
     printed = run("export", checkpoint, "--to", "stock", "-o", out, "--pad", "16")
     assert "stock LlamaForCausalLM, no code" in printed
-    assert "parameters are zeros" in printed
+    assert "parameters are padding" in printed
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 48
     run("export", checkpoint, "--to", "stock", "-o", out, "--overwrite")
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 40

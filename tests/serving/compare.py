@@ -47,10 +47,11 @@ class Outcome:
         same: whose continuation is the same to its end.
         margins: where a continuation splits: transformers' difference between its two best log-probabilities there.
         agreed: tokens before a split, of ``tokens``.
-        difference: largest one of a chosen token's log-probability, before a split;
-            of the continuations of which llama.cpp tells it.
+        difference: largest one of a chosen token's log-probability, before a split, of the ``compared`` that
+            llama.cpp tells.
+        spread: largest difference of any token's log-probability after a prompt, where that was asked.
         ends: transformers' next tokens where llama.cpp stopped before the end.
-        seconds: what llama.cpp took to load and to generate.
+        seconds: of CPU that llama.cpp took to load and to generate.
         answers: all that llama.cpp said.
     """
 
@@ -60,6 +61,8 @@ class Outcome:
     agreed: int = 0
     tokens: int = 0
     difference: float = 0.0
+    compared: int = 0
+    spread: float | None = None
     ends: set[int] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
     answers: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +75,9 @@ class Outcome:
     def row(self) -> str:
         """Cells of a Markdown table."""
         margins = ", ".join(f"{margin:.1e}" for margin in self.margins) or "-"
-        return f"{self.same}/{self.prompts} | {margins} | {self.agreed}/{self.tokens} | {self.difference:.1e}"
+        difference = f"{self.difference:.1e}" if self.compared else "not told"
+        spread = "" if self.spread is None else f" | {self.spread:.1e}"
+        return f"{self.same}/{self.prompts} | {margins} | {self.agreed}/{self.tokens} | {difference}{spread}"
 
 
 def llama_cpp(gguf: Path, questions: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +105,10 @@ def compare(folder: Path, gguf: Path, prompts: list[list[int]], count: int = 24,
             output = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)[0]
             logits = model(output[None, :-1]).logits[0, len(ids) - 1 :].log_softmax(-1)  # [T, V]
         _count(outcome, output[len(ids) :].tolist(), logits, theirs)
+        if "banned" in more:
+            told = answers["distributions"].pop(0)
+            after = torch.tensor([told[str(i)] for i in range(logits.shape[1])])  # [V]
+            outcome.spread = max(outcome.spread or 0.0, (after - logits[0]).abs().max().item())
     return outcome
 
 
@@ -112,6 +121,7 @@ def _count(outcome: Outcome, ours: list[int], logits: torch.Tensor, theirs: dict
     outcome.agreed, outcome.tokens = outcome.agreed + split, outcome.tokens + length
     for i, logprob in enumerate((theirs["logprobs"] or [])[:split]):
         outcome.difference = max(outcome.difference, abs(logits[i, ours[i]].item() - logprob))
+        outcome.compared += 1
     if split < length:
         best = logits[split].topk(2).values
         outcome.margins.append((best[0] - best[1]).item())

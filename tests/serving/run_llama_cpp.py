@@ -2,8 +2,9 @@
 
     python run_llama_cpp.py MODEL.gguf < QUESTIONS.json > ANSWERS.json
 
-Questions: ``{"prompts": [[id, ...], ...], "count": 24, "texts": ["..."], "messages": [[...]]}``. Answers: for each
-prompt greedy ids and their log-probabilities, for each text its ids, for each list of messages the prompt.
+Questions: ``{"prompts": [[id, ...], ...], "count": 24, "texts": ["..."], "messages": [[...]], "banned": [id, ...]}``.
+Answers: for each prompt greedy ids and their log-probabilities, for each text its ids, for each list of messages the
+prompt; with ``banned`` also the log-probability of every token after each prompt, where none of these may be taken.
 """
 
 import json
@@ -47,6 +48,13 @@ def completed(server, ids, count):
     return {"ids": found["tokens"], "logprobs": told if whole else None}
 
 
+def distribution(server, ids, banned):
+    """Log-probability of every token after a prompt; it tells none where the one that it takes is half a character."""
+    body = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "samplers": ["temperature"], "n_probs": 1_000_000}
+    found = asked(server, "/completion", {**body, "cache_prompt": False, "logit_bias": [[i, False] for i in banned]})
+    return {token["id"]: token["logprob"] for token in found["completion_probabilities"][0]["top_logprobs"]}
+
+
 def tokenized(server, text):
     return asked(server, "/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
@@ -55,11 +63,13 @@ def main():
     questions = json.load(sys.stdin)
     answers = os.dup(1)
     os.dup2(2, 1)  # what llama.cpp prints is no answer
-    began = time.perf_counter()
+    began = time.process_time()
     server = started(sys.argv[1])
-    loaded = time.perf_counter()
+    loaded = time.process_time()
     found = {"completions": [completed(server, ids, questions["count"]) for ids in questions["prompts"]]}
-    done = time.perf_counter()
+    done = time.process_time()
+    if "banned" in questions:
+        found["distributions"] = [distribution(server, ids, questions["banned"]) for ids in questions["prompts"]]
     found["texts"] = [tokenized(server, text) for text in questions.get("texts", ())]
     found["chats"] = [
         asked(server, "/apply-template", {"messages": m})["prompt"] for m in questions.get("messages", ())

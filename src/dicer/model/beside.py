@@ -34,7 +34,7 @@ _CODE = (
 )
 # Of dicer; the configs of an adapter and of weights in another layout, which are not there.
 _OURS = re.compile(
-    r"\.|config\.json$|base_model_card\.md$|dicer_plan|adapter_|params\.json$|optimizer|scheduler\.|rng_state|openvino_"
+    r"\.|config\.json$|base_model_card\.md$|dicer_(plan|export)|adapter_|params\.json$|optimizer|scheduler\.|rng_state|openvino_"
 )
 
 

@@ -243,7 +243,7 @@ def test_padding_is_told(tmp_path, family):
     file, notes = exported(folder, tmp_path)
     one = 30 * HIDDEN * 3
     assert notes == ([] if file.arch in ("deci", "openelm") else [notes[0]])
-    assert all(f"{one:,} zeros were added" in note and "one width for all layers" in note for note in notes)
+    assert all(f"padding adds {one:,} parameters" in note and "one width for all layers" in note for note in notes)
 
 
 def test_pruned_blocks_of_qwen2(tmp_path):

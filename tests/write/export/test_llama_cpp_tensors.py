@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reading import File, know_tiny_tokenizer, save_shaped, save_stock, weights
+from safetensors.torch import save_file
 from tiny import FAMILIES, HIDDEN, LAYERS, NEURONS
 
 from dicer.model.source import open_model
@@ -210,19 +211,17 @@ def padded(tensor, length, dim, other=None):
     return result
 
 
-@pytest.mark.parametrize("gone", ["input_layernorm", "post_attention_layernorm"])
-def test_norm_of_a_sub_layer_that_is_gone_is_missing(tmp_path, monkeypatch, gone):
-    """Checkpoints may leave it out: nothing depends on it."""
-    skip = "attention" if gone == "input_layernorm" else "mlp"
-    folder = save_shaped(tmp_path / "model", save_stock(tmp_path / "stock"), {1: {"skip": [skip]}})
-    source = open_model(folder)
-    name = f"model.layers.1.{gone}.weight"
-    source.tensors.leave_out([name])
-    file = File(export_gguf(source, tmp_path / "model.gguf").path)
-    assert name in weights(folder)
-    assert torch.equal(
-        file.tensors[f"blk.1.{'attn' if skip == 'attention' else 'ffn'}_norm.weight"], torch.ones(HIDDEN)
-    )
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(("gone", "norm", "theirs"), [("attention", "input", "attn"), ("mlp", "post_attention", "ffn")])
+def test_norm_of_a_sub_layer_that_is_gone(tmp_path, gone, norm, theirs, kept):
+    """Nothing depends on it: checkpoints of 0.1 have it, newer ones have not, and a file must."""
+    folder = save_shaped(tmp_path / "model", save_stock(tmp_path / "stock"), {1: {"skip": [gone]}})
+    name, stored = f"model.layers.1.{norm}_layernorm.weight", weights(folder)
+    assert name not in stored
+    if kept:
+        save_file(stored | {name: torch.full((HIDDEN,), 2.0)}, folder / "model.safetensors", metadata={"format": "pt"})
+    found = exported(folder, tmp_path).tensors[f"blk.1.{theirs}_norm.weight"]
+    assert torch.equal(found, torch.ones(HIDDEN)) or (kept and torch.equal(found, torch.full((HIDDEN,), 2.0)))
 
 
 BIASES = {

@@ -125,7 +125,7 @@ class Layers:
 
 
 def added_parameters(layers: Layers, targets: Sequence[Mapping[str, int]]) -> int:
-    """How many zeros padding adds to a model, beside what its layers have."""
+    """How many parameters padding adds to what a model's layers have."""
     infos = layers.source.tensors.infos()
     have = sum(info.numel for name, info in infos.items() if layers.source.family.locate(name))
     return sum(made.info.numel for i, units in enumerate(targets) for made in layers.padded(i, units).values()) - have

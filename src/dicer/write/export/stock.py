@@ -66,19 +66,21 @@ def export_stock(
     infos = {name: tensor.info for name, tensor in made.items()}
     nbytes = sum(info.nbytes for info in infos.values())
     check_space(out, nbytes)
-    zeros = added_parameters(layers, [shape.units] * len(layers.shapes))
+    padding = added_parameters(layers, [shape.units] * len(layers.shapes))
     with CheckpointSink(out, overwrite=overwrite) as sink:
         if source.folder is not None:
             copy_side_files(source.folder, sink.folder)
-        sink.write_json(MADE_BY_EXPORT, {"source": source.name, "to": "stock", "units": shape.units, "zeros": zeros})
+        sink.write_json(
+            MADE_BY_EXPORT, {"source": source.name, "to": "stock", "units": shape.units, "padding": padding}
+        )
         sink.write_tensors(infos, lambda name: made[name].read(), lambda done: progress("write", done, len(made)))
         sink.write_json("config.json", config)
-    return Padded(out, source.family.causal_lm, nbytes, _notes(infos, zeros))
+    return Padded(out, source.family.causal_lm, nbytes, [*source.notes, *_notes(infos, padding)])
 
 
-def _notes(infos: dict[str, TensorInfo], zeros: int) -> list[str]:
+def _notes(infos: dict[str, TensorInfo], padding: int) -> list[str]:
     whole = sum(info.numel for info in infos.values())
-    return [f"{zeros:,} of {whole:,} parameters are zeros ({zeros / whole:.1%}); they cost time and memory"]
+    return [f"{padding:,} of {whole:,} parameters are padding ({padding / whole:.1%}); they cost time and memory"]
 
 
 def _stock_shape(source: ModelSource, layers: Layers, pad: int) -> LayerShape:

@@ -134,10 +134,10 @@ def _laid_out(arch: Arch, source: ModelSource, layers: Layers, multiple: int) ->
         for h, n in zip(heads, neurons, strict=True)
     ]
     layout = Layout(arch, layers, units, [u["attention"] * group for u in units], head_size(values, queries))
-    if zeros := added_parameters(layers, units):
+    if padding := added_parameters(layers, units):
         whole = sum(info.numel for info in source.tensors.infos().values())
         why = "" if arch.per_layer else f", since llama.cpp's {arch.name} has one width for all layers"
-        layout.notes.append(f"{zeros:,} zeros were added ({zeros / whole:.1%} of the parameters){why}")
+        layout.notes.append(f"padding adds {padding:,} parameters ({padding / whole:.1%}){why}")
     return layout
 
 

@@ -98,7 +98,7 @@ def export_gguf(
         (scratch / "new.gguf").replace(target)
     unpacked = sum(t == gguf.GGMLQuantizationType.F16 for t in types.values()) if kind == "q8_0" else 0
     kept = [f"{unpacked} matrices are f16, since their rows are no multiple of {_Q8_ROW}"] if unpacked else []
-    notes = [*layout.notes, *context_notes(layout), *(rope.notes if rope else ()), *kept]
+    notes = [*source.notes, *layout.notes, *context_notes(layout), *(rope.notes if rope else ()), *kept]
     return Exported(out, layout.arch.name, kind, target.stat().st_size, notes)
 
 
