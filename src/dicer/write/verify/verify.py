@@ -154,7 +154,8 @@ def _against(original: str, plan: PrunePlan, rows: list[list[int]], logits: dict
     with torch.no_grad():
         for number, row in enumerate(rows):
             expected = model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
-            largest = max(largest, float((expected - logits[str(number)]).abs().max()))
+            far = (expected - logits[str(number)]).abs().max().nan_to_num(torch.inf)  # no number is no agreement
+            largest = max(largest, float(far))
             scale = max(scale, float(expected.abs().max()))
     found = f"largest difference of a logit {largest:.1e}, of logits up to {scale:.1f}, on {len(rows)} prompts"
     return Checked("the masked original", largest <= _LARGEST * scale, found)
