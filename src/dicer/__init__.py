@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from dicer.ask.evaluation import Evaluation as Evaluation
     from dicer.ask.recipe import Recipe as Recipe
     from dicer.ask.text import Text as Text
+    from dicer.decide.grouping import GROUPINGS as GROUPINGS
+    from dicer.decide.grouping import grouping as grouping
+    from dicer.decide.merging import MERGES as MERGES
+    from dicer.decide.merging import Survivors as Survivors
+    from dicer.decide.merging import merge as merge
+    from dicer.decide.plan import Merge as Merge
     from dicer.decide.plan import PrunePlan as PrunePlan
     from dicer.decide.plan import load_plan as load_plan
     from dicer.errors import DicerError as DicerError
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from dicer.pipeline import Result as Result
     from dicer.pipeline import apply_plan as apply_plan
     from dicer.pipeline import load as load
+    from dicer.pipeline import look as look
     from dicer.pipeline import make_plan as make_plan
     from dicer.pipeline import prune as prune
 

@@ -169,7 +169,7 @@ def apply_plan(
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
     cut = plan_cut(source, loaded)
-    result = Result(loaded, *cut.sizes())
+    result = Result(loaded, *cut.sizes(), notes=list(source.notes))
     check_space(out, result.after.nbytes)
     with _timed(result.seconds, "write"):
         write_checkpoint(result, cut, out, progress, overwrite=overwrite)
@@ -261,7 +261,7 @@ def _as_it_is(model: Any, compute: Compute) -> Compute:
     found = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     for name, value in found.items():
         asked = getattr(compute, name)
-        if asked not in ("auto", value):
+        if asked not in ("auto", value, value.partition(":")[0]):  # a GPU's own number need not be said
             raise RecipeError(f"{name} {asked} is asked for, and the model in memory has {value}; move it first.")
     return compute.model_copy(update=found)
 
@@ -293,12 +293,13 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     Raises:
         ModelError: it cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         with no_bars():
             return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 

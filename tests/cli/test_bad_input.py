@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from dicer.model.source import open_model
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OWN = "import dicer\n@dicer.criterion('s', source='x')\ndef score(w, s):"
 
 
 @pytest.fixture(scope="session")
@@ -175,25 +175,13 @@ def test_cuda_where_there_is_none(prune_refused):
         ("raise ValueError('first\\nsecond')", ["cannot be run", "ValueError: first second"]),
         ("import sys\nsys.exit(5)", ["cannot be run", "SystemExit: 5"]),
         ("import no_such_module_here", ["ModuleNotFoundError", "no_such_module_here"]),
-        (
-            "import dicer\n@dicer.criterion('s', source='x')\ndef score(w, s): return [1.0] * 40",
-            ["returned list", "tensor"],
-        ),
-        (
-            "import dicer\n@dicer.criterion('s', source='x')\ndef score(w, s): return {}['key']",
-            ["criterion 's' failed: KeyError: 'key'"],
-        ),
-        (
-            "import dicer\n@dicer.criterion('s', source='x')\ndef score(w, s): raise SystemExit(3)",
-            ["criterion 's' failed: SystemExit: 3"],
-        ),
+        (f"{OWN} raise SystemExit(3)", ["criterion 's' failed: SystemExit: 3"]),
     ],
 )
 def test_a_criterion_of_ones_own_that_is_not_one(prune_refused, tmp_path, monkeypatch, content, says):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    file = tmp_path / "own.py"
-    file.write_text(content)
-    prune_refused("--criterion", f"{file}:score", says=says)
+    (tmp_path / "own.py").write_text(content)
+    prune_refused("--criterion", f"{tmp_path / 'own.py'}:score", says=says)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +279,11 @@ ROWS = "".join(json.dumps({"text": f"{i} {TEXT}"}) + "\n" for i in range(20))
         ("truncated.jsonl.gz", _gz(ROWS)[:60], ["truncated.jsonl.gz cannot be read", "ended before"]),
         ("damaged.jsonl.gz", _damaged(_gz(ROWS)), ["damaged.jsonl.gz cannot be read"]),
         ("plain.jsonl.gz", ROWS.encode(), ["plain.jsonl.gz cannot be read", "gzip"]),
-        ("ragged.jsonl", b'{"input_ids": [5, 6, 7]}\n{"input_ids": [5, 6]}\n', ["row 2: 2 tokens", "first row has 3"]),
+        (
+            "hole.jsonl",
+            b'{"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}\n',
+            ["row 1: attention_mask has a hole"],
+        ),
         ("half.jsonl", b'{"input_ids": [5, 6, 7]}\n{"text": "a"}\n', ["row 2: input_ids must be a list"]),
         ("one.jsonl", b'{"input_ids": [5]}\n', ["rows of one token are too short"]),
         ("none.jsonl", b'{"input_ids": []}\n', ["row 1: input_ids must be a list of token ids"]),
@@ -308,7 +300,7 @@ def test_a_calibration_file_that_gives_no_sample(prune_refused, tmp_path, name, 
     prune_refused("--calib", tmp_path / name, says=says)
 
 
-@pytest.mark.parametrize("source", ["c5", "some/where/else", "", "text.csv"])
+@pytest.mark.parametrize("source", ["c5", "some/where/else", "", "text.doc"])
 def test_a_calibration_source_that_is_none(prune_refused, source):
     prune_refused("--calib", source, says=[f"unknown calibration text '{source}'", "builtin", "wikitext2", ".txt"])
 
@@ -404,32 +396,8 @@ def _recipe_file(folder):
     return folder / "recipe.toml"
 
 
-def test_a_folder_in_the_way_of_the_unfinished_one(refused, models, tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
-    refused(
-        *("prune", models.llama, "-o", tmp_path / "out", "--method", "weight-l2"),
-        says=["out.partial is in the way and was not made by dicer"],
-    )
-
-
-@pytest.mark.parametrize("below", [False, True])
-def test_an_output_that_is_a_file(refused, models, tmp_path, below):
-    (tmp_path / "out").write_text("mine")
-    out = tmp_path / "out" / "deep" / "er" if below else tmp_path / "out"
-    refused("prune", models.llama, "-o", out, "--method", "weight-l2", says=["out", "is a file"])
-
-
 def test_an_output_without_a_name(refused, models):
     refused("prune", models.llama, "-o", "", says=["-o", "the name is empty"])
-
-
-@pytest.mark.parametrize(("subcommand", "kind"), [("prune", "loop"), ("plan", "fifo")])
-def test_an_output_that_is_no_folder(refused, models, tmp_path, subcommand, kind):
-    out = tmp_path / "out"
-    os.mkfifo(out) if kind == "fifo" else out.symlink_to(out)
-    says = ["is no folder" if kind == "fifo" else "leads to itself"]
-    refused(subcommand, models.llama, "-o", out, "--method", "weight-l2", "--overwrite", says=says)
 
 
 @pytest.mark.parametrize("out", [".", "..", "/"])
@@ -437,17 +405,6 @@ def test_an_output_that_holds_the_current_folder(refused, models, tmp_path, monk
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     refused("prune", models.llama, "-o", out, "--method", "weight-l2", says=["is the folder that you are in"])
-
-
-def test_an_output_name_that_no_disk_takes(refused, models, tmp_path):
-    refused("prune", models.llama, "-o", tmp_path / ("x" * 300), "--method", "weight-l2", says=["File name too long"])
-
-
-@pytest.mark.parametrize("subcommand", ["prune", "plan"])
-def test_a_parent_that_cannot_be_written(refused, models, tmp_path, monkeypatch, subcommand):
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # the tests may run as root
-    words = (subcommand, models.llama, "-o", tmp_path / "out", "--method", "weight-l2")
-    refused(*words, says=["cannot write", "no permission to write in"])
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that not even root can write to")

@@ -12,7 +12,7 @@ import pytest
 
 import dicer
 
-COMMANDS = ("prune", "plan", "apply", "diff", "info", "methods", "entropy", "eval", "bench", "run", "report")
+COMMANDS = ("prune", "plan", "apply", "diff", "export", "info", "methods", "entropy", "eval", "bench", "run", "report")
 CLOSED = "standard output is closed"
 
 

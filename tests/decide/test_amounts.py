@@ -145,18 +145,6 @@ def test_water_fill_is_what_bisection_finds(tub, share):
     assert filled(weights, parameters, target, maximum) == pytest.approx(slow, rel=1e-6, abs=1e-9)
 
 
-@given(tubs(), FRACTIONS, st.randoms(use_true_random=False))
-def test_water_fill_does_not_see_the_order_or_the_scale_of_weights(tub, share, random):
-    weights, parameters, maximum = tub
-    target = share * float(np.dot(parameters, maximum))
-    ratios = filled(weights, parameters, target, maximum)
-    assert filled([w * 7 for w in weights], parameters, target, maximum) == pytest.approx(ratios, abs=1e-12)
-    order = random.sample(range(len(weights)), len(weights))
-    shuffled = ([values[i] for i in order] for values in (weights, parameters, maximum))
-    weights, parameters, maximum = shuffled
-    assert filled(weights, parameters, target, maximum) == pytest.approx([ratios[i] for i in order], abs=1e-12)
-
-
 @pytest.mark.parametrize(
     ("weights", "target", "ratios"),
     [

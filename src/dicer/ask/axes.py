@@ -13,16 +13,16 @@ class AxisKind:
 
     Attributes:
         units: what users know them as.
-        widths: ``--min-width`` and ``--width-multiple`` speak of it, and each layer is rounded by itself. Else a layer
-            has so few units that rounding goes over all layers, and one is the least that a layer keeps.
-        merges: several units can become one.
+        rounds_each_layer: ``--min-width`` and ``--width-multiple`` speak of it, and each layer is rounded by itself.
+            Else a layer has so few units that rounding goes over all layers, and one is the least that a layer keeps.
+        can_merge: several units can become one.
         activations: which activations can be read; the first is read where the one that was asked for is none of them.
         stream: what the names of its random streams end with.
     """
 
     units: str
-    widths: bool
-    merges: bool
+    rounds_each_layer: bool
+    can_merge: bool
     activations: tuple[str, ...]
     stream: str
 
@@ -30,7 +30,7 @@ class AxisKind:
         """The activation by its name on this axis: heads have but one, what goes into the output projection."""
         return asked if asked in self.activations else self.activations[0]
 
-    def purpose(self, what: str) -> str:
+    def stream_name(self, what: str) -> str:
         """What a random stream is for, on this axis."""
         return f"{what}{self.stream}"
 
@@ -44,5 +44,5 @@ AXES: Mapping[str, AxisKind] = MappingProxyType(
 )
 # --axis -> the axes whose units are scored; where whole layers go, none.
 CHOSEN: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {**{name: (name,) for name in AXES}, "all": tuple(AXES), "block": ()}
+    {**{name: (name,) for name in AXES}, "all": ("attention", "mlp"), "block": ()}
 )

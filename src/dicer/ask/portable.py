@@ -40,9 +40,8 @@ def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 def portable_text(source: str) -> str:
     """A text by its name, and where it is a file also by its content."""
-    if base_name(source) == source or not Path(source).is_file():
-        return base_name(source)
-    return _by_content(source)
+    is_file = source.endswith(_TEXTS) and Path(source).is_file()
+    return _by_content(source) if is_file else base_name(source)
 
 
 def base_name(source: str) -> str:

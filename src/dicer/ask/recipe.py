@@ -143,7 +143,11 @@ class Recipe(Strict):
         """Fields of the text may stand beside the recipe's own, as flags and TOML keys do."""
         if not isinstance(values, Mapping) or not (flat := {k: v for k, v in values.items() if k in TEXT_KEYS}):
             return values
-        text = values.get("text", Text()).model_dump(by_alias=True, exclude_unset=True)
+        own = values.get("text", Text())
+        own = Text(**own) if isinstance(own, Mapping) else own
+        if not isinstance(own, Text):
+            raise RecipeError(f"text: a dicer.Text is expected, got {own!r}.")
+        text = own.model_dump(by_alias=True, exclude_unset=True)
         return {**{k: v for k, v in values.items() if k not in flat}, "text": Text(**{**text, **flat})}
 
     def __init__(self, **values: Any) -> None:
@@ -178,6 +182,9 @@ class Recipe(Strict):
     def _settings_apart(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
             return tuple(value.items())
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"set: a table of parameters or a list of NAME=VALUE is expected, got {value!r}.")
         return tuple(_setting(pair) if isinstance(pair, str) else pair for pair in value)
 
     @field_validator("ratio")
@@ -235,13 +242,13 @@ class Recipe(Strict):
 
 def _check_axis(recipe: Recipe, method: Method) -> None:
     """Refuse what an axis cannot do."""
-    unable = next((AXES[axis] for axis in method.axes if not AXES[axis].merges), None)
+    unable = next((AXES[axis] for axis in method.axes if not AXES[axis].can_merge), None)
     if unable is not None and method.merge != "prune":
         raise RecipeError(
             f"merge '{method.merge}' is for neurons, and --axis {method.axis} has {unable.units}, which stay or go; "
             "use --merge prune, or --axis mlp."
         )
-    if method.axes and not any(AXES[axis].widths for axis in method.axes):
+    if method.axes and not any(AXES[axis].rounds_each_layer for axis in method.axes):
         for name in ("min_width", "width_multiple"):
             if getattr(recipe, name) != Recipe.model_fields[name].default:
                 raise RecipeError(
@@ -264,7 +271,7 @@ def _check_axis(recipe: Recipe, method: Method) -> None:
         raise RecipeError("--axis block leaves no projection to put a bias on; leave --compensate out.")
 
 
-# What transfer entropy leaves open, the default first; ratios.py and profile.py say what each means.
+# What transfer entropy leaves open, the default first; by_entropy.py and profile.py say what each means.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "schedule": ("linear", "softmax", "rank"),
     "split": ("share", "model", "equal", "module"),

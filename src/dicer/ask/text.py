@@ -14,7 +14,7 @@ class Text(Strict):
     source: str = Field(
         default="builtin",
         alias="calib",
-        description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a .txt/.jsonl(.gz)",
+        description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a file or folder of texts or rows",
     )
     config: str | None = Field(
         default=None,
@@ -23,12 +23,12 @@ class Text(Strict):
         json_schema_extra=TEXT,
     )
     split: str = Field(
-        default="train", alias="calib_split", description="split of the hub data set OWNER/NAME", json_schema_extra=TEXT
+        default="train", alias="calib_split", description="split of the data set", json_schema_extra=TEXT
     )
     field: str = Field(
         default="text",
         alias="calib_field",
-        description="text field of the hub data set or of the .jsonl file",
+        description="text field of the hub data set or of the file's rows",
         json_schema_extra=TEXT,
     )
     samples: int = Field(default=10, ge=1, description="calibration samples")

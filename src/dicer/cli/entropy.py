@@ -80,6 +80,7 @@ def entropy_command(
                 source,
                 ResidentStore(loaded, source.family),
                 calibration.tokens,
+                mask=calibration.mask,
                 lists=chosen,
                 search=search,
                 at=at,

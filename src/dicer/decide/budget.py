@@ -161,7 +161,7 @@ def _broken_bound(sub_layer: Prunable, ratio: float, bounds: Bounds) -> str:
     """Which bound a ratio of the user's own would break, if one."""
     if ratio > bounds.max_ratio + TOLERANCE:
         return f"--max-ratio is {bounds.max_ratio}"
-    least = min(bounds.min_width, sub_layer.units) if sub_layer.kind.widths else 1
+    least = min(bounds.min_width, sub_layer.units) if sub_layer.kind.rounds_each_layer else 1
     too_narrow = least > max(round(sub_layer.units * (1 - ratio)), 1)
     return f"--min-width is {bounds.min_width}" if too_narrow else ""
 

@@ -15,7 +15,7 @@ from dicer.ask.portable import portable
 from dicer.decide.budget import amounts_by_entropy, amounts_by_rank, lists_needed
 from dicer.decide.merging import Survivors
 from dicer.decide.plan import LayerPlan, PrunePlan
-from dicer.decide.task import Asked, Decided, fewer_groups, without_empty
+from dicer.decide.task import Asked, Decided, asked_groups, without_empty
 from dicer.errors import RecipeError
 from dicer.measure.batches import BATCH_TOKENS, own_batches
 from dicer.measure.entropy.cache import entropy_profile
@@ -60,8 +60,8 @@ def score(tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent
     Raises:
         RecipeError: tasks with different calibration tokens, or a target that the bounds cannot reach.
     """
-    texts = [task.calibration.tokens for task in tasks if task.calibration is not None]
-    if any(not torch.equal(tokens, texts[0]) for tokens in texts):
+    texts = [task.calibration for task in tasks if task.calibration is not None]
+    if any(not text.same_tokens(texts[0]) for text in texts):
         raise RecipeError("methods that share a pass must share their calibration tokens; score these apart.")
     tasks = [_by_entropy(task, store, progress) for task in tasks]
     plans = []
@@ -75,12 +75,15 @@ def score(tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent
 
 def _by_entropy(task: Asked, store: LayerStore, progress: Progress) -> Asked:
     """Decide how much stays by transfer entropy, where that was asked for and has to be measured."""
-    if task.method.allocate != "transfer-entropy" or task.calibration is None or isinstance(task, Decided):
+    if task.method.allocate != "transfer-entropy" or isinstance(task, Decided):
         return task
+    if task.calibration is None:
+        raise RecipeError("transfer entropy is measured on a text: read it first (dicer.decide.task.with_text).")
     profile = entropy_profile(
         task.source,
         store,
         task.calibration.tokens,
+        mask=task.calibration.mask,
         lists=lists_needed(task.method, task.recipe.split),
         search=task.recipe.entropy_search,
         at=task.recipe.entropy_at,
@@ -135,19 +138,19 @@ def _statistics(task: Asked, place: SubLayer, part: str, seen: Visit | Scores) -
     """What a part of the method reads of a sub-layer: the criterion the recipe's activation, a merge what is merged."""
     kind, method = AXES[place.axis], task.method
     activation = {"criterion": method.activation, "grouping": method.grouped_by or method.activation}.get(part, "mod")
-    rng = stream(task.recipe.seed, place.layer, kind.purpose(part))
+    rng = stream(task.recipe.seed, place.layer, kind.stream_name(part))
     gradient = seen.gradient if isinstance(seen, Visit) else None
     return LayerStatistics(kind.activation(activation), seen.sums, rng, gradient)
 
 
 def _batches(tasks: Sequence[Asked]) -> Sequence[Tensor]:
     """This process's share of the tokens, cut into what one forward pass takes; none where no task looks at text."""
-    tokens = next((task.calibration.tokens for task in tasks if task.calibration is not None), None)
-    if tokens is None:
+    text = next((task.calibration for task in tasks if task.calibration is not None), None)
+    if text is None:
         return ()
     most = GRADIENT_TOKENS if any(task.needs_gradient for task in tasks) else BATCH_TOKENS
     size = min((task.compute.batch_size for task in tasks if task.compute.batch_size), default=None)
-    return own_batches(tokens, size, most)
+    return own_batches(text.tokens, size, most, text.mask)
 
 
 def _plan(task: Decided, layers: dict[SubLayer, LayerPlan]) -> PrunePlan:
@@ -167,7 +170,7 @@ def _plan(task: Decided, layers: dict[SubLayer, LayerPlan]) -> PrunePlan:
 
 def _groups_note(task: Decided) -> list[str]:
     """A note where sub-layers keep fewer units than the groups that were asked for; known beforehand, it is refused."""
-    asked, keep = fewer_groups(task.parts), task.amounts.keep
+    asked, keep = asked_groups(task.parts), task.amounts.keep
     fewer = [units for units in keep.values() if 0 < units < asked]
     if not fewer:
         return []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dicer.ask.methods import XU_2025
 from dicer.errors import RecipeError
-from dicer.measure.parts import Part, registered, registry
+from dicer.measure.parts import SUMS, Part, registered, registry
 from dicer.measure.statistics import LayerStatistics
 
 Linkage = Literal["complete", "average", "single", "weighted"]
@@ -55,7 +55,7 @@ def grouping(
         source: paper and equation.
         link: where to read it.
     """
-    return registered(Grouping, name, needs, source, link)
+    return registered(Grouping, name, needs, source, link, SUMS)
 
 
 @grouping("none", source="Xu et al. 2025, 3.2", link=XU_2025)

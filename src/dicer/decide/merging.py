@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dicer.ask.methods import XU_2025
 from dicer.decide.plan import Merge
-from dicer.measure.parts import Part, registered, registry
+from dicer.measure.parts import SUMS, Part, registered, registry
 from dicer.measure.statistics import LayerStatistics
 
 
@@ -66,7 +66,7 @@ def merge(
         source: paper and equation.
         link: where to read it.
     """
-    return registered(Merging, name, needs, source, link)
+    return registered(Merging, name, needs, source, link, SUMS)
 
 
 @merge("prune", source="Xu et al. 2025, B.5, B.6.1", link=XU_2025)

@@ -284,6 +284,6 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -
     if len(found) < len(_MERGE):
         raise fault("has a part of a merge only")
     merge = Merge(*found)
-    if not AXES[axis].merges or not merge.fits(units, len(keep)):
+    if not AXES[axis].can_merge or not merge.fits(units, len(keep)):
         raise fault(f"has a merge that does not fit its {units} units")
     return LayerPlan(units, keep, scores, merge, means)

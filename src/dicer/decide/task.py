@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class Asked:
     def _needs(self, axis: str) -> set[Need]:
         read: list[tuple[Part, str]] = [(self.parts.criterion, self.method.activation), (self.parts.merge, "mod")]
         read.append((self.parts.grouping, self.method.grouped_by or self.method.activation))
-        kinds: list[Kind] = ["square_sum", "sum", "gram"]
+        kinds: tuple[Kind, ...] = get_args(Kind)
         needs = {
             Need(kind, AXES[axis].activation(activation), axis)
             for part, activation in read
@@ -98,7 +98,7 @@ class Asked:
     @property
     def notes(self) -> list[str]:
         """What the user should know before the result surprises her."""
-        notes = list(self.calibration.notes) if self.calibration else []
+        notes = [*self.source.notes, *(self.calibration.notes if self.calibration else ())]
         if ignored := self.source.ignored:
             notes.append(f"{len(ignored)} tensors that are no part of the model are left out ({ignored[0]} ...)")
         if self.method.merge != "prune" and self.method.grouping == "none":
@@ -142,7 +142,7 @@ class Decided(Asked):
             own = [sub_layer for sub_layer in self.budget.sub_layers if sub_layer.axis == axis]
             whole = sum(self.amounts.keep[sub_layer.place] == sub_layer.units for sub_layer in own)
             # Of the few heads of a layer all may stay, as rounding goes over all layers.
-            if whole and (AXES[axis].widths or whole == len(own)):
+            if whole and (AXES[axis].rounds_each_layer or whole == len(own)):
                 notes.append(f"{whole} layers keep all their {AXES[axis].units}: the ratio rounds to nothing there")
         return notes
 
@@ -187,16 +187,16 @@ def prepare(source: ModelSource, recipe: Recipe, compute: Compute | None = None)
     if amounts is None:
         return task
     for (layer, axis), keep in amounts.keep.items():
-        if fewer_groups(parts) > keep > 0:
+        if asked_groups(parts) > keep > 0:
             raise RecipeError(
-                f"--groups {fewer_groups(parts)} is more than the {keep} {AXES[axis].units} that layer {layer} keeps; "
+                f"--groups {asked_groups(parts)} is more than the {keep} {AXES[axis].units} that layer {layer} keeps; "
                 f"ask for at most {keep}."
             )
     return task.decided(amounts)
 
 
-def fewer_groups(parts: Parts) -> int:
-    """How many groups were asked for, where that is less than one a kept unit; else 0."""
+def asked_groups(parts: Parts) -> int:
+    """How many random groups were asked for; 0 where nothing was said."""
     return int(parts.grouping.settings.get("groups") or 0) if parts.grouping.name == "random" else 0
 
 

@@ -1,19 +1,28 @@
-"""Where text comes from: a file's documents, a data set's rows, or rows that are tokens already."""
+"""Where text comes from: files, folders and data sets, as documents or as rows that are tokens already."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dicer.ask.text import Text
 from dicer.errors import CalibrationError, unknown
+from dicer.measure.chat import Template, chat_field, chat_text
+from dicer.measure.rows import (
+    FILE_ENDINGS,
+    PLAIN,
+    ROWS,
+    Row,
+    ending_of,
+    is_saved,
+    read_rows,
+    text_files,
+    whole_text,
+)
 
-FILE_ENDINGS = (".txt", ".jsonl", ".jsonl.gz")
 # How many documents of a streamed data set, its first ones, are drawn from; more would mean more download.
 _HUB_DOCUMENTS = 10_000
 
@@ -39,8 +48,17 @@ HUB_TEXTS = MappingProxyType(
 
 
 def is_local(source: str) -> bool:
-    """Whether a text's name is that of a file."""
-    return source.endswith(FILE_ENDINGS)
+    """Whether a text's name is that of a file, or of a folder that is there.
+
+    OWNER/NAME stays a data set of the hub, which the library also takes from a folder, unless only dicer can read it.
+    """
+    path = Path(source)
+    if not source or source == "builtin" or source in HUB_TEXTS:
+        return False
+    if ending_of(path) in PLAIN + ROWS or not path.is_dir():
+        return ending_of(path) in PLAIN + ROWS
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
+    return not hub_id or is_saved(path) or any(ending_of(file) in PLAIN for file in text_files(path))
 
 
 def check_source(source: str, known: Iterable[str] = ("builtin", *HUB_TEXTS), what: str = "calibration text") -> None:
@@ -59,9 +77,16 @@ def check_source(source: str, known: Iterable[str] = ("builtin", *HUB_TEXTS), wh
             endings = (f"FILE{ending}" for ending in FILE_ENDINGS)
             raise CalibrationError(unknown(what, source, (*known, *endings)))
         return
+    path = Path(source)
+    if path.is_dir():
+        if not is_saved(path) and not text_files(path):
+            raise CalibrationError(
+                f"{what} {source} is a folder without a file that ends in {', '.join(FILE_ENDINGS)}."
+            )
+        return
     try:
-        if not Path(source).is_fifo():  # which can be opened once only
-            Path(source).open("rb").close()
+        if not path.is_fifo():  # which can be opened once only
+            path.open("rb").close()
     except OSError as error:
         raise CalibrationError(f"{what} {source} cannot be read: {error.strerror or error}.") from None
 
@@ -71,62 +96,54 @@ def check_text(text: Text) -> None:
     check_source(text.source, ("builtin", *HUB_TEXTS, text.source if text.source.count("/") == 1 else "OWNER/NAME"))
 
 
-def _lines(path: Path) -> Iterator[str]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            yield from file
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"text file {path} cannot be read: {reason}.") from None
+def entries(path: Path, split: str = "train") -> Iterator[str | Row]:
+    """What a file or folder holds, in order: plain texts, and rows.
+
+    Args:
+        path: of a file, or of a folder of files, or of one that a data set was saved to.
+        split: of a saved data set with several.
+
+    Raises:
+        CalibrationError: something cannot be read.
+    """
+    if path.is_dir() and not is_saved(path):
+        for file in text_files(path):
+            yield from entries(file)
+    elif ending_of(path) in PLAIN and not path.is_dir():
+        yield whole_text(path)
+    else:
+        yield from read_rows(path, split)
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise CalibrationError(f"{path}, line {number}: not a JSON object.")
-        yield row
+def as_documents(found: Iterable[str | Row], field: str, template: Template | None = None) -> Iterator[str]:
+    """The texts of what was found: plain ones, the text of every row, or its chat through the model's template.
+
+    Raises:
+        CalibrationError: a row without text.
+    """
+    for entry in found:
+        yield entry if isinstance(entry, str) else _row_text(entry, field, template)
 
 
-def ready_rows(path: Path) -> list[list[int]] | None:
-    """The rows of a .jsonl file with ``input_ids``; None where its first row has none."""
-    rows: list[list[int]] = []
-    for number, row in enumerate(_json_lines(path), start=1):
-        ids = row.get("input_ids")
-        if ids is None and not rows:
-            return None
-        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < 2**63 for i in ids):
-            raise CalibrationError(f"{path}, row {number}: input_ids must be a list of token ids.")
-        if rows and len(ids) != len(rows[0]):
-            raise CalibrationError(
-                f"{path}, row {number}: {len(ids)} tokens, and the first row has {len(rows[0])}; "
-                "ready rows must all be of one length."
-            )
-        rows.append(ids)
-    return rows or None
+def _row_text(row: Row, field: str, template: Template | None) -> str:
+    where, values = row
+    text = values.get(field)
+    if not isinstance(text, str):
+        chat = field if isinstance(text, list) else chat_field(values) if field == "text" else None
+        if chat is None:
+            raise CalibrationError(f"{where}: no text in the field '{field}' (has: {', '.join(map(str, values))}).")
+        text = chat_text(row, chat, template)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # JSON can say it, tokenizers refuse it
+        raise CalibrationError(f"{where}: no Unicode text in the field '{field}' (half a surrogate).")
+    return text
 
 
-def read_documents(path: Path, field: str) -> Iterator[str]:
-    """A .txt file whole, or the text of every row of a .jsonl file."""
-    if path.suffix == ".txt":
-        yield "".join(_lines(path))
-        return
-    for number, row in enumerate(_json_lines(path), start=1):
-        text = row.get(field)
-        if not isinstance(text, str):
-            raise CalibrationError(f"{path}, row {number}: no text in the field '{field}' (has: {', '.join(row)}).")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # JSON can say it, tokenizers refuse it
-            raise CalibrationError(f"{path}, row {number}: no Unicode text in the field '{field}' (half a surrogate).")
-        yield text
+def read_documents(path: Path, field: str, template: Template | None = None) -> Iterator[str]:
+    """The texts of a file or folder (:func:`entries`, :func:`as_documents`)."""
+    return as_documents(entries(path), field, template)
 
 
-def hub_documents(text: Text) -> Iterator[str]:
+def hub_documents(text: Text, template: Template | None = None) -> Iterator[str]:
     """The rows with text, as the stream has them: a shuffled stream would tear sentences of one book apart.
 
     There are ``_HUB_DOCUMENTS`` of them at most; the seed chooses among those, and the places in them.
@@ -147,6 +164,8 @@ def hub_documents(text: Text) -> Iterator[str]:
         )
         found = 0
         for row in rows:
+            if where.field == "text" and "text" not in row and (chat := chat_field(row)):
+                row["text"] = chat_text(Row(f"data set '{text.source}', row {found + 1}", row), chat, template)
             if not isinstance(row.get(where.field), str):
                 raise CalibrationError(
                     f"data set '{text.source}' has no text field '{where.field}' (has: {', '.join(row)}); "

@@ -21,7 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from dicer.errors import DicerError, RecipeError, unknown
 
-NEEDS = ("square_sum", "sum", "gram", "gradient")
+SUMS = ("square_sum", "sum", "gram")  # over tokens
+NEEDS = (*SUMS, "gradient")
 
 
 class Parameter(NamedTuple):
@@ -96,7 +97,7 @@ P = TypeVar("P", bound=Part)
 
 
 def registered(
-    kind: type[P], name: str, needs: tuple[str, ...], source: str, link: str
+    kind: type[P], name: str, needs: tuple[str, ...], source: str, link: str, known: tuple[str, ...] = NEEDS
 ) -> Callable[[Callable[..., Any]], P]:
     """Decorator that makes a function a part.
 
@@ -104,8 +105,8 @@ def registered(
         RecipeError: a need that nothing collects, or a parameter without a default.
     """
     for need in needs:
-        if need not in NEEDS:
-            raise RecipeError(f"{kind.what} '{name}': " + unknown("need", need, NEEDS))
+        if need not in known:
+            raise RecipeError(f"{kind.what} '{name}': " + unknown("need", need, known))
 
     def make(function: Callable[..., Any]) -> P:
         part = kind(name, function, needs, source, link)

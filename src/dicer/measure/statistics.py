@@ -46,18 +46,30 @@ class Sums:
         self.needs = frozenset(needs)
         self.channels = channels
         self.count = 0
+        self._counted: Tensor | None = None
         self._totals: dict[Need, Tensor] = {}
+
+    def begin(self, counted: Tensor | None) -> None:
+        """Say which tokens of the batch that comes now count, bool [B, T]; None for all."""
+        self._counted = counted
+
+    def saw(self, values: Tensor) -> None:
+        """Count the tokens of a batch, [B, T, ...]."""
+        self.count += values.shape[:-1].numel() if self._counted is None else int(self._counted.sum())
 
     def add(self, activation: str, values: Tensor) -> None:
         """Take in one batch of one activation, [..., U * C]."""
         flat = values.detach().reshape(-1, values.shape[-1]).float()  # [T, U*C]
+        if self._counted is not None:
+            flat = flat[self._counted.reshape(-1).to(flat.device)]
         for need in self.needs:
             if need.activation != activation:
                 continue
             if need.kind == "gram":
                 by_unit = flat.reshape(len(flat), -1, self.channels).movedim(1, 0).flatten(1)  # [U, T*C]
-                total = self._totals.setdefault(need, flat.new_zeros(len(by_unit), len(by_unit)))
-                total.addmm_(by_unit, by_unit.T)
+                if need not in self._totals:
+                    self._totals[need] = flat.new_zeros(len(by_unit), len(by_unit))
+                self._totals[need].addmm_(by_unit, by_unit.T)
                 continue
             batch = (flat.square() if need.kind == "square_sum" else flat).sum(0)  # [U*C]
             if need.kind != "channel_sum":

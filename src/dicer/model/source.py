@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,14 @@ import torch
 from torch import nn
 
 from dicer.errors import ModelError
+from dicer.model.beside import left_behind
 from dicer.model.families import FAMILIES, Family, family_of
 from dicer.model.find import as_model_error, find_model, read_config
-from dicer.model.tensors import MemorySource, SafetensorsSource, TensorSource, fingerprint
-
-# Buffers that transformers once saved with all models; those of single classes it knows by itself.
-_PASSED_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+from dicer.model.match import Matched, match, same_content, untied
+from dicer.model.odd import refuse_adapter, refuse_config, refuse_names, refuse_wrapped, why_missing
+from dicer.model.same import check_same
+from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
+from dicer.model.tokenizer import own_code, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ModelSource:
         tensors: its weights by name on disk.
         live: the model itself, where it is in memory.
         ignored: tensors of the files that are no part of the model: tied copies, old buffers. They are in no result.
+        notes: where the files are otherwise than their config says, and what was made of it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ModelSource:
     tensors: TensorSource
     live: Any | None = None
     ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -66,7 +69,7 @@ class ModelSource:
         """
         if self.folder is None:
             return None
-        return _tokenizer(self.name, self.folder)
+        return read_tokenizer(self.name, self.folder)
 
     def unnamed_tokenizer_class(self) -> str | None:
         """The tokenizer's class where only ``model_type`` says it, which a pruned checkpoint changes; else None."""
@@ -80,7 +83,7 @@ class ModelSource:
             raise ModelError(f"{self.name}: tokenizer_config.json cannot be read: {error}.") from None
         if named.get("tokenizer_class") or self.raw_config.get("tokenizer_class"):
             return None
-        tokenizer = self.tokenizer()
+        tokenizer = None if own_code(self.folder) else self.tokenizer()
         return None if tokenizer is None else type(tokenizer).__name__
 
     def generation_config(self) -> Any | None:
@@ -106,27 +109,43 @@ class ModelSource:
             device: a torch device.
 
         Raises:
-            ModelError: transformers cannot load it.
+            ModelError: transformers cannot load it, or loads other tensors than those that would be written.
         """
         from transformers import AutoModelForCausalLM
 
+        where: dict[str, Any] = {"config": self.config, "trust_remote_code": False, "local_files_only": True}
         with as_model_error(self.name, "model"):
             model: nn.Module = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
+                self.folder, dtype=dtype, use_safetensors=True, **where
             )
+            check_same(self.name, model, self.tensors)
             return model.to(device).eval()
 
 
-def tokenize_with(tokenizer: Any | None) -> Callable[[str], list[int]] | None:
-    """Text -> token ids without special tokens, or None without a tokenizer."""
-    if tokenizer is None:
-        return None
+class Tokenize:
+    """Text -> token ids without special tokens.
 
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    Attributes:
+        template: (messages, **more) -> text, as the model's chat template has it; None where it has none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        speaks = getattr(tokenizer, "chat_template", None) or type(tokenizer).__name__.startswith("MistralCommon")
+        self.template: Callable[..., str] | None = self._chat if speaks else None
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    return tokenize
+    def _chat(self, messages: list[dict[str, Any]], **more: Any) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **more))
+
+
+def tokenize_with(tokenizer: Any | None) -> Tokenize | None:
+    """Text -> token ids without special tokens, or None without a tokenizer."""
+    return None if tokenizer is None else Tokenize(tokenizer)
 
 
 def open_model(model: str | os.PathLike[str]) -> ModelSource:
@@ -141,22 +160,20 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
         UnknownFamily: its family has no row in the table.
     """
     name, folder = find_model(os.fspath(model))
+    refuse_adapter(name, folder)
     raw_config = read_config(folder)
     family = family_of(str(raw_config.get("model_type")))
-    if quantization := raw_config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ModelError(
-            f"{name} is quantized ({method}): its rows are packed and cannot be cut. Prune the bf16, fp16 or fp32 "
-            "checkpoint, then quantize."
-        )
+    refuse_config(name, raw_config, family)
     from transformers import AutoConfig
 
     with as_model_error(name, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tensors = SafetensorsSource(folder)
-    ignored = _check_shapes(name, config, family, tensors)
-    tensors.leave_out(ignored)
-    return ModelSource(name, folder, config, raw_config, family, tensors, ignored=ignored)
+    found = match(name, config, raw_config, family, tensors)
+    notes = (*found.notes, *left_behind(folder))
+    return ModelSource(
+        name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
+    )
 
 
 def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> tuple[str, Any, Any | None]:
@@ -191,16 +208,7 @@ def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "
         )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{name}: tensor '{missing[0]}' is missing from the weights. Fetch the model again.")
-    return name, loaded.eval(), _tokenizer(name, folder)
-
-
-def _tokenizer(name: str, folder: Path) -> Any | None:
-    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    with as_model_error(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return name, loaded.eval(), read_tokenizer(name, folder)
 
 
 def from_memory(model: Any) -> ModelSource:
@@ -210,6 +218,7 @@ def from_memory(model: Any) -> ModelSource:
         UnknownFamily: its family has no row in the table.
         ModelError: it is no language model of transformers, or its weights are quantized.
     """
+    refuse_wrapped(model)
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
         raise ModelError(f"a {type(model).__name__} is no transformers model; give an AutoModelForCausalLM, or a path.")
@@ -219,51 +228,69 @@ def from_memory(model: Any) -> ModelSource:
             f"a {type(model).__name__} cannot be pruned: its head is not that of a {family.causal_lm}. Load it with "
             "AutoModelForCausalLM (and merge or unload adapters first)."
         )
+    if type(model).__module__.startswith("transformers_modules.") and not type(model).__name__.startswith("Pruned"):
+        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
+    _check_memory(model, family)
     raw_config = json.loads(json.dumps(config.to_dict(), default=str))
-    tied = set(_tied_names(model))
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    state: dict[str, torch.Tensor] = model.state_dict()
+    ties: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
+    found = Matched(config, raw_config)
+    own = [name for name, other in ties.items() if not same_content(state[name], state[other])]
+    if own:
+        found = untied(found, own[0])
+    kinds = {family.causal_lm, *family.pruned_classes.values()}
+    if type(model).__name__ not in kinds:
+        note = (
+            f"the model is a {type(model).__name__}; what is made of it is a {family.causal_lm}, without its own code"
+        )
+        found = replace(found, notes=(*found.notes, note))
+    state = {name: tensor for name, tensor in state.items() if name not in ties or name in own}
     name = Path(str(getattr(config, "_name_or_path", "") or type(model).__name__)).name
-    return ModelSource(name, None, config, raw_config, family, MemorySource(state), model)
+    return ModelSource(
+        name, None, found.config, found.raw_config, family, MemorySource(state), model, notes=found.notes
+    )
 
 
-def _check_shapes(name: str, config: Any, family: Family, tensors: TensorSource) -> tuple[str, ...]:
-    """Hold every tensor that the config calls for against the headers, before anything is loaded.
+def _check_memory(model: Any, family: Family) -> None:
+    """Refuse a model whose weights are elsewhere, or in another form than its class has them.
 
-    Returns:
-        The tensors that transformers passes over: tied copies, and buffers of its old versions (GPT-2's ``attn.bias``).
+    Raises:
+        ModelError: with the first such tensor, and what to do.
     """
-    from transformers import AutoModelForCausalLM
-
-    with as_model_error(name, "config"), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    tied = set(_tied_names(skeleton))
-    infos = tensors.infos()
-    for parameter, expected in skeleton.named_parameters():
-        if parameter in tied:
-            continue
-        found = infos.get(parameter) or infos.get(parameter.split(".", 1)[1])
-        if found is None:
-            raise ModelError(f"{name}: tensor '{parameter}' is missing from the weights. Fetch the model again.")
-        if not found.dtype.is_floating_point:
+    what, kept = f"the {type(model).__name__} in memory", model.state_dict(keep_vars=True)
+    state = {name: tensor for name, tensor in kept.items() if isinstance(tensor, torch.Tensor)}
+    if len(state) < len(kept):
+        raise ModelError(f"{what} is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
+    if away := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ModelError(
+            f"{what} has '{away[0]}' not in memory (offloaded, or never loaded). Load it whole (without device_map and "
+            "offload_folder), or give its folder."
+        )
+    refuse_names(what, state)
+    units = {name: family.units(model.config, name) for name in family.axes}
+    needed = {
+        family.tensor_name(layer, piece.name): (piece.dim, count * sum(piece.blocks))
+        for axis in family.sized(model.config).values()
+        for layer, count in enumerate(units[axis.name])
+        if count
+        for piece in axis.required
+    }
+    if missing := [name for name in needed if name not in state]:
+        reason = why_missing(missing, state, family, len(units["mlp"]))
+        raise ModelError(f"{what}: tensor '{missing[0]}' is missing{reason}")
+    for name, (dim, size) in needed.items():
+        tensor = state[name]
+        whole = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.numel() > 0  # DeepSpeed leaves empty ones
+        if not whole or tensor.dtype not in FLOATS:
+            kind = type(tensor).__name__ if tensor.dtype in FLOATS else str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
-                f"{name}: tensor '{parameter}' holds {str(found.dtype).removeprefix('torch.')}, so the weights are "
-                "quantized. Prune the bf16, fp16 or fp32 checkpoint, then quantize."
+                f"{what} holds '{name}' as {kind}: quantized or shared out, its rows cannot be cut. Load it whole in "
+                "bf16, fp16 or fp32."
             )
-        if found.shape != tuple(expected.shape):
+        if tensor.shape[dim] != size:
             raise ModelError(
-                f"{name}: config.json calls for {tuple(expected.shape)} in '{parameter}', and the file has "
-                f"{found.shape}. Config and weights are from different models."
+                f"{what}: its config calls for {size} in dimension {dim} of '{name}', and the tensor has "
+                f"{tensor.shape[dim]}. Save it with its own widths, or load it anew."
             )
-    count = int(config.num_hidden_layers)
-    beyond = [n for n in infos if (place := family.locate(n)) and place[0] >= count]
-    if beyond:
-        raise ModelError(f"{name}: config.json says {count} layers, and the weights have '{beyond[0]}'.")
-    read = {name for full in skeleton.state_dict() if full not in tied for name in (full, full.split(".", 1)[-1])}
-    passed_over = re.compile("|".join([*_PASSED_OVER, *(skeleton._keys_to_ignore_on_load_unexpected or ())]))
-    return tuple(name for name in infos if name in tied or (name not in read and passed_over.search(name)))
-
-
-def _tied_names(model: Any) -> list[str]:
-    return list(model.all_tied_weights_keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what can be cut
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,20 @@ class MemorySource:
 class SafetensorsSource:
     """Tensors of a folder with ``model.safetensors`` or an index and its shards.
 
+    Args:
+        folder: where they are.
+        files: tensor name -> file; None to find out.
+
     Raises:
-        ModelError: no weights, only pickled weights, a missing, truncated or corrupt shard, an index that points out of
-            the folder or at tensors that its shards do not hold, or a dtype that cannot be pruned.
+        ModelError: no weights, two different sets of them, only pickled weights, a missing, truncated or corrupt shard,
+            an index that points out of the folder or at tensors that its shards do not hold, or a dtype that cannot be
+            pruned.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, str] | None = None) -> None:
         self._folder = folder
-        self._files = _weight_map(folder)
+        self._files = dict(_one_set(folder) if files is None else files)
+        self._renamed: dict[str, str] = {}
         self._infos: dict[str, TensorInfo] = {}
         for file in sorted(set(self._files.values())):
             held = self._read_header(file)
@@ -117,16 +125,23 @@ class SafetensorsSource:
         """Be as if these tensors were not there."""
         self._infos = {name: info for name, info in self._infos.items() if name not in names}
 
+    def rename(self, name: str, new: str) -> None:
+        """Have one tensor under another name than that in the files."""
+        self._infos = {new if known == name else known: info for known, info in self._infos.items()}
+        self._renamed[new] = name
+
     def read(self, name: str) -> Tensor:
         """One tensor, read from its shard."""
-        with self._open(self._files[name]) as shard:
-            tensor: Tensor = shard.get_tensor(name)
+        stored = self._renamed.get(name, name)
+        with self._open(self._files[stored]) as shard:
+            tensor: Tensor = shard.get_tensor(stored)
             return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 of one tensor; only they are read."""
-        with self._open(self._files[name]) as shard:
-            rows: Tensor = shard.get_slice(name)[start:stop]
+        stored = self._renamed.get(name, name)
+        with self._open(self._files[stored]) as shard:
+            rows: Tensor = shard.get_slice(stored)[start:stop]
             return rows
 
     def _read_header(self, file: str) -> dict[str, TensorInfo]:
@@ -163,30 +178,72 @@ class SafetensorsSource:
             ) from None
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file; for a single file the one entry {"": file}, as its header is the only list of names."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {str(name): str(file) for name, file in weight_map.items()}
-        except OSError as error:
-            raise ModelError(f"{index} cannot be read: {error.strerror}. Check its permissions.") from None
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise ModelError(f"{index} is not a weight index: {error!r}. Fetch the model again.") from None
-        for file in files.values():
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise ModelError(f"{index} names '{file}', which is not a .safetensors file of this folder. Not read.")
-        return files
-    if (folder / WEIGHTS).is_file():
-        return {"": WEIGHTS}
-    pickles = sorted(p.name for p in folder.glob("*.bin") if p.is_file()) + sorted(p.name for p in folder.glob("*.pt*"))
-    if pickles:
+def _one_set(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, of the one set of weights that is there; transformers reads model.safetensors before shards.
+
+    A single file is the one entry {"": file}, as its header is the only list of names.
+    """
+    single = {"": WEIGHTS}
+    if not (folder / WEIGHTS).is_file():
+        return _weight_map(folder)
+    if not (folder / INDEX).is_file():
+        return single
+    indexed = _weight_map(folder)
+    others = sorted({file for file in indexed.values() if file != WEIGHTS})
+    if not others:
+        return indexed
+    if not any((folder / file).is_file() for file in others):  # an index that was left behind
+        return single
+    if fingerprint(SafetensorsSource(folder, single)) != fingerprint(SafetensorsSource(folder, indexed)):
         raise ModelError(
+            f"{folder} holds two different sets of weights, {WEIGHTS} and {INDEX} with {others[0]} ...; transformers "
+            "loads the first, others may load the second. Move one of them out of the folder."
+        )
+    return single
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, from the index.
+
+    Raises:
+        ModelError: there is none, or a broken one.
+    """
+    index = folder / INDEX
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except FileNotFoundError:
+        raise ModelError(_no_weights(folder)) from None
+    except OSError as error:
+        raise ModelError(f"{index} cannot be read: {error.strerror}. Check its permissions.") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index} is not a weight index: {error!r}. Fetch the model again.") from None
+    for file in files.values():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(f"{index} names '{file}', which is not a .safetensors file of this folder. Not read.")
+    return files
+
+
+def _no_weights(folder: Path) -> str:
+    """What a folder without weights that can be read holds in their place."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if shards := [n for n in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]:
+        return (
+            f"{folder} has shards ({shards[0]}) and no {INDEX} that says which is whose. Fetch that file, or all again."
+        )
+    if others := [n for n in names if n.endswith(".safetensors")]:
+        return (
+            f"{folder} has no {WEIGHTS}, and {others[0]} is not read: consolidated files are in the layout of the "
+            f"original release, variants and others are to be renamed {WEIGHTS}. Use the release for transformers."
+        )
+    if pickles := [n for n in names if n.endswith(".bin")] + [n for n in names if Path(n).suffix.startswith(".pt")]:
+        return (
             f"{folder} has only pickled weights ({pickles[0]}); pickle can run any code, so dicer does not open it. "
             "Convert the model to safetensors, or use a revision that has them."
         )
-    raise ModelError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there.")
+    if gguf := [n for n in names if n.endswith(".gguf")]:
+        return f"{folder} has no {WEIGHTS}; give the .gguf file itself: {folder / gguf[0]}."
+    return f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there."
 
 
 def fingerprint(source: TensorSource) -> str:

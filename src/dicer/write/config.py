@@ -17,7 +17,7 @@ _OWN_KEYS = (
 )
 
 
-def _fits_stock(source: ModelSource, shapes: Sequence[LayerShape]) -> bool:
+def fits_stock(source: ModelSource, shapes: Sequence[LayerShape]) -> bool:
     """Whether the family's own class can be all these layers."""
     axes, first = source.family.axes, shapes[0].units
     if any(shape.units != first for shape in shapes) or not all(first.values()):
@@ -67,7 +67,7 @@ def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Seque
         config["layer_types"] = [values["layer_types"][i] for i in kept]
     config[family.layers_key] = len(kept)
     config[neurons] = max(shape.units["mlp"] for shape in shapes) or source.widest
-    if _fits_stock(source, shapes):
+    if fits_stock(source, shapes):
         stock = config | _stock_keys(family, values, shapes)
         if _is_taken(stock):
             return stock

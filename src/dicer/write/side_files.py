@@ -5,33 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from dicer.errors import ModelError
-from dicer.model.find import TEMPLATES
-
-_SIDE_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
-)
+from dicer.model.beside import files_beside
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Take along tokenizer, templates, generation config and licence.
+    """Take along what lies at the top of the folder: tokenizer, templates, generation config, licence and all else.
 
-    The model's own card comes along as ``BASE_MODEL_CARD.md``. Only known names are copied, and no code.
+    The model's own card comes along as ``BASE_MODEL_CARD.md``. Neither weights nor code are copied.
 
     Raises:
         ModelError: one of the model's files cannot be read; what cannot be written stays an OSError.
     """
-    for name in _SIDE_FILES:
-        if (source / name).is_file():
-            _copy(source / name, target / name)
-    if (source / "README.md").is_file():
-        _copy(source / "README.md", target / "BASE_MODEL_CARD.md")
-    templates = source / TEMPLATES
-    if templates.is_dir():
-        (target / templates.name).mkdir()
-        for template in sorted(templates.glob("*.jinja")):
-            _copy(template, target / templates.name / template.name)
+    for path, reason in files_beside(source):
+        if reason is not None:
+            continue
+        place = target / path.relative_to(source)
+        if path.name == "README.md":
+            place = target / "BASE_MODEL_CARD.md"
+        place.parent.mkdir(exist_ok=True)
+        _copy(path, place)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
 _MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
 _OLD = "old"  # inside it: the checkpoint that --overwrite replaces, between two renames
 _MADE_BY_DICER = "dicer_plan.json"  # in every checkpoint and plan of ours; nothing else is overwritten
+MADE_BY_EXPORT = "dicer_export.json"  # instead of it in every stock checkpoint that was padded
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems without locks answer
 _MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
 
@@ -186,7 +187,7 @@ def _check_held(target: Path, out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"output folder {out} is not empty. Choose another, or pass --overwrite to replace it.")
-    if not (held / _MADE_BY_DICER).is_file():
+    if not any((held / name).is_file() for name in (_MADE_BY_DICER, MADE_BY_EXPORT)):
         raise OutputError(
             f"{out} holds no {_MADE_BY_DICER}, so dicer did not write it; --overwrite leaves it. Choose another folder."
         )

@@ -1,6 +1,6 @@
 """What fraction of each sub-layer goes: water-filling by transfer entropy, and sub-layers that go whole.
 
-:func:`dicer.decide.amounts.modules.whole_units` makes whole units of them.
+:func:`dicer.decide.amounts.rounding.whole_units` makes whole units of them.
 """
 
 from __future__ import annotations

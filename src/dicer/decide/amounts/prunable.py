@@ -59,7 +59,7 @@ class Bounds:
         max_ratio: no sub-layer loses more than this fraction, unless it is removed whole.
         min_width: neurons that an MLP keeps if it stays; all of them if it has fewer. Heads have no such bound.
         drop_threshold: a sub-layer whose ratio reaches it is removed whole; None: no sub-layer ever is.
-        multiple: kept widths of neurons are multiples of it, also where N is none (as :func:`.legal` does).
+        multiple: kept widths of neurons are multiples of it, also where N is none (as :func:`.uniform.legal` does).
     """
 
     max_ratio: float = 1.0
@@ -70,7 +70,7 @@ class Bounds:
 
 def allowed_widths(sub_layer: Prunable, bounds: Bounds) -> range:
     """Widths that a sub-layer may have if it stays, ascending; only N where no multiple lies within the bounds."""
-    step, floor = (bounds.multiple, bounds.min_width) if sub_layer.kind.widths else (1, 1)
+    step, floor = (bounds.multiple, bounds.min_width) if sub_layer.kind.rounds_each_layer else (1, 1)
     least = max(1, min(floor, sub_layer.units), math.ceil(sub_layer.units * (1 - bounds.max_ratio) - TOLERANCE))
     low, top = -(-least // step) * step, sub_layer.units // step * step
     return range(low, top + 1, step) if low <= top else range(sub_layer.units, sub_layer.units + 1, step)

@@ -53,11 +53,11 @@ def uniform_units(sub_layers: Sequence[Prunable], ratio: float, bounds: Bounds) 
     for axis in AXES:
         _check_reach([sub_layer for sub_layer in sub_layers if sub_layer.axis == axis], ratio, bounds)
     keep, line, gone = [0] * len(sub_layers), 0.0, 0
-    widest = max((sub_layer.units for sub_layer in sub_layers if sub_layer.kind.widths), default=0)
+    widest = max((sub_layer.units for sub_layer in sub_layers if sub_layer.kind.rounds_each_layer), default=0)
     few = []
     for place in sorted(range(len(sub_layers)), key=lambda place: sub_layers[place].layer):
         sub_layer, widths = sub_layers[place], allowed_widths(sub_layers[place], bounds)
-        if sub_layer.kind.widths:
+        if sub_layer.kind.rounds_each_layer:
             narrow = sub_layer.units < bounds.multiple <= widest  # has no multiple, but others do
             wanted = sub_layer.units if narrow else legal(sub_layer.units, ratio, bounds.multiple)
             keep[place] = min(max(wanted, widths[0]), widths[-1])
@@ -78,7 +78,7 @@ def uniform_units(sub_layers: Sequence[Prunable], ratio: float, bounds: Bounds) 
 def _check_reach(sub_layers: Sequence[Prunable], ratio: float, bounds: Bounds) -> None:
     """That sub-layers of one axis can lose the ratio: each within a step of rounding, or attention in half a unit."""
     stays, steps = replace(bounds, drop_threshold=None), [step_cost(sub_layer, bounds) for sub_layer in sub_layers]
-    alone = bool(sub_layers) and sub_layers[0].kind.widths
+    alone = bool(sub_layers) and sub_layers[0].kind.rounds_each_layer
     rounding = sum(steps) if alone else max(steps, default=0) / 2
     if ratio * total(sub_layers) > most(sub_layers, stays) + rounding:
         what = f"parameters of {sub_layers[0].kind.units}"

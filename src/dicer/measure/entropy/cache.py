@@ -39,6 +39,7 @@ def entropy_profile(
     store: LayerStore,
     tokens: Tensor,
     *,
+    mask: Tensor | None = None,
     lists: Sequence[str] = LISTS,
     search: str = "independent",
     at: str = "norm",
@@ -55,6 +56,7 @@ def entropy_profile(
         source: the model.
         store: its layers, in the dtype and on the device to compute with.
         tokens: int64 [S, T], all samples of all processes.
+        mask: which tokens are there and count (:func:`dicer.measure.batches.own_batches`); None for all.
         lists: of blocks, attention, mlp.
         search: ``independent`` or ``greedy``.
         at: ``norm`` or ``hidden``.
@@ -67,7 +69,7 @@ def entropy_profile(
     """
     check_choices(lists, search, at)
     chosen = [name for name in LISTS if name in lists]
-    name = f"{_digest(source, store, tokens, chosen, search, at)}.json"
+    name = f"{_digest(source, store, tokens, mask, chosen, search, at)}.json"
     held = from_first(_read(name) if rank() == 0 else _Held({}, {}))  # all must run the same modules
     if found := held.profiles.get(",".join(chosen)):
         return found
@@ -78,7 +80,7 @@ def entropy_profile(
 
     profile = measure(
         store,
-        own_batches(tokens, batch_size),
+        own_batches(tokens, batch_size, mask=mask),
         lists=chosen,
         search=search,
         at=at,
@@ -91,7 +93,15 @@ def entropy_profile(
     return profile
 
 
-def _digest(source: ModelSource, store: LayerStore, tokens: Tensor, lists: Sequence[str], search: str, at: str) -> str:
+def _digest(
+    source: ModelSource,
+    store: LayerStore,
+    tokens: Tensor,
+    mask: Tensor | None,
+    lists: Sequence[str],
+    search: str,
+    at: str,
+) -> str:
     """Everything that decides the numbers; of the lists only what a greedy search lets compete."""
     computes = dict(store.computes)
     config = {name: value for name, value in computes.pop("config").items() if name not in _WITHOUT_EFFECT}
@@ -106,6 +116,8 @@ def _digest(source: ModelSource, store: LayerStore, tokens: Tensor, lists: Seque
         "pool": [name for name in lists if name != "blocks"] if search == "greedy" else [],
         "versions": {name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")},
     }
+    if mask is not None:
+        decides["mask"] = hashlib.sha256(mask.numpy().tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

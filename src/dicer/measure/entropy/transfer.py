@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dicer.errors import CalibrationError, RecipeError
+from dicer.measure.batches import counted_of
 from dicer.measure.entropy.moments import Moments
 from dicer.measure.entropy.profile import LISTS, Entry, check_choices, poor, sub_layers
 from dicer.measure.entropy.profile import Profile as Profile
@@ -80,7 +81,7 @@ def measure(
 
     Args:
         store: where the layers come from.
-        batches: calibration tokens, int64 [B, T] each; all rows of one length.
+        batches: calibration tokens, int64 [B, T] each.
         lists: of blocks, attention, mlp.
         search: ``independent`` bypasses each module alone; ``greedy`` picks one by one the module with the smallest TE
             while the earlier picks stay bypassed, blocks apart from sub-layers (ties: the one that runs first).
@@ -99,7 +100,9 @@ def measure(
     total = layer_forwards(store.depth, lists, search)
     recording = store.record(batches)
     empty = _nothing_seen(store, recording)
-    run = _Run(store, recording, at, known or {}, remember or silent, progress, total, empty, empty)
+    run = _Run(
+        store, recording, counted_of(batches), at, known or {}, remember or silent, progress, total, empty, empty
+    )
     progress(_STAGE, 0, total)
     found = _independent(run, lists) if search == "independent" else _greedy(run, lists)
     progress(_STAGE, run.done, run.done)
@@ -122,6 +125,7 @@ class _Run:
     """What all steps of one measurement share.
 
     Attributes:
+        counted: for each batch, which of its tokens count; None for all.
         empty: moments of no tokens.
         model: moments of the whole model's final state; empty before the first round ends.
         done: layer forwards up to now, with those that ``known`` saved.
@@ -129,6 +133,7 @@ class _Run:
 
     store: LayerStore
     recording: Recording
+    counted: Sequence[Tensor | None]
     at: str
     known: Mapping[str, float]
     remember: Remember
@@ -214,8 +219,9 @@ def _final(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[S
     _move(run, moving, range(start, run.store.depth), bypassed)
     norm = run.store.final_norm() if run.at == "norm" else nn.Identity()
     moments = run.empty
-    for values in moving:
-        moments = moments.add(norm(values))
+    for values, counted in zip(moving, run.counted, strict=True):
+        final = norm(values)
+        moments = moments.add(final if counted is None else final[counted.to(final.device)])
     moments = moments.of_all_processes()
     if not moments.spread.isfinite().all():
         raise RecipeError(
@@ -251,7 +257,7 @@ def _move(run: _Run, hidden: list[Tensor], layers: range, bypassed: Collection[S
             for axis in axes:
                 stack.enter_context(bypass(layer, axis))
             for number, values in enumerate(hidden):
-                args, kwargs = run.recording.arguments[values.shape[0]][index]
+                args, kwargs = run.recording.arguments_of(values)[index]
                 hidden[number] = layer(values, *args, **kwargs)
         run.step()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dicer.measure.batches import counted_of
 from dicer.measure.stores.store import Arguments, Recording
 from dicer.model.families import Family
 from dicer.model.units import Axis, UnitWeights, unit_weights
@@ -81,7 +82,7 @@ class ResidentStore:
 
             with evaluating(self._model), replaced_forwards(self._layers, lambda _: recorder):
                 self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
-            recording.arguments.setdefault(batch.shape[0], calls)
+            recording.arguments.setdefault((batch.shape[0], batch.shape[1]), calls)
         return recording
 
     def gradients(
@@ -93,7 +94,7 @@ class ResidentStore:
         checkpointing: bool,
         progress: Progress,
     ) -> dict[int, dict[str, UnitWeights]]:
-        """dL/dW of the chosen weights, L the mean next-token cross-entropy of all batches together.
+        """dL/dW of the chosen weights, L the mean next-token cross-entropy of all tokens that count.
 
         Args:
             batches: int64 [B, T] each.
@@ -108,7 +109,9 @@ class ResidentStore:
         """
         chosen = {index: {n: axis for n, axis in self.axes(index).items() if n in axes} for index in sorted(layers)}
         held: dict[tuple[int, str], dict[str, Tensor]] = {(i, name): {} for i in chosen for name in chosen[i]}
-        predicted = sum_of(sum(batch[:, 1:].numel() for batch in batches))
+        counted = counted_of(batches)
+        pairs = list(zip(batches, counted, strict=True))
+        predicted = sum_of(sum(b[:, 1:].numel() if c is None else int(c[:, 1:].sum()) for b, c in pairs))
         with ExitStack() as stack:
             stack.enter_context(evaluating(self._model))
             stack.enter_context(_frozen(self._model))
@@ -121,12 +124,13 @@ class ResidentStore:
                 stack.enter_context(replaced_forwards(self._layers, _checkpointed))
             stack.enter_context(torch.enable_grad())
             progress("gradients", 0, len(batches))
-            for done, tokens in enumerate(batches, start=1):
+            for done, (tokens, counts) in enumerate(pairs, start=1):
                 batch = tokens.to(self._model.device)
-                logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]  # [B, T-1, V]
-                loss = nn.functional.cross_entropy(
-                    logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+                targets = (
+                    batch[:, 1:] if counts is None else batch[:, 1:].masked_fill(~counts[:, 1:].to(batch.device), -100)
                 )
+                logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]  # [B, T-1, V]
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
                 loss.backward()  # of the sum: divided by the tokens here, fp16 gradients would vanish
                 progress("gradients", done, len(batches))
         for (index, axis), sums in held.items():
@@ -202,7 +206,7 @@ def _accumulate(held: dict[str, Tensor], name: str, predicted: int) -> Callable[
     def hook(weight: Tensor) -> None:
         if weight.grad is None:
             return
-        gradient = weight.grad.float() / predicted
+        gradient = weight.grad.float() / max(predicted, 1)
         held[name] = held[name].add_(gradient) if name in held else gradient
         weight.grad = None
 

@@ -21,12 +21,16 @@ class Recording:
 
     Attributes:
         hidden: one tensor [B, T, d] for each batch.
-        arguments: number of rows of a batch -> arguments of each layer. They depend on positions and masks, not on the
-            tokens, so batches of one size share them; layers do not (sliding and full attention take turns).
+        arguments: (rows, tokens in a row) of a batch -> arguments of each layer. They depend on positions and masks,
+            not on the tokens, so batches of one size share them; layers do not (sliding and full attention take turns).
     """
 
     hidden: list[Tensor] = field(default_factory=list)
-    arguments: dict[int, list[Arguments]] = field(default_factory=dict)
+    arguments: dict[tuple[int, int], list[Arguments]] = field(default_factory=dict)
+
+    def arguments_of(self, hidden: Tensor) -> list[Arguments]:
+        """What each layer is called with besides these hidden states [B, T, d]."""
+        return self.arguments[hidden.shape[0], hidden.shape[1]]
 
 
 class LayerStore(Protocol):

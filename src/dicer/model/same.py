@@ -1,0 +1,40 @@
+"""What transformers loaded, held against what will be written: a model must be scored as it is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dicer.errors import ModelError
+from dicer.model.match import as_bits
+from dicer.model.tensors import TensorSource
+
+_DO = "So what is scored would not be what is written: load it with transformers, save it anew, and give that folder."
+
+
+def check_same(name: str, model: Any, tensors: TensorSource) -> None:
+    """See to it that every tensor of a loaded model is in its files, by name, shape and content.
+
+    Tensors of the files that no model has are looked for before, in the headers (:func:`dicer.model.match.match`).
+
+    Args:
+        name: the model's, for people.
+        model: as transformers loaded it, on the CPU, in any dtype.
+        tensors: what will be written, by the names on disk.
+
+    Raises:
+        ModelError: for the first tensor that differs; then more lies between file and model than dicer knows of.
+    """
+    infos, tied = tensors.infos(), set(model.all_tied_weights_keys)
+    for full, loaded in model.state_dict().items():
+        if full in tied:
+            continue
+        on_disk = next((n for n in (full, full.split(".", 1)[-1]) if n in infos), None)
+        if on_disk is None:
+            raise ModelError(f"{name}: transformers loads a tensor '{full}', which the files do not have. {_DO}")
+        if loaded.is_meta or tuple(loaded.shape) != infos[on_disk].shape:
+            raise ModelError(f"{name}: transformers loads '{full}' in another shape than that in the files. {_DO}")
+        stored = tensors.read(on_disk).to(loaded.dtype)
+        if not torch.equal(as_bits(loaded), as_bits(stored)):
+            raise ModelError(f"{name}: transformers loads '{full}' with another content than that in the files. {_DO}")

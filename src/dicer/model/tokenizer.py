@@ -1,0 +1,56 @@
+"""The tokenizer of a folder, as AutoTokenizer reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dicer.errors import ModelError
+from dicer.model.find import as_model_error
+
+# Only to tell a folder without tokenizer from one whose tokenizer is broken, once AutoTokenizer has failed.
+_LOOKS_LIKE_ONE = re.compile(r"tok|vocab|merges|tekken|spiece|sentencepiece|bpe|\.model$", re.IGNORECASE)
+
+
+def read_tokenizer(name: str, folder: Path) -> Any | None:
+    """The tokenizer, or None where the folder has none.
+
+    Args:
+        name: the model's, for people.
+        folder: its files.
+
+    Raises:
+        ModelError: its files cannot be read, or need code from the folder.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with as_model_error(name, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except ModelError:
+        if code := own_code(folder):
+            raise ModelError(
+                f"{name}: its tokenizer needs code of its own ({code}), which dicer does not run; give ready input_ids "
+                "rows in a .jsonl file, or from Python prune(..., tokenizer=...)."
+            ) from None
+        if any(_LOOKS_LIKE_ONE.search(path.name) for path in folder.iterdir()):
+            raise
+        return None
+    # Some classes come up empty where there are no files, with nothing but their special tokens.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def own_code(folder: Path) -> str | None:
+    """The class that only code of the folder has, if the tokenizer is of one."""
+    for file in ("tokenizer_config.json", "config.json"):
+        try:
+            named = json.loads((folder / file).read_text(encoding="utf-8")).get("auto_map") or {}
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
+        found = [c for c in classes if c] if isinstance(classes, list) else [classes] * bool(classes)
+        if found:
+            return str(found[0])
+    return None
