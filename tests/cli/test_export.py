@@ -42,7 +42,7 @@ def test_stock(run, checkpoint, tmp_path):
     out = tmp_path / "out"
     printed = run("export", checkpoint, "--to", "stock", "-o", out, "--pad", "16")
     assert "stock LlamaForCausalLM, no code" in printed
-    assert "parameters are zeros" in printed
+    assert "parameters are padding" in printed
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 48
     run("export", checkpoint, "--to", "stock", "-o", out, "--overwrite")
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 40

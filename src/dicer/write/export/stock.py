@@ -78,7 +78,7 @@ def export_stock(
 
 def _notes(infos: dict[str, TensorInfo], zeros: int) -> list[str]:
     whole = sum(info.numel for info in infos.values())
-    return [f"{zeros:,} of {whole:,} parameters are zeros ({zeros / whole:.1%}); they cost time and memory"]
+    return [f"{zeros:,} of {whole:,} parameters are padding ({zeros / whole:.1%}); they cost time and memory"]
 
 
 def _stock_shape(source: ModelSource, layers: Layers, pad: int) -> LayerShape:

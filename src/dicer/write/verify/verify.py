@@ -195,7 +195,9 @@ def _run(script: str, python: str, folder: Path, rows: list[list[int]], scratch:
     job = {"folders": [str(folder.resolve())], "rows": rows, "new": NEW_TOKENS, **more}
     (scratch / "job").write_text(json.dumps(job))
     (scratch / "result").unlink(missing_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = dict(os.environ)
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)  # packages for another Python
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
     command = [python, "-W", "ignore", str(Path(__file__).with_name(script)), "job", "result"]
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": _HOURS}
