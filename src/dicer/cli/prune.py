@@ -217,5 +217,5 @@ def _show_result(result: Any) -> None:
     say("Time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()) + ".")
     say("Peak memory: " + ", ".join(f"{where} {peak / 1e9:.2f} GB" for where, peak in peak_memory().items()) + ".")
     say(f"Checkpoint: {result.path} ({on_disk:,} bytes on disk).")
-    say(f"Load it: import transformers; {loading_line(str(result.path), needs_code=result.needs_code)}")
     say(result.targets)
+    say(f"Load it: import transformers; {loading_line(str(result.path), needs_code=result.needs_code)}")

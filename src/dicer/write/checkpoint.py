@@ -120,7 +120,7 @@ def write_checkpoint(
             perplexity_text=Path(perplexity_text).name if perplexity_text else None,
         )
         sink.write_text("README.md", card)
-        check_written(sink.folder, out)
+        check_written(sink.folder, out, source)
     result.path = out
 
 

@@ -53,7 +53,7 @@ def check_folder(folder: Path) -> ModelSource:
     """Open a folder as transformers does, with our own model file for the one in it, and load no weight.
 
     The model is built on the meta device, every tensor's name and shape held against it, one short sequence sent
-    through it; then the generation config and the tokenizer are read.
+    through it; then the generation config is read.
 
     Raises:
         ModelError: something in it cannot be opened.
@@ -65,25 +65,39 @@ def check_folder(folder: Path) -> ModelSource:
         model = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
     _run(model, source.name, "model")
     source.generation_config()
-    source.tokenizer()
     return source
 
 
-def check_written(folder: Path, out: Path) -> None:
-    """Open what was written before it gets its name.
+def check_written(folder: Path, out: Path, original: ModelSource) -> None:
+    """Open what was written, and its tokenizer, before it gets its name.
 
     Args:
         folder: where it lies now.
         out: what it will be called, for the message.
+        original: the model that was pruned.
 
     Raises:
         OutputError: it cannot be opened.
     """
     try:
-        check_folder(folder)
+        _open_tokenizer(check_folder(folder), original)
     except ModelError as error:
         reason = str(error).removeprefix(f"{folder.resolve().name}: ")
         raise OutputError(f"{out} was not written, as it could not be opened again: {reason}") from None
+
+
+def _open_tokenizer(written: ModelSource, original: ModelSource) -> None:
+    """One that does not open where it comes from either, as it needs code of its own, goes along as it is."""
+    try:
+        written.tokenizer()
+    except ModelError:
+        if original.folder is None:
+            return
+        try:
+            original.tokenizer()
+        except ModelError:
+            return
+        raise
 
 
 def _run(model: Any, name: str, what: str) -> None:

@@ -154,7 +154,8 @@ def _against(original: str, plan: PrunePlan, rows: list[list[int]], logits: dict
     with torch.no_grad():
         for number, row in enumerate(rows):
             expected = model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
-            largest = max(largest, float((expected - logits[str(number)]).abs().max()))
+            far = (expected - logits[str(number)]).abs().max().nan_to_num(torch.inf)  # no number is no agreement
+            largest = max(largest, float(far))
             scale = max(scale, float(expected.abs().max()))
     found = f"largest difference of a logit {largest:.1e}, of logits up to {scale:.1f}, on {len(rows)} prompts"
     return Checked("the masked original", largest <= _LARGEST * scale, found)
@@ -194,7 +195,9 @@ def _run(script: str, python: str, folder: Path, rows: list[list[int]], scratch:
     job = {"folders": [str(folder.resolve())], "rows": rows, "new": NEW_TOKENS, **more}
     (scratch / "job").write_text(json.dumps(job))
     (scratch / "result").unlink(missing_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = dict(os.environ)
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)  # packages for another Python
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
     command = [python, "-W", "ignore", str(Path(__file__).with_name(script)), "job", "result"]
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": _HOURS}
