@@ -95,6 +95,8 @@ def test_what_a_data_set_lacks(hub, asked, says):
     ("calib", "more", "arguments"),
     [
         ("c4", {}, ("allenai/c4", "en", "train", None)),
+        ("c4", {"calib_split": "validation"}, ("allenai/c4", "en", "validation", None)),
+        ("c4", {"calib_config": "fr", "calib_field": "url"}, ("allenai/c4", "fr", "train", None)),
         ("wikitext2", {}, ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None)),
         ("bookcorpus", {}, ("bookcorpus/bookcorpus", None, "train", "refs/convert/parquet")),
         (

@@ -148,9 +148,10 @@ def hub_documents(text: Text, template: Template | None = None) -> Iterator[str]
 
     There are ``_HUB_DOCUMENTS`` of them at most; the seed chooses among those, and the places in them.
     """
-    known = HUB_TEXTS.get(text.source)
     check_text(text)
-    where = known or HubText(text.source, text.config, text.split, text.field)
+    where = HUB_TEXTS.get(text.source, HubText(text.source, text.config, text.split, text.field))
+    asked = {name: getattr(text, name) for name in ("config", "split", "field") if name in text.model_fields_set}
+    where = where._replace(**asked)  # what was said goes before what is usual for a name
     try:
         import datasets
     except ImportError:
