@@ -50,7 +50,7 @@ class Outcome:
         difference: largest one of a chosen token's log-probability, before a split, of the ``compared`` that
             llama.cpp tells.
         spread: largest difference of any token's log-probability after a prompt, where that was asked.
-        ends: transformers' next tokens where llama.cpp stopped before the end.
+        ends: last tokens of continuations that llama.cpp stopped before the end.
         seconds: of CPU that llama.cpp took to load and to generate.
         answers: all that llama.cpp said.
     """
@@ -117,7 +117,7 @@ def _count(outcome: Outcome, ours: list[int], logits: torch.Tensor, theirs: dict
     split = next((i for i in range(length) if ours[i] != theirs["ids"][i]), length)
     outcome.same += split == length
     if split == length < len(ours):
-        outcome.ends.add(ours[length])
+        outcome.ends.update(theirs["ids"][-1:])
     outcome.agreed, outcome.tokens = outcome.agreed + split, outcome.tokens + length
     for i, logprob in enumerate((theirs["logprobs"] or [])[:split]):
         outcome.difference = max(outcome.difference, abs(logits[i, ours[i]].item() - logprob))
