@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata, zscore
 
 from dicer.decide.amounts.prunable import TOLERANCE, Bounds, Prunable, allowed_widths, most, too_much, total
 from dicer.errors import RecipeError, unknown
@@ -71,19 +72,18 @@ def _linear(importances: Floats) -> Floats:
 
 
 def _softmax(importances: Floats) -> Floats:
-    return np.exp(-_standard(importances))
+    return np.exp(-standard(importances))
 
 
 def _rank(importances: Floats) -> Floats:
-    _, place, counts = np.unique(importances, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts + 1) / 2)[place]  # [M], ties averaged
+    ranks: Floats = rankdata(importances) - 1  # [M], ties averaged
     return 1 - ranks / max(len(importances) - 1, 1)
 
 
-def _standard(values: Floats) -> Floats:
+def standard(values: Floats) -> Floats:
     """z-scores; zeros where all values are equal, whatever the rounding of their mean."""
-    deviation = values.std() if np.ptp(values) > 0 else 0.0
-    return (values - values.mean()) / deviation if deviation > 0 else np.zeros_like(values)
+    scores: Floats = zscore(values) if np.ptp(values) > 0 else np.zeros_like(values)
+    return scores if np.isfinite(scores).all() else np.zeros_like(values)
 
 
 SCHEDULES: Mapping[str, tuple[str, Callable[[Floats], Floats]]] = MappingProxyType(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dicer.decide.amounts.by_entropy import standard
 from dicer.decide.amounts.prunable import TOLERANCE, Bounds, Prunable, allowed_widths, most, too_much, total
 from dicer.errors import RecipeError
 
@@ -63,8 +64,7 @@ def _ascending(sub_layer: Prunable, scores: Tensor) -> NDArray[np.float64]:
     values = np.sort(scores.detach().double().cpu().numpy())
     if not np.isfinite(values).all():
         raise RecipeError(f"scores of {sub_layer.place} are not finite, so have no rank: try --dtype float32.")
-    deviation = values.std() if values[0] < values[-1] else 0.0
-    return (values - values.mean()) / deviation if deviation > 0 else np.zeros_like(values)
+    return standard(values)
 
 
 def _pieces(
