@@ -118,7 +118,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """A flat view as integers, in which NaN is equal to itself; of 8 bytes each where they fit, as they compare faster."""
+    """A flat view as integers, in which NaN is equal to itself; of 8 bytes each where they fit, which is faster."""
     flat = tensor.detach().reshape(-1)
     wide = 8 // flat.dtype.itemsize
     fits = not flat.numel() % wide and not flat.storage_offset() % wide
