@@ -106,15 +106,23 @@ def same_content(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors hold the same bits."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    return first.data_ptr() == second.data_ptr() or torch.equal(as_bits(first), as_bits(second))
+    if first.data_ptr() == second.data_ptr():
+        return True
+    bits = as_bits(first), as_bits(second)
+    if bits[0].dtype != bits[1].dtype:  # one of them begins in the middle of 8 bytes
+        return torch.equal(*(t.detach().view(_BITS[t.dtype.itemsize]) for t in (first, second)))
+    return torch.equal(*bits)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """A view as integers, in which NaN is equal to itself."""
-    return tensor.detach().view(_BITS[tensor.dtype.itemsize])
+    """A flat view as integers, in which NaN is equal to itself; of 8 bytes each where they fit, which is faster."""
+    flat = tensor.detach().reshape(-1)
+    wide = 8 // flat.dtype.itemsize
+    fits = not flat.numel() % wide and not flat.storage_offset() % wide
+    return flat.view(torch.int64 if fits else _BITS[flat.dtype.itemsize])
 
 
 def _on_disk(full: str, infos: Mapping[str, TensorInfo]) -> str | None:

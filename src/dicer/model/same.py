@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from dicer.errors import ModelError
-from dicer.model.match import as_bits
+from dicer.model.match import same_content
 from dicer.model.tensors import TensorSource
 
 _DO = "So what is scored would not be what is written: load it with transformers, save it anew, and give that folder."
@@ -36,5 +34,5 @@ def check_same(name: str, model: Any, tensors: TensorSource) -> None:
         if loaded.is_meta or tuple(loaded.shape) != infos[on_disk].shape:
             raise ModelError(f"{name}: transformers loads '{full}' in another shape than that in the files. {_DO}")
         stored = tensors.read(on_disk).to(loaded.dtype)
-        if not torch.equal(as_bits(loaded), as_bits(stored)):
+        if not same_content(loaded, stored):
             raise ModelError(f"{name}: transformers loads '{full}' with another content than that in the files. {_DO}")
