@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from torch import Tensor
 
 from dicer.errors import ModelError
 from dicer.model.match import same_content
@@ -25,6 +29,7 @@ def check_same(name: str, model: Any, tensors: TensorSource) -> None:
         ModelError: for the first tensor that differs; then more lies between file and model than dicer knows of.
     """
     infos, tied = tensors.infos(), set(model.all_tied_weights_keys)
+    pairs: dict[str, tuple[Tensor, str]] = {}
     for full, loaded in model.state_dict().items():
         if full in tied:
             continue
@@ -33,6 +38,15 @@ def check_same(name: str, model: Any, tensors: TensorSource) -> None:
             raise ModelError(f"{name}: transformers loads a tensor '{full}', which the files do not have. {_DO}")
         if loaded.is_meta or tuple(loaded.shape) != infos[on_disk].shape:
             raise ModelError(f"{name}: transformers loads '{full}' in another shape than that in the files. {_DO}")
-        stored = tensors.read(on_disk).to(loaded.dtype)
-        if not same_content(loaded, stored):
-            raise ModelError(f"{name}: transformers loads '{full}' with another content than that in the files. {_DO}")
+        pairs[full] = loaded, on_disk
+
+    def same(pair: tuple[Tensor, str]) -> bool:
+        return same_content(pair[0], tensors.read(pair[1]).to(pair[0].dtype))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a comparison is one thread's work, and waits for the disk
+        for full, equal in zip(pairs, pool.map(same, pairs.values()), strict=True):
+            if not equal:
+                pool.shutdown(cancel_futures=True)
+                raise ModelError(
+                    f"{name}: transformers loads '{full}' with another content than that in the files. {_DO}"
+                )
