@@ -58,7 +58,7 @@ MUTATIONS = (
     ),
     Mutation(
         "old buffers and tied copies stay in the files",
-        *("model/source.py", "    tensors.leave_out(ignored)\n", ""),
+        *("model/match.py", "    tensors.leave_out(old)\n", ""),
         "contract/test_on_disk.py",
     ),
     Mutation(
@@ -93,7 +93,7 @@ MUTATIONS = (
     ),
     Mutation(
         "every layer is called as the first one is",
-        *("measure/walk.py", "recording.arguments[hidden.shape[0]][index]", "recording.arguments[hidden.shape[0]][0]"),
+        *("measure/walk.py", "recording.arguments_of(hidden)[index]", "recording.arguments_of(hidden)[0]"),
         f"{_CONTRACT} -k statistics",
     ),
     Mutation(
@@ -124,8 +124,8 @@ MUTATIONS = (
         "one ranking of raw scores",
         *(
             "decide/amounts/by_rank.py",
-            "deviation = values.std() if values[0] < values[-1] else 0.0",
-            "deviation = 1.0",
+            "    return standard(values)",
+            "    return values",
         ),
         "decide/test_amounts.py",
     ),
