@@ -1,0 +1,136 @@
+"""A model without weights: the class that a config calls for, built on the meta device, with its tensors as on disk."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from dicer.errors import UnknownFamily
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device.
+
+    Attributes:
+        config: the transformers config that it was built from.
+        model: the stock class.
+    """
+
+    config: Any
+    model: Any
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """The tensors that ``save_pretrained`` would write: name on disk -> shape."""
+        return {name: tuple(tensor.shape) for name, tensor in on_disk(self.model).items()}
+
+    @cached_property
+    def lists(self) -> dict[str, int]:
+        """Path of every list of modules -> how long it is."""
+        return {name: len(part) for name, part in self.model.named_modules() if isinstance(part, nn.ModuleList)}
+
+
+def on_disk(model: Any, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """A model's tensors by the names, and in the layout, that transformers writes them in.
+
+    Args:
+        model: of transformers, on any device.
+        state: some of its tensors; all of them by default, but those that are tied to others.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if state is None:
+        ignored = {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    return found
+
+
+def model_class(config: Any, architectures: Any = None) -> Any:
+    """The class of transformers that a config calls for, with a head that predicts tokens.
+
+    A class for the text part alone, which would leave a vision tower out, is none for the config of the whole.
+
+    Args:
+        config: a transformers config.
+        architectures: what ``config.json`` says of it; decides where there are two.
+
+    Raises:
+        UnknownFamily: transformers has none.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kinds: list[Any] = []
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        found = mapping.get(type(config), None) or ()
+        kinds += found if isinstance(found, tuple | list) else [found]
+    whole = [kind for kind in kinds if kind.config_class in (type(config), None)] or kinds
+    if not whole:
+        raise UnknownFamily(f"transformers has no language model for a '{config.model_type}' ({type(config).__name__}).")
+    named = architectures if isinstance(architectures, list) else []
+    return next((kind for kind in whole if kind.__name__ in named), whole[0])
+
+
+def build(config: Any, kind: Any) -> Skeleton:
+    """A model of a class on the meta device; whatever the class raises of a config that it does not take goes on."""
+    own = copy.deepcopy(config)
+    with torch.device("meta"), quiet():
+        model = kind._from_config(own)
+    return Skeleton(own, model.eval())
+
+
+def changed(config: Any, values: Mapping[str, Any]) -> Any:
+    """A config with other values; ``text_config.intermediate_size`` is a key of a config inside it.
+
+    The config is made anew from its own dictionary, so that what a class derives from a key follows it.
+    """
+    said = copy.deepcopy(config.to_dict())
+    for path, value in values.items():
+        *outer, key = path.split(".")
+        inner = said
+        for name in outer:
+            inner = inner[name]
+        inner[key] = value
+    with quiet():
+        return type(config).from_dict(said)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers say nothing of configs that are only tried."""
+    log = logging.getLogger("transformers")
+    before, log.disabled = log.disabled, True
+    children = [c for n, c in logging.root.manager.loggerDict.items() if n.startswith("transformers.")]
+    loggers = [c for c in children if isinstance(c, logging.Logger) and not c.disabled]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
+        for logger in loggers:
+            logger.disabled = False
+
+
+def flat_values(config: Any) -> dict[str, Any]:
+    """Every key of the text part of a config by its path, as in ``text_config.intermediate_size``."""
+    said = config.to_dict()
+    found = dict(said)
+    for name in ("text_config", "llm_config", "language_config", "ffn_config", "attn_config"):
+        if isinstance(said.get(name), dict):
+            found |= {f"{name}.{key}": value for key, value in said[name].items()}
+    return found
