@@ -43,12 +43,16 @@ class Slice:
             ``value``, ``output``; with ``_bias`` behind it for a bias); Phi-3's ``gate_up_proj`` has two segments.
         blocks: how many consecutive rows one unit owns in each segment: 1 for neurons; for heads
             :meth:`Axis.sized` says it.
+        interleaved: the segments' rows take turns (gpt-oss has gate and up so) and do not follow each other.
+        memory: the tensor's name inside the layer in memory, where that is another than on disk.
     """
 
     name: str
     dim: int
     roles: tuple[str, ...]
     blocks: tuple[int, ...] = (1,)
+    interleaved: bool = False
+    memory: str = ""
 
     @property
     def optional(self) -> bool:
@@ -68,8 +72,10 @@ class Slice:
             count: how many units the tensor holds.
 
         Returns:
-            int64 [K * sum(blocks)], segment after segment.
+            int64 [K * sum(blocks)], segment after segment, or unit after unit where they take turns.
         """
+        if self.interleaved:
+            return (units[:, None] * sum(self.blocks) + torch.arange(sum(self.blocks))).reshape(-1)
         parts, start = [], 0
         for block in self.blocks:
             parts.append((start + units[:, None] * block + torch.arange(block)).reshape(-1))  # [K*block]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dicer.model.structure.skeleton import Shape, Skeleton, quiet
+
+
+_NORM = re.compile(r"norm|(^|_)ln(_|$)")
 
 
 class Call(NamedTuple):
@@ -56,21 +60,18 @@ def trace(sample: Skeleton) -> list[Call]:
 
 
 def final_norm(sample: Skeleton, calls: list[Call], layers: str, count: int) -> str | None:
-    """The first module with parameters of its own that runs after the last layer and is not the head."""
-    last = f"{layers}.{count - 1}"
+    """The norm behind the last layer, beside the list of layers; None where there is none."""
+    last, owner = f"{layers}.{count - 1}", layers.rpartition(".")[0]
     ends = [i for i, call in enumerate(calls) if call.name == last or call.name.startswith(f"{last}.")]
     modules = dict(sample.model.named_modules())
-    head = sample.model.get_output_embeddings()
-    for call in calls[ends[-1] + 1 :] if ends else ():
-        module = modules[call.name]
-        if module is head:
-            return None
-        if any(True for _ in module.parameters(recurse=False)):
-            return call.name
-    owner = layers.rpartition(".")[0]
-    named = [n for n, m in modules.items() if n.rpartition(".")[0] == owner and list(m.parameters(recurse=False))]
-    norms = [n for n in named if not isinstance(modules[n], nn.Embedding | nn.Linear) and "embed" not in n]
-    return norms[-1] if norms and not ends else None
+    norms = [name for name in modules if name.rpartition(".")[0] == owner and _NORM.search(name.rpartition(".")[2])]
+    behind = [call.name for call in calls[ends[-1] + 1 :] if call.name in norms] if ends else []
+    traced = any(call.name == last for call in calls) and len(calls) > ends[-1] + 1 if ends else False
+    if traced:
+        return behind[0] if behind else None
+    ran = {call.name for call in calls}  # before the layers, so these are other norms
+    left = [name for name in norms if name not in ran]
+    return left[-1] if left else None
 
 
 def activation(sample: Skeleton, calls: list[Call], layer: str, units: int, inside: str) -> str | None:
@@ -78,9 +79,16 @@ def activation(sample: Skeleton, calls: list[Call], layer: str, units: int, insi
     modules = dict(sample.model.named_modules())
     for call in calls:
         inner = call.name.removeprefix(f"{layer}.")
-        if inner == call.name or not inner.startswith(inside) or not call.inputs or call.inputs[-1] != units:
-            continue
-        module = modules[call.name]
-        if not list(module.parameters()) and not list(module.children()) and not isinstance(module, nn.Dropout):
-            return inner
-    return None
+        if inner != call.name and inner.startswith(inside) and call.inputs and call.inputs[-1] == units:
+            if _is_function(modules[call.name]):
+                return inner
+    if any(call.name.startswith(f"{layer}.{inside}") for call in calls):
+        return None
+    # What could not be followed that far has to be told by its name.
+    named = [n.removeprefix(f"{layer}.") for n, m in modules.items() if n.startswith(f"{layer}.") and _is_function(m)]
+    found = [n for n in named if n.startswith(inside) and "act" in n.rpartition(".")[2] and "." not in n[len(inside) :]]
+    return found[0] if found else None
+
+
+def _is_function(module: nn.Module) -> bool:
+    return not list(module.parameters()) and not list(module.children()) and not isinstance(module, nn.Dropout)
