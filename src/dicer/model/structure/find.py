@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from dicer.model.families import Family
+from dicer.model.structure.experts import expert_axes, units_in
 from dicer.model.structure.heads import HeadKeys, find_heads, is_output
 from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
@@ -86,8 +88,12 @@ def find_family(config: Any, architectures: Any = None, shapes: Mapping[str, Sha
     heads = find_heads(some, kind, inner)
     for axis in _head_axes(some, inner, heads):
         rows[axis.name] = axis, Fraction(1)
-    for axis, share in _neuron_axes(some, inner, find_groups(some, kind, inner), calls):
+    groups = find_groups(some, kind, inner)
+    for axis, share in _neuron_axes(some, inner, groups, calls):
         rows[axis.name] = axis, share
+    memory = cache(partial(_inner_memory, some, inner))
+    of_experts, notes = expert_axes(some, kind, inner, groups, _neuron_slices, memory)
+    rows |= {axis.name: (axis, share) for axis, share in of_experts}
     inside = layers.inside(whole.shapes if shapes is None else shapes)
     counts = {name: tuple(_count(axis, tensors) for tensors in inside) for name, (axis, _) in rows.items()}
     text = config.get_text_config()
@@ -109,6 +115,7 @@ def find_family(config: Any, architectures: Any = None, shapes: Mapping[str, Sha
         counts=counts,
         factors={name: share for name, (_, share) in rows.items()},
         heads=heads[0] if heads else None,
+        notes=notes,
     )
 
 
@@ -126,9 +133,7 @@ def _as_in_the_files(layers: Layers, whole: Skeleton, shapes: Mapping[str, Shape
 
 def _count(axis: Axis, tensors: Mapping[str, Shape]) -> int:
     """Units of an axis in a layer; 0 where one of its maps is not there, or they are of another make."""
-    if not all(piece.name in tensors for piece in axis.required):
-        return 0
-    counts = {Fraction(tensors[p.name][p.dim], sum(p.blocks)) for p in axis.slices if p.name in tensors}
+    counts = {count for piece in axis.slices if (count := units_in(piece, tensors)) or not piece.optional}
     count = counts.pop()
     return int(count) if not counts and count.denominator == 1 else 0
 
