@@ -80,6 +80,9 @@ SIZES: Final = _by_key(
     (NEURONS, "encoder_ffn_dim"),
     (32, "max_source_positions"),
     (0, "num_kv_shared_layers"),
+    (4, "index_block_size"),
+    (1, "index_topk_blocks index_local_blocks"),
+    (True, "is_decoder"),  # BERT and its kin look ahead without it
 )
 
 # Vision and audio towers, which no test looks into.
@@ -100,6 +103,8 @@ TOWER_SIZES: Final = _by_key(
 
 _MLA: Final = {"num_key_value_heads": HEADS, "head_dim": 4}  # a key per head; head_dim is the rotary part's
 _FULL_AND_WINDOWED: Final = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 2}
+_DENSE_FIRST: Final = {"mlp_layer_types": ["dense", "dense", "sparse", "sparse"]}
+_SLIDING_AND_FULL: Final = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _CONV_AND_FULL: Final = {"layer_types": ["conv", "full_attention"] * 2}
 _ROTARY: Final = {"rope_type": "default", "rope_theta": 10000.0}
 _QWEN_VL: Final = {"text_config": {"rope_parameters": {**_ROTARY, "mrope_section": [2, 2, 2]}}}  # halves of head_dim
@@ -107,19 +112,47 @@ _GEMMA4: Final = {"global_head_dim": 2 * HEAD_DIM}  # wider heads in full layers
 _SHARED_BLOCK: Final = {  # attends over the hidden state and the embedding side by side, twice as wide
     **{"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM, "num_key_value_heads": HEADS},
 }
+_BLT_PART: Final = {
+    **{"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": NEURONS, "head_dim": HEAD_DIM},
+    **{"num_attention_heads": HEADS, "num_key_value_heads": HEADS},
+}
 
 CHANGES: Final[dict[str, dict[str, Any]]] = {
     **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _MLA),
-    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3", "youtu"), _MLA),
+    **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "minicpm3", "youtu"), _MLA),
     **dict.fromkeys(("dots1", "qwen2", "qwen2_moe", "qwen3"), _FULL_AND_WINDOWED),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN_VL),
+    **dict.fromkeys(("cohere2_moe", "inkling_text"), _DENSE_FIRST),
+    **dict.fromkeys(("laguna", "ministral"), _SLIDING_AND_FULL),
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        **{"use_cache": False, "encoder_hash_byte_group_vocab": 100},  # its cache asks for a key that the config lacks
+        **{"patcher_config": _BLT_PART, "global_config": {**_BLT_PART, "num_hidden_layers": LAYERS}},
+        **{"encoder_config": {**_BLT_PART, "hidden_size_global": HIDDEN}},
+        **{"decoder_config": {**_BLT_PART, "hidden_size_global": HIDDEN}},
+    },
     "cohere_compass_text": {  # without an entry for each kind of layer its rotary embedding fails
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        **_SLIDING_AND_FULL,
         "rope_parameters": {"sliding_attention": _ROTARY, "full_attention": _ROTARY},
     },
-    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 10000.0},  # not a key by default, but read
+        "ffn_config": {
+            **{"hidden_size": HIDDEN, "ffn_hidden_size": EXPERT_NEURONS, "moe_num_experts": EXPERTS},
+            **{"moe_top_k": TOP_K},
+        },
+    },
+    "dots3_note": {
+        "vision_config": {"pyramid_num_routed": [-1], "adapter_in_dim": 16, "adapter_out_dim": HIDDEN},  # a dense layer
+        "audio_config": {"adapter_input_size": 16, "adapter_out_dim": HIDDEN, "downsample_hidden_size": 16},
+    },
+    "dots3_note_text": {
+        **{"num_key_value_heads": HEADS, "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS},
+        **{"swa_q_lora_rank": 20, "swa_kv_lora_rank": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": HEAD_DIM},
+        **{"swa_head_dim": HEAD_DIM},
+    },
     "gemma3": {"mm_tokens_per_image": 4},
+    "gemma3n_text": {"activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]},  # as in the real ones; else none is sparse
     "gemma4": {
         "vision_config": {
             **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -128,6 +161,7 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     },
     "gemma4_text": {**_GEMMA4, "enable_moe_block": True},  # experts beside the MLP, as in 26B-A4B
     "gemma4_unified_text": _GEMMA4,
+    "glm_moe_dsa": {**_MLA, "indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hrm_text": {"num_hidden_layers": 16},  # 2 x (3 + 1) cycles through a stack of two
@@ -136,7 +170,9 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     "lfm2_moe": _CONV_AND_FULL,
     "longcat_flash": {**_MLA, "num_layers": 2, "num_hidden_layers": 4},  # a layer attends twice
     "mamba2": {"num_heads": 8},
+    "mellum": {**_SLIDING_AND_FULL, **_DENSE_FIRST},
     "minimax": {"block_size": 8},
+    "minimax_m3_vl_text": {**_DENSE_FIRST, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "mllama": {"text_config": {"cross_attention_layers": [1, 3]}},
     "qwen2_vl": {**_QWEN_VL, "vision_config": {"hidden_size": HIDDEN}},  # here the tower's output
     "qwen4_exp_text": {
@@ -144,15 +180,22 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
         **{"indexer_compress_ratio": 2, "hc_count": 2, "ngram_vocab_size_base": 500, "heads_per_ngram": 2},
         **{"make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4},
     },
-    "reformer": {
-        **{"is_decoder": True, "attn_layers": ["local", "lsh"] * 2},
-        **{"axial_pos_embds_dim": [16, 32], "axial_pos_shape": [8, 16]},
-    },
+    "reformer": {"attn_layers": ["local", "lsh"] * 2, "axial_pos_embds_dim": [16, 32], "axial_pos_shape": [8, 16]},
     "stablelm": {"rope_parameters": {**_ROTARY, "partial_rotary_factor": 0.5}},  # a quarter of 12 is odd
+    # Its config rounds the widths of keys and values up to 64, its class does not.
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": _SHARED_BLOCK,
     "zamba2": _SHARED_BLOCK,
-    "zaya": {"num_experts_per_tok": 1},  # the class knows no other
+    "zaya": {"layer_types": ["hybrid_sliding", "hybrid"] * 2, "num_experts_per_tok": 1},  # the class knows no other
 }
 
-CANNOT_BUILD: Final[dict[str, str]] = {}
+_ASSISTANT: Final = "drafts for another model: takes the states of that one, not tokens"
+_MUSIC: Final = "its causal class reads the decoder's config, and the type's own config has none of its keys"
+CANNOT_BUILD: Final[dict[str, str]] = {
+    "gemma3n": "its vision tower needs timm; gemma3n_text is its text part",
+    "gemma4_assistant": _ASSISTANT,
+    "gemma4_unified_assistant": _ASSISTANT,
+    "musicgen": _MUSIC,
+    "musicgen_melody": _MUSIC,
+}
