@@ -30,8 +30,8 @@ SIZES: Final = _by_key(
     (POSITIONS, "max_position_embeddings n_positions n_ctx context_length model_max_length max_seq_len"),
     (POSITIONS // 2, "original_max_position_embeddings max_target_positions"),
     # Shorter than a sample of 16 tokens, so that windowed layers really differ.
-    (WINDOW, "sliding_window window_size sliding_window_size attention_window_size local_attention attention_chunk_size"),
-    (WINDOW, "keep_window_size floor_scale log_scaling_n_floor index_topk"),
+    (WINDOW, "sliding_window window_size sliding_window_size attention_window_size local_attention"),
+    (WINDOW, "attention_chunk_size keep_window_size floor_scale log_scaling_n_floor index_topk"),
     # Special tokens; the texts of the tests begin at 4.
     (0, "pad_token_id"),
     (1, "bos_token_id cls_token_id decoder_start_token_id"),
@@ -42,13 +42,13 @@ SIZES: Final = _by_key(
     (261, "video_token_id"),
     (262, "vision_start_token_id boi_token_id boi_token_index boa_token_id"),
     (263, "vision_end_token_id eoi_token_id eoi_token_index eoa_token_id eoa_token_index"),
-    # Experts: how many, how many a token, their width, the experts that every token takes, dense layers before them.
+    # Experts: how many, how many a token, their width, that of the experts that every token takes (whose number is the
+    # type's own), dense layers before them.
     (EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     (TOP_K, "num_experts_per_tok num_experts_per_token moe_k moe_topk top_k_experts"),
     (EXPERT_NEURONS, "moe_intermediate_size expert_ffn_hidden_size"),
     (SHARED_NEURONS, "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size"),
     (SHARED_NEURONS, "moe_shared_expert_intermediate_size"),
-    (1, "num_shared_experts n_shared_experts moe_num_shared_experts"),
     (1, "n_group topk_group num_expert_group"),  # any set of experts may go; more groups are a change that a test makes
     (LAYERS // 2, "first_k_dense_replace num_dense_layers moe_layer_start_index"),
     (2, "zero_expert_num interleave_moe_layer_step"),
@@ -75,7 +75,7 @@ SIZES: Final = _by_key(
     (12, "pronunciation_embed_dim shape_embed_dim"),
     (30, "pronunciation_vocab_size shape_vocab_size"),
     (2, "num_layers_per_stack num_hashes no_rope_layer_interval"),
-    (LAYERS, "encoder_layers num_encoder_layers"),  # a cache is made as long as the encoder, though the decoder fills it
+    (LAYERS, "encoder_layers num_encoder_layers"),  # the decoder's cache is made as long as the encoder
     (HEADS, "encoder_attention_heads num_encoder_attention_heads"),
     (NEURONS, "encoder_ffn_dim"),
     (32, "max_source_positions"),
@@ -120,7 +120,8 @@ _BLT_PART: Final = {
 CHANGES: Final[dict[str, dict[str, Any]]] = {
     **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _MLA),
     **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "minicpm3", "youtu"), _MLA),
-    **dict.fromkeys(("dots1", "qwen2", "qwen2_moe", "qwen3"), _FULL_AND_WINDOWED),
+    "dots1": {**_FULL_AND_WINDOWED, "n_shared_experts": 1},  # None by default, which the class cannot take
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3"), _FULL_AND_WINDOWED),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN_VL),
     **dict.fromkeys(("cohere2_moe", "inkling_text"), _DENSE_FIRST),
     **dict.fromkeys(("laguna", "ministral"), _SLIDING_AND_FULL),
@@ -136,7 +137,11 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
         "rope_parameters": {"sliding_attention": _ROTARY, "full_attention": _ROTARY},
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 10000.0},  # not a key by default, but read
+        "attn_config": {
+            "kv_n_heads": KV_HEADS,
+            "clip_qkv": 8.0,
+            "rope_theta": 10000.0,
+        },  # not a key by default, but read
         "ffn_config": {
             **{"hidden_size": HIDDEN, "ffn_hidden_size": EXPERT_NEURONS, "moe_num_experts": EXPERTS},
             **{"moe_top_k": TOP_K},
