@@ -120,7 +120,6 @@ _BLT_PART: Final = {
 CHANGES: Final[dict[str, dict[str, Any]]] = {
     **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _MLA),
     **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "minicpm3", "youtu"), _MLA),
-    "dots1": {**_FULL_AND_WINDOWED, "n_shared_experts": 1},  # None by default, which the class cannot take
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3"), _FULL_AND_WINDOWED),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN_VL),
     **dict.fromkeys(("cohere2_moe", "inkling_text"), _DENSE_FIRST),
@@ -137,16 +136,14 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
         "rope_parameters": {"sliding_attention": _ROTARY, "full_attention": _ROTARY},
     },
     "dbrx": {
-        "attn_config": {
-            "kv_n_heads": KV_HEADS,
-            "clip_qkv": 8.0,
-            "rope_theta": 10000.0,
-        },  # not a key by default, but read
+        # rope_theta is read, and no key of a default config.
+        "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {
             **{"hidden_size": HIDDEN, "ffn_hidden_size": EXPERT_NEURONS, "moe_num_experts": EXPERTS},
             **{"moe_top_k": TOP_K},
         },
     },
+    "dots1": {**_FULL_AND_WINDOWED, "n_shared_experts": 1},  # None by default, which the class cannot take
     "dots3_note": {
         "vision_config": {"pyramid_num_routed": [-1], "adapter_in_dim": 16, "adapter_out_dim": HIDDEN},  # a dense layer
         "audio_config": {"adapter_input_size": 16, "adapter_out_dim": HIDDEN, "downsample_hidden_size": 16},
@@ -174,9 +171,9 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     "lfm2": {**_CONV_AND_FULL, "block_multiple_of": 8},  # its width is two thirds of the key, rounded up
     "lfm2_moe": _CONV_AND_FULL,
     "longcat_flash": {**_MLA, "num_layers": 2, "num_hidden_layers": 4},  # a layer attends twice
-    "mamba2": {"num_heads": 8},
+    "mamba2": {"num_heads": 8},  # times head_dim is twice the hidden size
     "mellum": {**_SLIDING_AND_FULL, **_DENSE_FIRST},
-    "minimax": {"block_size": 8},
+    "minimax": {"block_size": 8},  # of linear attention: two in a sample
     "minimax_m3_vl_text": {**_DENSE_FIRST, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "mllama": {"text_config": {"cross_attention_layers": [1, 3]}},
     "qwen2_vl": {**_QWEN_VL, "vision_config": {"hidden_size": HIDDEN}},  # here the tower's output

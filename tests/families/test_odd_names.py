@@ -37,7 +37,7 @@ NAMES = {
     },
     "gemma3": {
         "language_model.model.layers.0.mlp.down_proj.weight": (HIDDEN, NEURONS),
-        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": None,
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": (24, 16),
         "multi_modal_projector.mm_input_projection_weight": None,
     },
     "qwen2_5_vl": {"model.layers.0.mlp.down_proj.weight": (HIDDEN, NEURONS), "visual.blocks.0.attn.qkv.weight": None},

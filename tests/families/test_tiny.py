@@ -22,11 +22,8 @@ def test_runs(model_type: str) -> None:
     assert not model.training
     parameters = dict(model.named_parameters())
     assert sum(parameter.numel() for parameter in parameters.values()) < 500_000
-    biases = {
-        n: p
-        for n, p in [*parameters.items(), *model.named_buffers()]
-        if n.endswith("bias") and p.dtype.is_floating_point
-    }
+    named = [*parameters.items(), *model.named_buffers()]
+    biases = {name: each for name, each in named if name.endswith(("bias", "biases")) and each.is_floating_point()}
     assert not [name for name, bias in biases.items() if not bias.count_nonzero()]
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
 
@@ -45,12 +42,12 @@ def test_same_seed_same_weights() -> None:
 
 
 def test_changes_nested() -> None:
-    config = tiny_config("qwen2_5_vl", intermediate_size=24, tie_word_embeddings=True, image_token_id=7)
+    config = tiny_config("qwen2_5_vl", intermediate_size=24, tie_word_embeddings=True, vision_config={"depth": 2})
 
     assert config.text_config.intermediate_size == 24
     assert config.tie_word_embeddings
-    assert config.image_token_id == 7
-    assert config.vision_config.hidden_size == 16
+    assert config.image_token_id == 260
+    assert (config.vision_config.depth, config.vision_config.hidden_size) == (2, 16)
 
 
 def test_types() -> None:

@@ -26,12 +26,16 @@ TYPES = tuple(sorted({*CAUSAL, *IMAGE_TEXT}))
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """The type's config at a toy size. A change goes to the text config of a type that has one, if it has that key."""
+    """The type's config at a toy size. A change goes to the text config of a type that has one, if it has that key.
+
+    A nested config (``vision_config={...}``) is changed in the keys that are given; lists of layer kinds are four long,
+    so that another number of layers wants its own.
+    """
     default = CONFIG_MAPPING[model_type]()
     own = dict(CHANGES.get(model_type, {}))
     values: dict[str, Any] = _sized(default, SIZES) | _alternating(default)
     for part in default.sub_configs:
-        nested, more = getattr(default, part, None), own.pop(part, {})
+        nested, more = getattr(default, part, None), own.pop(part, {}) | changes.pop(part, {})
         if part == "text_config":
             inside = {key: value for key, value in changes.items() if hasattr(nested, key)}
             values[part] = tiny_config(nested.model_type, **(more | inside))
@@ -78,7 +82,7 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1 if "norm" in name else 0.2)
         for name, buffer in model.named_buffers():
-            if name.endswith(("e_score_correction_bias", "expert_bias")):
+            if name.endswith(("e_score_correction_bias", "expert_bias", "balancing_biases")):
                 buffer.normal_(std=0.2)
     return model
 
