@@ -82,7 +82,7 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1 if "norm" in name else 0.2)
         for name, buffer in model.named_buffers():
-            if name.endswith(("e_score_correction_bias", "expert_bias", "balancing_biases")):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(std=0.2)
     return model
 
