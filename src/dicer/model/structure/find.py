@@ -16,7 +16,7 @@ from dicer.model.structure.heads import HeadKeys, find_heads, is_output
 from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
 from dicer.model.structure.probe import Change
-from dicer.model.structure.skeleton import Shape, Skeleton, build, model_class
+from dicer.model.structure.skeleton import Shape, Skeleton, build
 from dicer.model.structure.trace import Call, activation, final_norm, trace
 from dicer.model.units import Axis, Slice
 
@@ -63,22 +63,19 @@ class FoundFamily(Family):
         return re.fullmatch(rf"{re.escape(self.where.disk)}\.(\d+)\.(.+)", tensor_name)
 
 
-def find_family(config: Any, architectures: Any = None, shapes: Mapping[str, Shape] | None = None) -> FoundFamily:
+def find_family(config: Any, kind: Any, shapes: Mapping[str, Shape] | None = None) -> FoundFamily:
     """Find a family by building its class without weights, once for each key that may be a width.
 
     Args:
         config: a transformers config.
-        architectures: what ``config.json`` says of its class.
-        shapes: of the tensors in the files; by default those that the class would write.
+        kind: the class of transformers.
+        shapes: of the tensors, by the names that transformers writes; by default those that the class would write.
 
     Raises:
-        UnknownFamily: transformers has no class for it, or it has no list of decoder layers.
+        UnknownFamily: it has no list of decoder layers.
     """
-    kind = model_class(config, architectures)
     whole = build(config, kind)
     layers = find_layers(whole, kind)
-    if shapes is not None:
-        layers = _as_in_the_files(layers, whole, shapes)
     some, chosen = sample(whole, kind, layers)
     inner = replace(layers, count=len(chosen))
     calls = trace(some)
@@ -110,18 +107,6 @@ def find_family(config: Any, architectures: Any = None, shapes: Mapping[str, Sha
         factors={name: share for name, (_, share) in rows.items()},
         heads=heads[0] if heads else None,
     )
-
-
-def _as_in_the_files(layers: Layers, whole: Skeleton, shapes: Mapping[str, Shape]) -> Layers:
-    """The same with the prefix that the files have: older and newer checkpoints differ in it."""
-    names = {name for tensors in layers.inside(whole.shapes) for name in tensors}
-    prefixes: dict[str, int] = {}
-    for name in shapes:
-        for match in re.finditer(r"\.(\d+)\.", name):
-            if name[match.end() :] in names:
-                prefixes[name[: match.start()]] = prefixes.get(name[: match.start()], 0) + 1
-                break
-    return replace(layers, disk=max(prefixes, key=lambda p: prefixes[p])) if prefixes else layers
 
 
 def _count(axis: Axis, tensors: Mapping[str, Shape]) -> int:

@@ -34,7 +34,16 @@ class Skeleton:
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """The tensors that ``save_pretrained`` would write: name on disk -> shape."""
-        return {name: tuple(tensor.shape) for name, tensor in on_disk(self.model).items()}
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    @cached_property
+    def whole_numbers(self) -> frozenset[str]:
+        """Tensors on disk that hold no fractions in any checkpoint: tables and counters."""
+        return frozenset(name for name, tensor in self._tensors.items() if not tensor.is_floating_point())
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return on_disk(self.model)
 
     @cached_property
     def lists(self) -> dict[str, int]:
@@ -54,7 +63,12 @@ def on_disk(model: Any, state: Mapping[str, torch.Tensor] | None = None) -> dict
     if state is None:
         ignored = {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    as_loaded = model.__dict__.pop("_weight_conversions", None)  # which names the files' own, older prefixes
+    try:
+        found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    finally:
+        if as_loaded is not None:
+            model._weight_conversions = as_loaded
     return found
 
 
