@@ -19,7 +19,15 @@ from dicer.model.beside import left_behind
 from dicer.model.families import FAMILIES, Family, known_family
 from dicer.model.find import as_model_error, find_model, read_config
 from dicer.model.match import Matched, match, same_content, untied
-from dicer.model.odd import code_notes, refuse_adapter, refuse_config, refuse_names, refuse_quantized, refuse_wrapped, why_missing
+from dicer.model.odd import (
+    code_notes,
+    refuse_adapter,
+    refuse_config,
+    refuse_names,
+    refuse_quantized,
+    refuse_wrapped,
+    why_missing,
+)
 from dicer.model.same import check_same
 from dicer.model.structure.account import account
 from dicer.model.structure.find import FoundFamily, find_family
@@ -312,9 +320,7 @@ def _found_in_memory(model: Any) -> ModelSource:
     raw_config = json.loads(json.dumps(model.config.to_dict(), default=str))
     raw_config["architectures"] = [kind.__name__]
     name = Path(str(getattr(model.config, "_name_or_path", "") or kind.__name__)).name
-    return ModelSource(
-        name, None, model.config, raw_config, family, MemorySource(state), model, notes=family.notes
-    )
+    return ModelSource(name, None, model.config, raw_config, family, MemorySource(state), model, notes=family.notes)
 
 
 def _check_memory(model: Any, family: Family) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ class Proof:
         if not self.holds:
             return f"{self.axis}: not proven, {self.why_not}"
         apart = "" if not self.differing else f"; the same width in every layer only: {self.differing}"
-        return f"{self.axis}: proven (cut and masked differ by {self.error:.1e}, the cut moves by {self.moved:.1e}){apart}"
+        return (
+            f"{self.axis}: proven (cut and masked differ by {self.error:.1e}, the cut moves by {self.moved:.1e}){apart}"
+        )
 
     def record(self) -> dict[str, Any]:
         """As it stands in a plan."""
@@ -162,8 +165,8 @@ def _axis(twin: Twin, family: FoundFamily, axis: str) -> Proof:
         return Proof(axis, why_not="a small twin of it has other tensors there")
     try:
         error, moved = _compared(twin, _plan(twin, axis, differ=False))
-    except Exception as error:
-        return Proof(axis, why_not=f"what is cut cannot be built ({_line(error)})")
+    except Exception as fault:
+        return Proof(axis, why_not=f"what is cut cannot be built ({_line(fault)})")
     if not _agrees(error, moved):
         return Proof(axis, error, moved, why_not=_numbers(axis, own.slices[0].name, error, moved))
     if reason := _blind(twin, axis):
@@ -174,8 +177,8 @@ def _axis(twin: Twin, family: FoundFamily, axis: str) -> Proof:
             apart, moved_apart = _compared(twin, _plan(twin, axis, differ=True))
             if not _agrees(apart, moved_apart):
                 differing = _numbers(axis, own.slices[0].name, apart, moved_apart)
-        except Exception as error:
-            differing = _line(error)
+        except Exception as fault:
+            differing = _line(fault)
     return Proof(axis, error, moved, differing=differing)
 
 
@@ -306,13 +309,10 @@ def _small(source: ModelSource, family: FoundFamily, kind: Any, each: int) -> An
     config = family_config(source)
     layers = family.where
     shapes = {name: info.shape for name, info in source.tensors.infos().items()}
-    if each == 1:
-        keep = kinds_of_layers(config, layers, shapes)
-    else:
-        keep = _several(config, family, shapes, each)
-    config = _first_that_builds(kind, [lambda: with_layers(config, layers.key, layers.count, keep)], config)
+    keep = kinds_of_layers(config, layers, shapes) if each == 1 else _several(config, family, shapes, each)
+    config = _if_it_builds(kind, config, lambda own: with_layers(own, layers.key, layers.count, keep))
     for values in _shrunk(config, family):
-        config = _first_that_builds(kind, [lambda v=values: changed(config, v)], config)  # type: ignore[misc]
+        config = _if_it_builds(kind, config, partial(changed, values=values))
     return config
 
 
@@ -331,16 +331,15 @@ def family_config(source: ModelSource) -> Any:
     return source.config
 
 
-def _first_that_builds(kind: Any, makers: Sequence[Callable[[], Any]], otherwise: Any) -> Any:
-    for make in makers:
-        try:
-            with quiet():
-                config = make()
-                build(config, kind)
-            return config
-        except Exception:  # whatever a class raises of a config that it does not take
-            continue
-    return otherwise
+def _if_it_builds(kind: Any, config: Any, make: Callable[[Any], Any]) -> Any:
+    """Another config where the class takes it; else the same."""
+    try:
+        with quiet():
+            other = make(config)
+        build(other, kind)
+    except Exception:  # whatever a class raises of a config that it does not take
+        return config
+    return other
 
 
 def _shrunk(config: Any, family: FoundFamily) -> list[dict[str, Any]]:
@@ -355,7 +354,9 @@ def _shrunk(config: Any, family: FoundFamily) -> list[dict[str, Any]]:
                 for name, number in values.items()
                 if name.endswith(("token_id", "token_index")) and isinstance(number, int) and number >= _VOCABULARY
             }
-            changes.append({key: _VOCABULARY, **{n: v for n, v in ids.items() if not outer or outer in n or "." not in n}})
+            changes.append(
+                {key: _VOCABULARY, **{n: v for n, v in ids.items() if not outer or outer in n or "." not in n}}
+            )
     for axis, share in family.factors.items():
         key = family.axes[axis].width_keys[-1]
         value = values.get(key)

@@ -93,7 +93,7 @@ class ResidentStore:
         return recording
 
     def _as_returned(self, forward: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
-        """Hidden states in the form in which a layer hands them on: some return a tuple, which is seen by running one."""
+        """Hidden states in the form in which a layer hands them on: some return a tuple; one is run to see it."""
         if not isinstance(self._family, FoundFamily):
             return hidden
         if self._returns_tuple is None:

@@ -41,7 +41,7 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
     whole = build(config, kind)
     layers = find_layers(whole, kind)
     tensors.rename(_own_names(whole, layers, tensors.infos()))
-    found, whole = _tied(name, Matched(config, raw_config), whole, kind, tensors)
+    found, whole = _tied(Matched(config, raw_config), whole, kind, tensors)
     infos = tensors.infos()
     _check(name, whole, infos)
     left = [n for n in infos if n not in whole.shapes]
@@ -52,8 +52,8 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
     strange = [n for n in left if n not in ahead and n not in old and layers.locate(n)]
     if strange:
         raise ModelError(
-            f"{name}: the weights have '{strange[0]}', and as config.json says it a {kind.__name__} has no such tensor, "
-            "so transformers would leave it out. Config and weights are from different models."
+            f"{name}: the weights have '{strange[0]}', and as config.json says it a {kind.__name__} has no such "
+            "tensor, so transformers would leave it out. Config and weights are from different models."
         )
     notes = list(found.notes)
     if ahead:
@@ -101,9 +101,7 @@ def _related(first: str, second: str) -> bool:
     )
 
 
-def _tied(
-    name: str, found: Matched, whole: Skeleton, kind: Any, tensors: SafetensorsSource
-) -> tuple[Matched, Skeleton]:
+def _tied(found: Matched, whole: Skeleton, kind: Any, tensors: SafetensorsSource) -> tuple[Matched, Skeleton]:
     """Settle ties as transformers does: two different tensors are not tied, and of two one may lack in the files."""
     memory = memory_names(whole.model)
     by_memory = {memory(n): n for n in tensors.infos()}
@@ -128,8 +126,8 @@ def _check(name: str, whole: Skeleton, infos: Mapping[str, TensorInfo]) -> None:
             if optional.search(full) or (full in buffers and not full.endswith("correction_bias")):
                 continue
             raise ModelError(
-                f"{name}: tensor '{full}' of a {kind} is missing from the weights. Fetch the model again; if it is whole, "
-                "its config is of another model."
+                f"{name}: tensor '{full}' of a {kind} is missing from the weights. Fetch the model again; if it is "
+                "whole, its config is of another model."
             )
         if not found.dtype.is_floating_point:
             if full in whole.whole_numbers:
@@ -140,8 +138,8 @@ def _check(name: str, whole: Skeleton, infos: Mapping[str, TensorInfo]) -> None:
             )
         if found.shape != shape:
             raise ModelError(
-                f"{name}: config.json calls for {shape} in '{full}', and the file has {found.shape}. Config and weights "
-                "are from different models."
+                f"{name}: config.json calls for {shape} in '{full}', and the file has {found.shape}. Config and "
+                "weights are from different models."
             )
 
 

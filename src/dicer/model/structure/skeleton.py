@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +90,9 @@ def model_class(config: Any, architectures: Any = None) -> Any:
         kinds += found if isinstance(found, tuple | list) else [found]
     whole = [kind for kind in kinds if kind.config_class in (type(config), None)] or kinds
     if not whole:
-        raise UnknownFamily(f"transformers has no language model for a '{config.model_type}' ({type(config).__name__}).")
+        raise UnknownFamily(
+            f"transformers has no language model for a '{config.model_type}' ({type(config).__name__})."
+        )
     named = architectures if isinstance(architectures, list) else []
     return next((kind for kind in whole if kind.__name__ in named), whole[0])
 
@@ -124,20 +124,14 @@ def changed(config: Any, values: Mapping[str, Any]) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Let transformers say nothing of configs that are only tried."""
-    log = logging.getLogger("transformers")
-    before, log.disabled = log.disabled, True
-    children = [c for n, c in logging.root.manager.loggerDict.items() if n.startswith("transformers.")]
-    loggers = [c for c in children if isinstance(c, logging.Logger) and not c.disabled]
-    for logger in loggers:
-        logger.disabled = True
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        log.disabled = before
-        for logger in loggers:
-            logger.disabled = False
+        logging.set_verbosity(before)
 
 
 def flat_values(config: Any) -> dict[str, Any]:
