@@ -275,7 +275,9 @@ def perplexity_windows(text: str, source: ModelSource, tokenizer: Any | None) ->
     tokenize = tokenize_with(tokenizer or source.tokenizer())
     if tokenize is None:
         raise ModelError(f"{source.name} has no tokenizer, so perplexity on text cannot be measured.")
-    length = min(PERPLEXITY_LENGTH, int(source.config.max_position_embeddings))
+    length = min(
+        PERPLEXITY_LENGTH, int(getattr(source.text_config, "max_position_embeddings", None) or PERPLEXITY_LENGTH)
+    )
     return load_windows(text, tokenize, length, PERPLEXITY_WINDOWS)
 
 

@@ -24,6 +24,7 @@ from dicer.measure.statistics import Kind, Need
 from dicer.measure.text import Calibration, load_calibration
 from dicer.model.shapes import layer_shapes
 from dicer.model.source import ModelSource, tokenize_with
+from dicer.model.structure.find import FoundFamily
 from dicer.model.units import SubLayer
 
 
@@ -108,6 +109,8 @@ class Asked:
     @property
     def goes_with_its_layer(self) -> bool:
         """Whether a layer without its sub-layers can go whole: nothing of it is left, nor hangs on its number."""
+        if isinstance(self.source.family, FoundFamily):
+            return False
         config = self.source.config
         stays = getattr(config, "scale_attn_by_inverse_layer_idx", False) or self.recipe.compensate == "bias"
         return not stays and getattr(config, "do_layer_norm_before", True)
@@ -243,7 +246,8 @@ def check_tokens(tokens: Tensor, source: ModelSource) -> None:
     Raises:
         RecipeError: ids that the model does not know, or more tokens in a row than it has positions.
     """
-    vocabulary, limit = int(source.config.vocab_size), int(source.config.max_position_embeddings)
+    text = source.text_config
+    vocabulary, limit = int(text.vocab_size), int(getattr(text, "max_position_embeddings", None) or 2**31)
     if int(tokens.max()) >= vocabulary:
         raise RecipeError(
             f"calibration has token id {int(tokens.max())}, and the model knows 0 to {vocabulary - 1}: these ids are "

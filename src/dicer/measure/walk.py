@@ -79,7 +79,8 @@ def walk(
                     for own_sums in sums.values():
                         own_sums.begin(counts)
                     args, kwargs = recording.arguments_of(hidden)[index]
-                    recording.hidden[number] = layer(hidden, *args, **kwargs)
+                    returned = layer(hidden, *args, **kwargs)
+                    recording.hidden[number] = returned[0] if isinstance(returned, tuple) else returned
             progress("calibration", index + 1, last + 1)
             own = gradients.pop(index, {})
             for name, axis in found.items():
@@ -106,8 +107,9 @@ def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
 
         def at_output(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             sums.saw(inputs[0])
-            if "mod" in wanted:
-                sums.add("mod", inputs[0])
+            # Where the activation is no module of its own, what goes into the output projection is all there is.
+            for activation in wanted if axis.activation is None else wanted & {"mod"}:
+                sums.add(activation, inputs[0])
 
         if wanted:
             output = layer.get_submodule(axis.output)

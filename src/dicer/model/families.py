@@ -40,6 +40,13 @@ class Family:
     layers_key: str = "num_hidden_layers"
 
     @property
+    def stock_class(self) -> Any:
+        """The class of transformers."""
+        import transformers
+
+        return getattr(transformers, self.causal_lm)
+
+    @property
     def pruned_type(self) -> str:
         """``model_type`` of a checkpoint of this family whose widths differ."""
         return PRUNED_PREFIX + self.model_type
@@ -249,6 +256,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         )
     }
 )
+
+
+def known_family(model_type: str) -> Family | None:
+    """The row for a ``model_type``, stock or pruned, or None where there is none."""
+    return FAMILIES.get(model_type.removeprefix(PRUNED_PREFIX))
 
 
 def family_of(model_type: str) -> Family:

@@ -83,7 +83,7 @@ def _tied(name: str, found: Matched, tensors: SafetensorsSource) -> tuple[Matche
     for target, source in skeleton.all_tied_weights_keys.items():
         first, second = _on_disk(source, tensors.infos()), _on_disk(target, tensors.infos())
         if first is None and second is not None:
-            tensors.rename(second, source)
+            tensors.rename({second: source})
         elif first is not None and second is not None and not same_content(tensors.read(first), tensors.read(second)):
             return untied(found, target), _skeleton(name, untied(found, target).config)
     return found, skeleton

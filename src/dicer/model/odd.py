@@ -69,12 +69,7 @@ def refuse_config(name: str, raw: Mapping[str, Any], family: Family) -> None:
     Raises:
         ModelError: with what it is.
     """
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ModelError(
-            f"{name} is quantized ({method}): its rows are packed and cannot be cut. Prune the bf16, fp16 or fp32 "
-            "checkpoint, then quantize."
-        )
+    refuse_quantized(name, raw)
     if dropped := [f"{what} of layers {raw[key]}" for key, what in _DROPPED.items() if raw.get(key)]:
         raise ModelError(
             f"{name} is a folder of LLM-Drop ({' and '.join(dropped)} dropped), which its own code reads. Prune the "
@@ -95,6 +90,24 @@ def refuse_config(name: str, raw: Mapping[str, Any], family: Family) -> None:
         raise ModelError(
             f"{name}: transformers_weights in config.json has transformers load '{file}'. Rename that file to "
             "model.safetensors and take the key out."
+        )
+
+
+def refuse_quantized(name: str, raw: Mapping[str, Any]) -> None:
+    """Refuse a config that says that the weights are quantized.
+
+    Raises:
+        ModelError: with the method.
+    """
+    inner = raw.get("text_config")
+    quantization = raw.get("quantization_config") or (
+        inner.get("quantization_config") if isinstance(inner, dict) else None
+    )
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise ModelError(
+            f"{name} is quantized ({method}): its rows are packed and cannot be cut. Prune the bf16, fp16 or fp32 "
+            "checkpoint, then quantize."
         )
 
 

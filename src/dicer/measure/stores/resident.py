@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dicer.measure.batches import counted_of
 from dicer.measure.stores.store import Arguments, Recording
 from dicer.model.families import Family
+from dicer.model.structure.find import FoundFamily
 from dicer.model.units import Axis, UnitWeights, unit_weights
 from dicer.processes import all_reduce, sum_of, world_size
 from dicer.progress import Progress
@@ -32,6 +33,7 @@ class ResidentStore:
         self._model: Any = model
         self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
         self._axes = family.sized(model.config)
+        self._returns_tuple: bool | None = None
         self._units = {name: family.units(model.config, name) for name in self._axes}
 
     @property
@@ -60,7 +62,7 @@ class ResidentStore:
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer; an identity where the model has none (OPT-350m)."""
         owner, _, name = self._family.final_norm.rpartition(".")
-        norm: nn.Module | None = getattr(attrgetter(owner)(self._model), name, None)
+        norm: nn.Module | None = getattr(self._model.get_submodule(owner), name, None) if name else None
         return nn.Identity() if norm is None else norm
 
     @torch.no_grad()
@@ -74,16 +76,29 @@ class ResidentStore:
         for batch in batches:
             calls: list[Arguments] = []
 
-            def recorder(hidden: Tensor, *args: Any, _calls: list[Arguments] = calls, **kwargs: Any) -> Tensor:
-                if not _calls:
-                    recording.hidden.append(hidden)
-                _calls.append((args, kwargs))
-                return hidden
+            def recorder(layer: nn.Module, _calls: list[Arguments] = calls) -> Callable[..., Any]:
+                forward = layer.forward
 
-            with evaluating(self._model), replaced_forwards(self._layers, lambda _: recorder):
+                def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                    if not _calls:
+                        recording.hidden.append(hidden)
+                    _calls.append((args, kwargs))
+                    return self._as_returned(forward, hidden, args, kwargs)
+
+                return record
+
+            with evaluating(self._model), replaced_forwards(self._layers, recorder):
                 self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
             recording.arguments.setdefault((batch.shape[0], batch.shape[1]), calls)
         return recording
+
+    def _as_returned(self, forward: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
+        """Hidden states in the form in which a layer hands them on: some return a tuple; one is run to see it."""
+        if not isinstance(self._family, FoundFamily):
+            return hidden
+        if self._returns_tuple is None:
+            self._returns_tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
+        return (hidden,) if self._returns_tuple else hidden
 
     def gradients(
         self,
@@ -190,7 +205,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def axis_weights(axis: Axis, layer: nn.Module) -> dict[str, nn.Parameter]:
     """The weight matrices of one sub-layer, by their names inside the layer."""
-    return {piece.name: layer.get_parameter(piece.name) for piece in axis.required}
+    return {piece.name: layer.get_parameter(piece.memory or piece.name) for piece in axis.required}
 
 
 def _sum_over_processes(held: dict[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -1,1 +1,1 @@
-"""A family found by its structure: change one key of the config, look which tensors change, and prove what that says."""
+"""A family found by its structure: a key of the config is changed, and the tensors that follow it are seen."""

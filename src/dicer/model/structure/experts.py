@@ -177,8 +177,8 @@ def expert_axes(
     groups: Mapping[int, Sequence[Group]],
     roles: Roles,
     memory: Callable[[int], Rename],
-) -> tuple[list[tuple[Axis, Fraction]], tuple[str, ...]]:
-    """The axes of a model's experts, with what each has for one of its key, and notes on what is not found.
+) -> tuple[list[tuple[Axis, Fraction]], dict[str, str]]:
+    """The axes of a model's experts, with what each has for one of its key, and why there are none of whole ones.
 
     Args:
         sample: a model with one layer of each kind.
@@ -200,13 +200,13 @@ def expert_axes(
         keys = expert_keys(sample)
         whole = find_experts(sample, kind, layers, keys) if keys else {}
     except UnknownFamily as error:
-        return _named(found_axes), (f"whole experts cannot go: {error}",)
+        return _named(found_axes), {"experts": str(error)}
     for layer, pieces in whole.items():
         routed = next((axis.routed for axis, _ in neurons.get(layer, ())), None)
         if routed is not None and keys is not None:
             known = [piece for axis, _ in neurons[layer] for piece in axis.slices]
             found_axes.append((_whole(pieces, keys, routed, known, memory(layer)), Fraction(1)))
-    return _named(found_axes), ()
+    return _named(found_axes), {}
 
 
 def _named(pairs: Sequence[tuple[Axis, Fraction]]) -> list[tuple[Axis, Fraction]]:

@@ -1,4 +1,4 @@
-"""MODEL -> its family, found: layers, neurons, heads, the norm at the end, and how each is called on disk and in memory."""
+"""A config -> its family, found: layers, neurons, heads, the last norm, and their names on disk and in memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import nn
 
 from dicer.model.families import Family
 from dicer.model.structure.experts import expert_axes, units_in
+from dicer.model.structure.family_file import FamilyRow, exception_for, read_family
 from dicer.model.structure.heads import HeadKeys, find_heads, is_output
 from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
 from dicer.model.structure.probe import Change
-from dicer.model.structure.skeleton import Shape, Skeleton, build, model_class
+from dicer.model.structure.skeleton import Shape, Skeleton, build
 from dicer.model.structure.trace import Call, activation, final_norm, trace
 from dicer.model.units import Axis, Slice
 
@@ -34,6 +35,8 @@ class FoundFamily(Family):
         counts: axis -> units in every layer, 0 where a layer has none.
         factors: axis -> units for each one of its width key; 2 where the key holds half of the width, say.
         heads: what the config says of heads; None where they were not found.
+        sets: axis -> what the config must say besides its width, path -> value.
+        refused: axis, or ``block`` -> why it cannot be pruned, known beforehand.
         notes: what was not found, and why.
     """
 
@@ -41,6 +44,8 @@ class FoundFamily(Family):
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     factors: Mapping[str, Fraction] = field(default_factory=dict)
     heads: HeadKeys | None = None
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -53,11 +58,11 @@ class FoundFamily(Family):
         """The full name, on disk, of a layer's tensor."""
         return f"{self.where.disk}.{layer}.{name}"
 
-    def sized(self, config: Any) -> dict[str, Axis]:
+    def sized(self, config: Any) -> dict[str, Axis]:  # noqa: ARG002 - what a row reads it from
         """The axes, whose slices hold how many rows a unit owns."""
         return dict(self.axes)
 
-    def units(self, config: Any, axis: str) -> list[int]:
+    def units(self, config: Any, axis: str) -> list[int]:  # noqa: ARG002
         """Units of an axis in every layer: those of the tensors."""
         return list(self.counts[axis])
 
@@ -65,22 +70,25 @@ class FoundFamily(Family):
         return re.fullmatch(rf"{re.escape(self.where.disk)}\.(\d+)\.(.+)", tensor_name)
 
 
-def find_family(config: Any, architectures: Any = None, shapes: Mapping[str, Shape] | None = None) -> FoundFamily:
+def find_family(
+    config: Any, kind: Any, shapes: Mapping[str, Shape] | None = None, file: str | None = None
+) -> FoundFamily:
     """Find a family by building its class without weights, once for each key that may be a width.
 
     Args:
         config: a transformers config.
-        architectures: what ``config.json`` says of its class.
-        shapes: of the tensors in the files; by default those that the class would write.
+        kind: the class of transformers.
+        shapes: of the tensors, by the names that transformers writes; by default those that the class would write.
+        file: a family file of the user's; what it says goes before what is found.
 
     Raises:
-        UnknownFamily: transformers has no class for it, or it has no list of decoder layers.
+        UnknownFamily: it has no list of decoder layers.
+        ModelError: the file cannot be read, or names a tensor that is not there.
     """
-    kind = model_class(config, architectures)
     whole = build(config, kind)
-    layers = find_layers(whole, kind)
-    if shapes is not None:
-        layers = _as_in_the_files(layers, whole, shapes)
+    row = exception_for(config.model_type) if file is None else read_family(file)
+    text = config.get_text_config()
+    layers = (row.where(int(text.num_hidden_layers)) if row else None) or find_layers(whole, kind)
     some, chosen = sample(whole, kind, layers)
     inner = replace(layers, count=len(chosen))
     calls = trace(some)
@@ -92,13 +100,16 @@ def find_family(config: Any, architectures: Any = None, shapes: Mapping[str, Sha
     for axis, share in _neuron_axes(some, inner, groups, calls):
         rows[axis.name] = axis, share
     memory = cache(partial(_inner_memory, some, inner))
-    of_experts, notes = expert_axes(some, kind, inner, groups, _neuron_slices, memory)
+    of_experts, no_experts = expert_axes(some, kind, inner, groups, _neuron_slices, memory)
     rows |= {axis.name: (axis, share) for axis, share in of_experts}
     inside = layers.inside(whole.shapes if shapes is None else shapes)
+    if row is not None:
+        row.check(inside, str(file or f"the built-in exception for {config.model_type}"))
+        rows |= {name: (own.axis(name), Fraction(own.factor)) for name, own in row.axes.items() if own.slices}
     counts = {name: tuple(_count(axis, tensors) for tensors in inside) for name, (axis, _) in rows.items()}
-    text = config.get_text_config()
     learned = any(
-        isinstance(part, nn.Embedding) and abs(part.num_embeddings - (getattr(text, "max_position_embeddings", 0) or -9)) <= 2
+        isinstance(part, nn.Embedding)
+        and abs(part.num_embeddings - (getattr(text, "max_position_embeddings", 0) or -9)) <= 2
         for name, part in whole.model.named_modules()
         if not re.search(r"vision|visual|audio", name) and part is not whole.model.get_input_embeddings()
     )
@@ -115,20 +126,14 @@ def find_family(config: Any, architectures: Any = None, shapes: Mapping[str, Sha
         counts=counts,
         factors={name: share for name, (_, share) in rows.items()},
         heads=heads[0] if heads else None,
-        notes=notes,
+        sets={name: own.set for name, own in row.axes.items()} if row else {},
+        refused=no_experts | (_refused(row) if row else {}),
     )
 
 
-def _as_in_the_files(layers: Layers, whole: Skeleton, shapes: Mapping[str, Shape]) -> Layers:
-    """The same with the prefix that the files have: older and newer checkpoints differ in it."""
-    names = {name for tensors in layers.inside(whole.shapes) for name in tensors}
-    prefixes: dict[str, int] = {}
-    for name in shapes:
-        for match in re.finditer(r"\.(\d+)\.", name):
-            if name[match.end() :] in names:
-                prefixes[name[: match.start()]] = prefixes.get(name[: match.start()], 0) + 1
-                break
-    return replace(layers, disk=max(prefixes, key=lambda p: prefixes[p])) if prefixes else layers
+def _refused(row: FamilyRow) -> dict[str, str]:
+    blocks = {"block": row.refuse_blocks} if row.refuse_blocks else {}
+    return blocks | {name: own.refuse for name, own in row.axes.items() if own.refuse}
 
 
 def _count(axis: Axis, tensors: Mapping[str, Shape]) -> int:
@@ -182,7 +187,14 @@ def _head_axes(
         module = (memory(output) or output).removesuffix(".weight")
         keys_of = (keys.queries, keys.groups) if keys.groups else (keys.queries,)
         rows[tuple(slices)] = Axis(
-            "attention", keys_of, tuple(slices), (module.rpartition(".")[0],), None, module, returns=2, size_key=keys.size
+            "attention",
+            keys_of,
+            tuple(slices),
+            (module.rpartition(".")[0],),
+            None,
+            module,
+            returns=2,
+            size_key=keys.size,
         )
     axes = list(rows.values())
     # Layers whose attention is of another kind have an axis of their own.

@@ -78,7 +78,11 @@ def find_layers(whole: Skeleton, kind: Any) -> Layers:
 
 def _likely(key: str) -> tuple[bool, bool, str]:
     last = key.rpartition(".")[2]
-    return ("encoder" in last or last.endswith("s_block_type"), last not in ("num_hidden_layers", "n_layer", "decoder_layers", "num_layers"), key)
+    return (
+        "encoder" in last or last.endswith("s_block_type"),
+        last not in ("num_hidden_layers", "n_layer", "decoder_layers", "num_layers"),
+        key,
+    )
 
 
 def _placed(whole: Skeleton, longer: Skeleton, key: str, count: int, follow: Sequence[str]) -> Layers:
@@ -89,7 +93,9 @@ def _placed(whole: Skeleton, longer: Skeleton, key: str, count: int, follow: Seq
         for match in re.finditer(rf"\.{count}\.", name):
             prefixes[name[: match.start()]] = prefixes.get(name[: match.start()], 0) + 1
     if not prefixes:
-        raise UnknownFamily(f"no tensor of a {type(whole.model).__name__} has the number of a decoder layer in its name.")
+        raise UnknownFamily(
+            f"no tensor of a {type(whole.model).__name__} has the number of a decoder layer in its name."
+        )
     disk = max(prefixes, key=lambda name: prefixes[name])
     module = max(follow, key=lambda path: (_overlap(path, disk), -len(path)))
     return Layers(key, count, module, disk)

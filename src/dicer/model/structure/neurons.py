@@ -1,4 +1,4 @@
-"""Neurons found by difference: keys whose tensors have, module by module, inputs on one side and outputs on the other."""
+"""Neurons found by difference: keys that, module by module, the outputs of maps follow and the inputs of one."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def find_groups(sample: Skeleton, kind: Any, layers: Layers) -> dict[int, list[G
         found = followers(sample, kind, {key: stepped(values[key], STEP)}, STEP)
         placed = by_layer(layers, found) if found else None
         for layer, changes in (placed or {}).items():
-            groups.setdefault(layer, []).extend(_split(sample, key, layer, changes, inside[layer]))
+            groups.setdefault(layer, []).extend(_split(key, changes, inside[layer]))
     return groups
 
 
-def _split(sample: Skeleton, key: str, layer: int, changes: Mapping[str, Change], shapes: Mapping[str, Shape]) -> list[Group]:
+def _split(key: str, changes: Mapping[str, Change], shapes: Mapping[str, Shape]) -> list[Group]:
     """The tensors of one layer, taken apart into MLPs that have one map out of the neurons each."""
     downs = [name for name, change in changes.items() if _is_down(name, change, changes, shapes)]
     parts = {down: _container(down) for down in downs}

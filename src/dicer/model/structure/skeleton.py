@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +32,16 @@ class Skeleton:
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """The tensors that ``save_pretrained`` would write: name on disk -> shape."""
-        return {name: tuple(tensor.shape) for name, tensor in on_disk(self.model).items()}
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    @cached_property
+    def whole_numbers(self) -> frozenset[str]:
+        """Tensors on disk that hold no fractions in any checkpoint: tables and counters."""
+        return frozenset(name for name, tensor in self._tensors.items() if not tensor.is_floating_point())
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return on_disk(self.model)
 
     @cached_property
     def lists(self) -> dict[str, int]:
@@ -54,7 +61,12 @@ def on_disk(model: Any, state: Mapping[str, torch.Tensor] | None = None) -> dict
     if state is None:
         ignored = {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    as_loaded = model.__dict__.pop("_weight_conversions", None)  # which names the files' own, older prefixes
+    try:
+        found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    finally:
+        if as_loaded is not None:
+            model._weight_conversions = as_loaded
     return found
 
 
@@ -78,7 +90,9 @@ def model_class(config: Any, architectures: Any = None) -> Any:
         kinds += found if isinstance(found, tuple | list) else [found]
     whole = [kind for kind in kinds if kind.config_class in (type(config), None)] or kinds
     if not whole:
-        raise UnknownFamily(f"transformers has no language model for a '{config.model_type}' ({type(config).__name__}).")
+        raise UnknownFamily(
+            f"transformers has no language model for a '{config.model_type}' ({type(config).__name__})."
+        )
     named = architectures if isinstance(architectures, list) else []
     return next((kind for kind in whole if kind.__name__ in named), whole[0])
 
@@ -110,20 +124,14 @@ def changed(config: Any, values: Mapping[str, Any]) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Let transformers say nothing of configs that are only tried."""
-    log = logging.getLogger("transformers")
-    before, log.disabled = log.disabled, True
-    children = [c for n, c in logging.root.manager.loggerDict.items() if n.startswith("transformers.")]
-    loggers = [c for c in children if isinstance(c, logging.Logger) and not c.disabled]
-    for logger in loggers:
-        logger.disabled = True
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        log.disabled = before
-        for logger in loggers:
-            logger.disabled = False
+        logging.set_verbosity(before)
 
 
 def flat_values(config: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dicer.model.structure.skeleton import Shape, Skeleton, quiet
 
-
 _NORM = re.compile(r"norm|(^|_)ln(_|$)")
 
 
@@ -43,7 +42,11 @@ def trace(sample: Skeleton) -> list[Call]:
 
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 4, 4, device="meta")  # ready made: to make one, transformers looks at values
-    attempts = ({"attention_mask": mask, "position_ids": ids}, {"attention_mask": mask}, {})
+    attempts: tuple[dict[str, Tensor], ...] = (
+        {"attention_mask": mask, "position_ids": ids},
+        {"attention_mask": mask},
+        {},
+    )
     for more in attempts:
         calls.clear()
         with ExitStack() as stack:
