@@ -1,4 +1,4 @@
-"""Experts found by difference: whole ones by the key that counts them, neurons inside each by the width of their maps."""
+"""Experts found by difference: whole ones by the key that counts them, neurons inside by the width of their maps."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def find_experts(sample: Skeleton, kind: Any, layers: Layers, keys: ExpertKeys) 
             raise UnknownFamily(f"'{name}' has a row for each expert, and lies outside the decoder layers.")
         if _ATTENTION.search(place[1]):
             raise UnknownFamily(f"attention has experts as well ('{name}').")
-        piece = _own(place[1], keys.count) if name in new else _row(name, place[1], sample.shapes[name], *rows[name], keys)
+        piece = (
+            _own(place[1], keys.count) if name in new else _row(name, place[1], sample.shapes[name], *rows[name], keys)
+        )
         placed.setdefault(place[0], {})[piece.name] = piece
     for layer, pieces in placed.items():
         if not any(piece.roles[0].startswith("router") for piece in pieces.values()):
@@ -227,7 +229,9 @@ def _inside_experts(
     down = slices[-1].memory or slices[-1].name
     routed = down.removesuffix(".weight").rpartition(".")[0]
     module = sample.model.get_submodule(f"{layers.module}.{layer}.{routed}")
-    activation = next((f"{routed}.{name}" for name in ("act_fn", "activation_fn", "act") if hasattr(module, name)), None)
+    activation = next(
+        (f"{routed}.{name}" for name in ("act_fn", "activation_fn", "act") if hasattr(module, name)), None
+    )
     in_turns = not getattr(module, "is_concatenated", True)
     output = down.removesuffix(".weight")
 
@@ -254,5 +258,13 @@ def _whole(pieces: Sequence[Slice], keys: ExpertKeys, routed: str, known: Sequen
         name = memory(piece.name.replace("{}", "0"))
         slices.append(replace(piece, roles=(role,), memory=name))
     return Axis(
-        "experts", keys.counts, tuple(slices), (routed,), None, routed, routed=routed, parts=keys.groups, least=keys.least
+        "experts",
+        keys.counts,
+        tuple(slices),
+        (routed,),
+        None,
+        routed,
+        routed=routed,
+        parts=keys.groups,
+        least=keys.least,
     )
