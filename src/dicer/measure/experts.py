@@ -223,8 +223,8 @@ def _fed(experts: Experts, batch: Batch, neurons: Mapping[int, Sums], whole: Sum
             counts = whole.counts(tokens)
             norms = output[counts].float().norm(dim=1) * weights[counts].float()  # [N]
             whole.routed(expert, len(norms), norms.sum())
-        place = (expert, tokens) if batch.index is None else (tokens,)
-        total[place] += (output * weights[:, None]).to(total.dtype)
+        into = total[expert] if batch.index is None else total
+        into.index_add_(0, tokens, (output * weights[:, None]).to(total.dtype))  # a token may choose one twice
     return total
 
 

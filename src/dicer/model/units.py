@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -173,6 +174,18 @@ class Axis:
     def owns(self, name: str) -> bool:
         """Whether a tensor (by its name inside the layer) lies in this sub-layer."""
         return name.startswith(tuple(f"{module}." for module in self.modules))
+
+
+def templates(inner: str) -> list[tuple[int | None, str]]:
+    """The names by which a slice may speak of a tensor: its own, and with ``{}`` for each number in it (and which).
+
+    Args:
+        inner: the tensor's name inside its layer.
+    """
+    found: list[tuple[int | None, str]] = [(None, inner)]
+    for match in re.finditer(r"(?<=\.)\d+(?=\.)", inner):
+        found.append((int(match[0]), f"{inner[: match.start()]}{{}}{inner[match.end() :]}"))
+    return found
 
 
 @dataclass(frozen=True)

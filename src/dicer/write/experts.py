@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import PlanError
-from dicer.model.units import Axis, Slice
+from dicer.model.units import Axis, Slice, templates
 
 Cutter = Callable[[Tensor, Slice, LayerPlan], Tensor]
 
@@ -79,7 +78,7 @@ def expert_cuts(axes: Mapping[str, Axis], plan: PrunePlan) -> Find:
 
     def find(index: int, inner: str) -> ExpertCut | None:
         name, whole, inside = inner, None, {}
-        for number, template in _templates(inner):
+        for number, template in templates(inner):
             for axis, piece in places.get(template, ()):
                 layer = plan.axes[axis.name].get(index)
                 if layer is None:
@@ -104,14 +103,6 @@ def expert_cuts(axes: Mapping[str, Axis], plan: PrunePlan) -> Find:
         return ExpertCut(name, own, whole)
 
     return find
-
-
-def _templates(inner: str) -> list[tuple[int | None, str]]:
-    """A tensor's name, and what it would be called with ``{}`` for each number in it."""
-    found: list[tuple[int | None, str]] = [(None, inner)]
-    for match in re.finditer(r"(?<=\.)\d+(?=\.)", inner):
-        found.append((int(match[0]), f"{inner[: match.start()]}{{}}{inner[match.end() :]}"))
-    return found
 
 
 def without_aliases(raw_config: Mapping[str, Any], config: Any, path: str) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def allowed_widths(sub_layer: Prunable, bounds: Bounds) -> range:
     """Widths that a sub-layer may have if it stays, ascending; only N where no multiple lies within the bounds."""
     step, floor = (bounds.multiple, bounds.min_width) if sub_layer.kind.rounds_each_layer else (1, 1)
     step = math.lcm(step, sub_layer.multiple)
-    least = max(sub_layer.least, min(floor, sub_layer.units), math.ceil(sub_layer.units * (1 - bounds.max_ratio) - TOLERANCE))
+    least = max(
+        sub_layer.least, min(floor, sub_layer.units), math.ceil(sub_layer.units * (1 - bounds.max_ratio) - TOLERANCE)
+    )
     low, top = -(-least // step) * step, sub_layer.units // step * step
     return range(low, top + 1, step) if low <= top else range(sub_layer.units, sub_layer.units + 1, step)
 
