@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "llama4_text": {},
     "ernie4_5_moe": {},
     "gemma4_text": {},
+    "inkling2_text": {},  # gate and up take turns on disk, and not in memory
 }
 
 
@@ -106,7 +108,7 @@ def without_experts(model: Any, family: FoundFamily, plan: PrunePlan) -> Iterato
             tensor = state.get(piece.memory or piece.name)
             if piece.roles == ("router",) and tensor is not None and tensor.ndim == 2:
                 gone[tensor.data_ptr()] = lost
-            elif piece.roles == ("router_bias",) and "correction" in piece.name:
+            elif piece.roles == ("router_bias",) and "correction" in (piece.memory or piece.name):
                 biases.append((tensor, tensor.detach().clone(), lost))
     linear = torch.nn.functional.linear
 
@@ -199,13 +201,13 @@ def test_group_bounds() -> None:
     assert (axis.parts, axis.least) == (2, 4)
 
 
-@pytest.mark.parametrize("model_type", ["longcat_flash", "zaya", "jetmoe"])
+@pytest.mark.parametrize("model_type", ["longcat_flash", "zaya", "jetmoe", "deepseek_v4"])
 def test_no_whole_experts(model_type: str) -> None:
     model = tiny_model(model_type)
     family = find_family(model.config, type(model))
 
     assert "experts" not in family.axes
-    assert "share the router" in family.refused["experts"] or "attention" in family.refused["experts"]
+    assert re.search("share the router|attention has experts|table of whole numbers", family.refused["experts"])
 
 
 def test_aliases() -> None:

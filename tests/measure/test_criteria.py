@@ -57,7 +57,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", FORMULAS)
 def test_formulas(name, gated):
     weights, gradient = random_weights(gated), random_weights(gated, seed=1)
     draw = torch.Generator().manual_seed(0)

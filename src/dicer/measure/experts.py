@@ -201,7 +201,7 @@ def listening(experts: Experts, axes: Mapping[str, Axis], sums: Mapping[str, Sum
 def _count(experts: Experts, batch: Batch, neurons: Mapping[int, Sums], whole: Sums | None) -> None:
     """Note how many tokens came, and that zeros are no want of sums: an expert may see none."""
     if whole is not None:
-        whole.saw(batch.rows[..., 0] if batch.index is not None else batch.rows[0, :, 0])
+        whole.saw(batch.rows if batch.index is not None else batch.rows[0])
         whole.start(experts.count, batch.rows.device)
     width = experts.module.get_parameter("down_proj").shape[-2 if experts.transposed else -1]
     for own in neurons.values():

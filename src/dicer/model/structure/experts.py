@@ -9,11 +9,13 @@ from fractions import Fraction
 from itertools import count
 from typing import Any
 
+import torch
+
 from dicer.errors import UnknownFamily
 from dicer.model.structure.layers import Layers
 from dicer.model.structure.neurons import Group, expert_of, factor
 from dicer.model.structure.probe import stepped
-from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values
+from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values, on_disk
 from dicer.model.units import Axis, Slice
 
 # Names of one key in turns; where a config has several of them, they say the same.
@@ -136,6 +138,9 @@ def find_experts(sample: Skeleton, kind: Any, layers: Layers, keys: ExpertKeys) 
             _own(place[1], keys.count) if name in new else _row(name, place[1], sample.shapes[name], *rows[name], keys)
         )
         placed.setdefault(place[0], {})[piece.name] = piece
+    for name in sample.whole_numbers:
+        if (place := layers.locate(name)) and place[0] in placed:
+            raise UnknownFamily(f"'{name}' is a table of whole numbers, in which tokens may have experts by their number.")
     for layer, pieces in placed.items():
         if not any(piece.roles[0].startswith("router") for piece in pieces.values()):
             raise UnknownFamily(f"no router has a row for each expert of layer {layer}.")
@@ -232,7 +237,6 @@ def _inside_experts(
     activation = next(
         (f"{routed}.{name}" for name in ("act_fn", "activation_fn", "act") if hasattr(module, name)), None
     )
-    in_turns = not getattr(module, "is_concatenated", True)
     output = down.removesuffix(".weight")
 
     def axis(expert: int, own: tuple[Slice, ...]) -> Axis:
@@ -241,9 +245,30 @@ def _inside_experts(
 
     if number != -1:
         return [(axis(int(number or 0), slices), factor(group))]
-    turned = [replace(s, interleaved=in_turns and len(s.roles) > 1) for s in slices]
+    path = f"{layers.module}.{layer}"
+    turned = [replace(s, interleaved=len(s.roles) > 1 and _in_turns(sample.model, module, path, s)) for s in slices]
     experts = range(shapes[group.down][0])
     return [(axis(e, tuple(replace(s, expert=e) for s in turned)), factor(group)) for e in experts]
+
+
+def _in_turns(model: Any, module: Any, layer: str, piece: Slice) -> bool:
+    """Whether rows of gate and up take turns on disk: the class says so of memory, and a conversion may change it."""
+    turns = not getattr(module, "is_concatenated", True)
+    if not piece.memory:
+        return turns
+    name = f"{layer}.{piece.memory}"
+    shape = [1, *model.get_parameter(name).shape[1:]] if not piece.optional else []
+    for dim in range(1, len(shape)):
+        marks = torch.arange(shape[dim]).reshape([-1 if i == dim else 1 for i in range(len(shape))])
+        try:
+            (found,) = on_disk(model, {name: marks}).values()
+        except Exception:  # whatever a conversion raises of a tensor that is thinner than it should be
+            continue
+        order = found.flatten().tolist()
+        if order == list(range(len(order))):
+            continue
+        return order[:2] == [0, len(order) // 2]
+    return turns
 
 
 def _whole(pieces: Sequence[Slice], keys: ExpertKeys, routed: str, known: Sequence[Slice], memory: Rename) -> Axis:
