@@ -76,7 +76,8 @@ def test_formulas(name, gated):
 def test_names_and_sources():
     for name, criterion in CRITERIA.items():
         assert criterion.name == name
-        assert ("Yang et al. 2025" if name == "output-l2" else "Xu et al. 2025, B.") in criterion.source
+        others = {"output-l2": "Yang et al. 2025", "reap": "Lasby et al. 2025", "frequency": "Lasby et al. 2025"}
+        assert others.get(name, "Xu et al. 2025, B.") in criterion.source
 
 
 def test_undeclared_statistics():
