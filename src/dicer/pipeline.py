@@ -98,6 +98,11 @@ def look(
     targets = ""
     if isinstance(task, Decided):
         check_cut(cut := plan_cut(source, task.outline()))
+        if recipe.stock and "auto_map" in cut.config:
+            raise RecipeError(
+                f"{source.name}: transformers' own {source.family.causal_lm} does not take the config that this would "
+                "have (fewer heads with longrope, say): use --axis mlp, or leave --stock out."
+            )
         targets = targets_line(source.family, cut.config)
     if output is not None:
         check_space(Path(output), after.nbytes)

@@ -147,6 +147,12 @@ class Decided(Asked):
             # Of the few heads of a layer all may stay, as rounding goes over all layers.
             if whole and (AXES[axis].rounds_each_layer or whole == len(own)):
                 notes.append(f"{whole} layers keep all their {AXES[axis].units}: the ratio rounds to nothing there")
+            few = self.recipe.stock and not AXES[axis].rounds_each_layer
+            if few and (keep := self.amounts.keep[own[0].place]) != (units := own[0].units) * (1 - self.recipe.ratio):
+                notes.append(
+                    f"every layer keeps {keep} of {units} {AXES[axis].units}, the number nearest to the ratio that a "
+                    f"stock {self.source.family.causal_lm} can have ({1 - keep / units:.1%} go)"
+                )
         return notes
 
     def outline(self) -> PrunePlan:

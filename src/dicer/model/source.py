@@ -274,7 +274,7 @@ def from_memory(model: Any) -> ModelSource:
             "AutoModelForCausalLM (and merge or unload adapters first)."
         )
     if type(model).__module__.startswith("transformers_modules.") and not type(model).__name__.startswith("Pruned"):
-        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family)
+        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family, runs=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
     _check_memory(model, family)
