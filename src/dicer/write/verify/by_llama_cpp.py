@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def _started(file: str, context: int) -> Any:
 
 def _served(file: str, rows: list[list[int]], new: int) -> dict[str, Any]:
     server = _started(file, new + max(map(len, rows)) + 8)
-    found: dict[str, Any] = {"class": "llama.cpp", "tokens": [], "logprobs": []}
+    found: dict[str, Any] = {"class": f"xllamacpp {version('xllamacpp')}", "tokens": [], "logprobs": []}
     for row in rows:
         said = _completed(server.listening_address, row, new)
         if said["stop_type"] not in ("eos", "limit") or not said["tokens"]:
