@@ -30,7 +30,7 @@ from dicer.progress import Progress, silent
 from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
-from dicer.write.opened import check_cut
+from dicer.write.opened import as_source, check_cut
 from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line
@@ -103,7 +103,7 @@ def look(
                 f"{source.name}: transformers' own {source.family.causal_lm} does not take the config that this would "
                 "have (fewer heads with longrope, say): use --axis mlp, or leave --stock out."
             )
-        targets = targets_line(source.family, cut.config)
+        targets = targets_line(as_source(cut))
     if output is not None:
         check_space(Path(output), after.nbytes)
     return Look(task, before, after, pick_device(task.compute.device), targets)

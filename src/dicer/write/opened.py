@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dicer.errors import ModelError, OutputError
 from dicer.model.find import as_model_error
 from dicer.model.source import ModelSource, open_model
+from dicer.model.tensors import TensorInfo
 from dicer.write.surgery import Cut
 
 
@@ -26,6 +30,27 @@ def described(cut: Cut) -> tuple[Any, Any]:
         return getattr(transformers, family.causal_lm), config
     config.auto_map = auto_map
     return getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"]), config
+
+
+@dataclass(frozen=True)
+class _Foreseen:
+    """The tensors of a cut."""
+
+    cut: Cut
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self.cut.infos
+
+    def read(self, name: str) -> Tensor:
+        return self.cut.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.cut.read(name)[start:stop]
+
+
+def as_source(cut: Cut) -> ModelSource:
+    """What a cut comes to, as a model that can be opened, before it is written; its files are the source's."""
+    return replace(cut.source, config=described(cut)[1], raw_config=cut.config, tensors=_Foreseen(cut), live=None)
 
 
 def check_cut(cut: Cut) -> None:
@@ -68,7 +93,7 @@ def check_folder(folder: Path) -> ModelSource:
     return source
 
 
-def check_written(folder: Path, out: Path, original: ModelSource) -> None:
+def check_written(folder: Path, out: Path, original: ModelSource) -> ModelSource:
     """Open what was written, and its tokenizer, before it gets its name.
 
     Args:
@@ -80,10 +105,12 @@ def check_written(folder: Path, out: Path, original: ModelSource) -> None:
         OutputError: it cannot be opened.
     """
     try:
-        _open_tokenizer(check_folder(folder), original)
+        written = check_folder(folder)
+        _open_tokenizer(written, original)
     except ModelError as error:
         reason = str(error).removeprefix(f"{folder.resolve().name}: ")
         raise OutputError(f"{out} was not written, as it could not be opened again: {reason}") from None
+    return written
 
 
 def _open_tokenizer(written: ModelSource, original: ModelSource) -> None:
