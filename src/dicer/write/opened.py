@@ -14,6 +14,7 @@ from dicer.errors import ModelError, OutputError
 from dicer.model.find import as_model_error
 from dicer.model.source import ModelSource, open_model
 from dicer.model.tensors import TensorInfo
+from dicer.model.structure.find import FoundFamily
 from dicer.write.surgery import Cut
 
 
@@ -24,6 +25,9 @@ def described(cut: Cut) -> tuple[Any, Any]:
     from dicer.write.export import modeling_pruned
 
     family, raw = cut.source.family, dict(cut.config)
+    if isinstance(family, FoundFamily):
+        own: Any = getattr(modeling_pruned, f"Pruned{family.causal_lm}") if "pruned" in raw else family.stock_class
+        return own, own.config_class.from_dict(raw)
     kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
     config = transformers.AutoConfig.for_model(kind, **raw)
     if auto_map is None:

@@ -15,9 +15,11 @@ from dicer.model.families import Family
 from dicer.model.shapes import LayerShape, layer_shapes
 from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
+from dicer.model.structure.find import FoundFamily
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis, Slice
 from dicer.write.config import pruned_config
+from dicer.write.config_found import found_config
 
 Read = Callable[[], Tensor]
 
@@ -114,7 +116,8 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
     kept = [i for i in range(len(shapes)) if i not in plan.blocks]
     native = {axis for axis in axes if _has_native_bias(family, axes[axis], shapes, before)}
     after = [_shape_after(plan, i, shapes[i], native) for i in kept]
-    cut = Cut(pruned_config(source, after, kept), {}, {}, {}, before, source)
+    found = isinstance(family, FoundFamily)
+    cut = Cut({} if found else pruned_config(source, after, kept), {}, {}, {}, before, source)
     number = {old: new for new, old in enumerate(kept)}
     for name, info in before.items():
         place = family.locate(name)
@@ -122,7 +125,8 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             cut.infos[name], cut.origin[name] = info, name
         elif place[0] in number:
             _inside(cut, axes, plan, name, number[place[0]])
-    _drop_norms(cut, after)
+    if not found:
+        _drop_norms(cut, after)
     places = _places(family, before)
     for old, new in number.items():
         for axis in axes:
@@ -130,7 +134,9 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             if axis in after[new].output_bias and layer is not None and layer.means is not None:
                 weight = places[old, axes[axis].output_slice.name]
                 _output_bias(cut, axes[axis], layer, weight, new)
-    if "auto_map" not in cut.config:
+    if found:
+        cut.config.update(found_config(source, after, kept, cut.infos))
+    elif "auto_map" not in cut.config:
         _zero_biases(cut, [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)])
     return cut
 
@@ -180,7 +186,7 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
     family, info = cut.source.family, cut.before[name]
     index, inner = family.locate(name) or (0, "")
     target = family.renumbered(name, new)
-    axis = next((axis for axis in axes.values() if axis.owns(inner)), None)
+    axis = _axis_of(axes, plan, index, inner)
     layer = plan.axes.get(axis.name, {}).get(index) if axis else None
     piece = next((piece for piece in axis.slices if piece.name == inner), None) if axis else None
     if layer is not None and not len(layer.keep):
@@ -195,6 +201,13 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
         cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
     elif inner == f"{axis.output}.bias" and layer.means is not None:
         cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
+
+
+def _axis_of(axes: Mapping[str, Axis], plan: PrunePlan, index: int, inner: str) -> Axis | None:
+    """The axis that a tensor of a layer is cut along, or else one that it lies in."""
+    cut = (axis for name, axis in axes.items() if index in plan.axes.get(name, {}))
+    named = next((axis for axis in cut if any(piece.name == inner for piece in axis.slices)), None)
+    return named or next((axis for axis in axes.values() if axis.owns(inner)), None)
 
 
 def _drop_norms(cut: Cut, after: list[LayerShape]) -> None:

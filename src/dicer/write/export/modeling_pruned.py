@@ -18,8 +18,10 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -244,11 +246,94 @@ def _classes(model_type: str) -> dict[str, type]:
     return {cls.__name__: cls for cls in (config_class, base_class, causal_class)}
 
 
+class _Own:
+    """A config with some values of a layer's own; all else is the model's, also where it changes later."""
+
+    def __init__(self, config: Any, values: dict[str, Any]) -> None:
+        self._config = config
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # asked for while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def _shape_as_recorded(model: Any, record: dict[str, Any]) -> None:
+    """Give each layer's parameters the shapes that ``pruned`` in config.json says, and its heads their numbers."""
+    layers = model.get_submodule(_path(model, record["layers"]))
+    for index, own in record["own"].items():
+        layer = layers[int(index)]
+        for name, shape in own.get("shapes", {}).items():
+            _give_shape(layer, name, tuple(shape))
+        for path, values in own.get("attributes", {}).items():
+            for name, value in values.items():
+                setattr(layer.get_submodule(path), name, value)
+        for path, values in own.get("config", {}).items():
+            module = layer.get_submodule(path)
+            module.config = _Own(module.config, values)
+    model.post_init()  # again: the new parameters are not initialised yet
+
+
+def _path(model: Any, path: str) -> str:
+    """Where the layers are in a class with a head, or without one."""
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return path.partition(".")[2]
+    return path
+
+
+def _give_shape(layer: Any, name: str, shape: tuple[int, ...]) -> None:
+    path, _, last = name.rpartition(".")
+    module = layer.get_submodule(path)
+    old = getattr(module, last, None)
+    if old is None:  # a bias that the class would not have
+        old = next(module.parameters())
+    new = old.new_empty(shape)
+    if last in module._buffers:
+        module._buffers[last] = new
+    else:
+        setattr(module, last, nn.Parameter(new, requires_grad=new.is_floating_point()))
+    if last != "weight" or len(shape) != 2:
+        return
+    if isinstance(module, Conv1D):
+        module.nx, module.nf = shape
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+
+
+def _any_class(name: str) -> type:
+    """``PrunedX`` for the class ``X`` of transformers: a config, a model, or a model with a head."""
+    stock: Any = getattr(transformers, name.removeprefix("Pruned"))
+    if issubclass(stock, transformers.PreTrainedConfig):
+        return type(name, (stock,), {"model_type": "pruned_" + stock.model_type, "__module__": __name__})
+    config_class = globals().get("Pruned" + stock.config_class.__name__) or __getattr__(
+        "Pruned" + stock.config_class.__name__
+    )
+    for known in (stock.__name__, stock.config_class.model_type):  # how transformers names and joins its tensors
+        conversion = get_checkpoint_conversion_mapping(known)
+        if conversion is not None:
+            own = name if known == stock.__name__ else config_class.model_type
+            register_checkpoint_conversion_mapping(own, conversion, overwrite=True)
+
+    # Nothing annotated: vLLM holds the arguments against what this says of them, one place off.
+    def init(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]
+        stock.__init__(self, config, *args, **kwargs)
+        _shape_as_recorded(self, config.pruned)
+
+    body = {"config_class": config_class, "__module__": __name__, "__doc__": __doc__, "__init__": init}
+    return type(name, (stock,), body)
+
+
 def __getattr__(name: str) -> type:
-    """Make a family's three classes when one of them is first asked for (PrunedLlamaForCausalLM ...)."""
+    """Make a class when it is first asked for (PrunedLlamaForCausalLM ...)."""
     for model_type, (config_name, base_name, causal_name, *_) in FAMILIES.items():
         if name in ("Pruned" + config_name, "Pruned" + base_name, "Pruned" + causal_name):
             globals().update(_classes(model_type))
             found: type = globals()[name]
             return found
+    if name.startswith("Pruned") and hasattr(transformers, name.removeprefix("Pruned")):
+        globals()[name] = _any_class(name)
+        return globals()[name]  # type: ignore[no-any-return]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
