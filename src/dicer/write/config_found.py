@@ -44,13 +44,23 @@ def found_config(
     if not isinstance(family, FoundFamily):
         raise TypeError("a family with a row has its config from write.config")
     _refuse_whole(family, after, kept)
-    values = _values(source, family, after, kept)
-    stock = _with_values(source, family, values)
-    stock.update(model_type=family.model_type, architectures=[family.causal_lm])
-    skeleton = _built(stock, family)
-    if not any(shape.output_bias for shape in after) and _same(skeleton, infos):
-        return stock
-    return _recorded(stock, family, after, skeleton, infos)
+    layers = _layer_values(source, family, kept)
+    attempts = [layers | _widths(source, family, after, kept, layers), layers]
+    fault = "transformers does not take the config that it would have"
+    for values in attempts:
+        stock = _with_values(source, family, values)
+        stock.update(model_type=family.model_type, architectures=[family.causal_lm])
+        skeleton = _built(stock, family)
+        if skeleton is None:
+            continue
+        if not any(shape.output_bias for shape in after) and _same(skeleton, infos):
+            return stock
+        config = _recorded(stock, family, after, skeleton, infos)
+        strange = _unsaid(family, after, skeleton, infos)
+        if strange is None:
+            return config
+        fault = f"'{strange}' would be {infos[strange].shape}, and its class has {skeleton.shapes[strange]}"
+    raise PlanError(f"this cut of a {family.causal_lm} cannot be loaded: {fault}. Choose other units or ratios.")
 
 
 def _refuse_whole(family: FoundFamily, after: Sequence[LayerShape], kept: Sequence[int]) -> None:
@@ -63,13 +73,22 @@ def _refuse_whole(family: FoundFamily, after: Sequence[LayerShape], kept: Sequen
                 )
 
 
-def _values(
-    source: ModelSource, family: FoundFamily, after: Sequence[LayerShape], kept: Sequence[int]
+def _layer_values(source: ModelSource, family: FoundFamily, kept: Sequence[int]) -> dict[str, Any]:
+    """Path -> what the config says of layers, where some go."""
+    if len(kept) == family.where.count:
+        return {}
+    return companions(source.config, family.where.key, family.where.count, kept, family.where.lists)
+
+
+def _widths(
+    source: ModelSource,
+    family: FoundFamily,
+    after: Sequence[LayerShape],
+    kept: Sequence[int],
+    layers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Path -> what the config says of layers, widths and heads."""
+    """Path -> what the config says of widths and heads: the largest of each."""
     values: dict[str, Any] = {}
-    if len(kept) < family.where.count:
-        values |= companions(source.config, family.where.key, family.where.count, kept)
     known = flat_values(source.config)
     widths: dict[str, dict[int, Fraction]] = {}
     for axis, row in family.axes.items():
@@ -82,7 +101,7 @@ def _values(
                 own = widths.setdefault(row.width_keys[-1], {})
                 own[i] = max(own.get(i, Fraction(0)), shape.units[axis] / family.factors[axis])
     for key, own in widths.items():
-        said = values.get(key, known.get(key))
+        said = layers.get(key, known.get(key))
         if isinstance(said, list | tuple):
             values[key] = [int(own[i]) if i in own else width for i, width in enumerate(said)]
         else:
@@ -128,17 +147,29 @@ def _same(skeleton: Skeleton | None, infos: Mapping[str, TensorInfo]) -> bool:
     return all(infos[name].shape == shape for name, shape in skeleton.shapes.items() if name in infos)
 
 
+def _unsaid(
+    family: FoundFamily, after: Sequence[LayerShape], skeleton: Skeleton, infos: Mapping[str, TensorInfo]
+) -> str | None:
+    """The first tensor of another shape than the class gives it, that no record can speak of."""
+    said = {
+        family.tensor_name(i, piece.name)
+        for i, shape in enumerate(after)
+        for axis, row in family.axes.items()
+        if shape.units[axis]
+        for piece in row.slices
+    }
+    wrong = (name for name, shape in skeleton.shapes.items() if name in infos and infos[name].shape != shape)
+    return next((name for name in wrong if name not in said), None)
+
+
 def _recorded(
     config: dict[str, Any],
     family: FoundFamily,
     after: Sequence[LayerShape],
-    skeleton: Skeleton | None,
+    skeleton: Skeleton,
     infos: Mapping[str, TensorInfo],
 ) -> dict[str, Any]:
-    if skeleton is None:
-        raise PlanError(
-            f"transformers does not take the config that this {family.causal_lm} would have; choose other units or ratios."
-        )
+    config = dict(config)
     state = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
     own: dict[str, Any] = {}
     for i, shape in enumerate(after):

@@ -69,7 +69,12 @@ class FoundFamily(Family):
 
 
 def find_family(
-    config: Any, kind: Any, shapes: Mapping[str, Shape] | None = None, file: str | None = None
+    config: Any,
+    kind: Any,
+    shapes: Mapping[str, Shape] | None = None,
+    *,
+    file: str | None = None,
+    where: Layers | None = None,
 ) -> FoundFamily:
     """Find a family by building its class without weights, once for each key that may be a width.
 
@@ -78,6 +83,7 @@ def find_family(
         kind: the class of transformers.
         shapes: of the tensors, by the names that transformers writes; by default those that the class would write.
         file: a family file of the user's; what it says goes before what is found.
+        where: the layers, where they are known already.
 
     Raises:
         UnknownFamily: it has no list of decoder layers.
@@ -86,7 +92,7 @@ def find_family(
     whole = build(config, kind)
     row = exception_for(config.model_type) if file is None else read_family(file)
     text = config.get_text_config()
-    layers = (row.where(int(text.num_hidden_layers)) if row else None) or find_layers(whole, kind)
+    layers = where or (row.where(int(text.num_hidden_layers)) if row else None) or find_layers(whole, kind)
     some, chosen = sample(whole, kind, layers)
     inner = replace(layers, count=len(chosen))
     calls = trace(some)
