@@ -128,6 +128,12 @@ class Recipe(Strict):
         "written needs no code",
         json_schema_extra=WHAT,
     )
+    family: str | None = Field(
+        default=None,
+        description="FILE.toml that says the model's structure, where it cannot be found ('dicer info MODEL "
+        "--family-row' prints the form)",
+        json_schema_extra=WHAT,
+    )
     seed: int = Field(
         default=42, ge=0, lt=2**63, description="seed of random criteria and groupings", json_schema_extra=HOW
     )
@@ -175,7 +181,7 @@ class Recipe(Strict):
     def files(self) -> list[str]:
         """What it may name on the disk: text, ratios, a profile, and the files of parts of one's own."""
         parts = (part.rpartition(":")[0] for part in (self.criterion, self.grouping, self.merge) if part)
-        named = (self.text.source, self.allocate, self.entropy_profile, *parts)
+        named = (self.text.source, self.allocate, self.entropy_profile, self.family, *parts)
         return [name for name in named if name]
 
     def flat(self) -> dict[str, Any]:

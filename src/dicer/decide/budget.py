@@ -71,7 +71,7 @@ def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
     """
     infos, family = source.tensors.infos(), source.family
     units = {axis: family.units(source.config, axis) for axis in family.axes}
-    count = len(source.config.per_layer_config)
+    count = len(next(iter(units.values())))
     chosen = select_layers(recipe.layers, count)
     owned, inside = sub_layer_parameters(family, infos), layer_parameters(family, infos)
     places = {SubLayer(layer, axis): units[axis][layer] for layer in chosen for axis in method.axes}

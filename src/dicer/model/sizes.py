@@ -29,12 +29,15 @@ class Sizes:
     @property
     def attention(self) -> int:
         """Parameters that heads own."""
-        return self.axes["attention"]
+        return self._of("attention")
 
     @property
     def mlp(self) -> int:
         """Parameters that neurons own."""
-        return self.axes["mlp"]
+        return self._of("mlp")
+
+    def _of(self, kind: str) -> int:
+        return sum(count for axis, count in self.axes.items() if axis.partition(".")[0] == kind)
 
 
 def count_sizes(family: Family, infos: Mapping[str, TensorInfo]) -> Sizes:

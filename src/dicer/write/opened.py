@@ -13,8 +13,8 @@ from torch import Tensor
 from dicer.errors import ModelError, OutputError
 from dicer.model.find import as_model_error
 from dicer.model.source import ModelSource, open_model
-from dicer.model.tensors import TensorInfo
 from dicer.model.structure.find import FoundFamily
+from dicer.model.tensors import TensorInfo
 from dicer.write.surgery import Cut
 
 

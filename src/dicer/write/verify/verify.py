@@ -131,7 +131,9 @@ def _rows(source: ModelSource) -> list[list[int]]:
     if rows and all(rows):
         return rows
     generator = torch.Generator().manual_seed(0)
-    found: list[list[int]] = torch.randint(3, int(source.config.vocab_size), (10, 12), generator=generator).tolist()
+    found: list[list[int]] = torch.randint(
+        3, int(source.text_config.vocab_size), (10, 12), generator=generator
+    ).tolist()
     return found
 
 
