@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +24,13 @@ def described(cut: Cut) -> tuple[Any, Any]:
 
     from dicer.write.export import modeling_pruned
 
-    family, raw = cut.source.family, dict(cut.config)
-    kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
+    raw = copy.deepcopy(cut.config)
+    kind, auto_map, (name, *_) = raw.pop("model_type"), raw.pop("auto_map", None), raw["architectures"]
     config = transformers.AutoConfig.for_model(kind, **raw)
     if auto_map is None:
-        return getattr(transformers, family.causal_lm), config
+        return getattr(transformers, name), config
     config.auto_map = auto_map
-    return getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"]), config
+    return getattr(modeling_pruned, name), config
 
 
 @dataclass(frozen=True)

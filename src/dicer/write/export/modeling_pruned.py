@@ -338,29 +338,12 @@ def _classes(model_type: str) -> dict[str, type]:
     }
 
 
-_AUTO = {
-    "AutoModel": ("Model", MODEL_MAPPING),
-    "AutoModelForCausalLM": ("ForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING),
-    "AutoModelForImageTextToText": ("ForConditionalGeneration", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+# Ending of a class's name -> the mapping that has it, where a type has none by its own name: InternLM 3 has Llama's.
+_ENDINGS = {
+    "ForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "ForConditionalGeneration": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "Model": MODEL_MAPPING,
 }
-
-
-def auto_classes(stock_config: Any) -> dict[str, str]:
-    """Auto class -> name of our class, for a config class of transformers.
-
-    A class of another config (the text part of a wrapper) is left out; where two types share one (InternLM 3 has
-    Llama's), ours has a name of its own.
-    """
-    stem = stock_config.__name__.removesuffix("Config")
-    found = {"AutoConfig": f"Pruned{stem}Config"}
-    for auto, (ending, mapping) in _AUTO.items():
-        stock = mapping.get(stock_config, None)
-        stock = stock[0] if isinstance(stock, tuple) else stock
-        if stock is not None and stock.config_class is stock_config:
-            found[auto] = f"Pruned{stock.__name__}"
-        elif stock is not None and not stock_config.sub_configs:
-            found[auto] = f"Pruned{stem}{ending}"
-    return found
 
 
 def _by_name(name: str) -> type | None:
@@ -372,7 +355,7 @@ def _by_name(name: str) -> type | None:
         _share_conversions(stock.model_type, own["model_type"])
         return type(name, (stock,), own)
     config_name = stock.config_class.__name__ if isinstance(getattr(stock, "config_class", None), type) else None
-    for ending, mapping in _AUTO.values():  # InternLM 3 has its own config, and Llama's classes
+    for ending, mapping in _ENDINGS.items():
         candidate = stock_name.removesuffix(ending) + "Config"
         if stock is None and stock_name.endswith(ending) and hasattr(transformers, candidate):
             stock, config_name = mapping.get(getattr(transformers, candidate), None), candidate

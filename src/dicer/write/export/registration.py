@@ -7,6 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from dicer.model.families import PRUNED_PREFIX
+from dicer.model.structure.skeleton import pruned_classes
 
 
 class PrunedConfigs(dict[str, Any]):
@@ -23,7 +24,7 @@ class PrunedConfigs(dict[str, Any]):
 
         self[kind] = config = getattr(modeling_pruned, f"Pruned{stock.__name__}")
         config.register_for_auto_class()  # so that save_pretrained takes the model file along
-        for auto, name in modeling_pruned.auto_classes(stock).items():
+        for auto, name in pruned_classes(stock).items():
             if auto != "AutoConfig":
                 _register(auto, config, getattr(modeling_pruned, name))
         return config
