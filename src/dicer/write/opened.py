@@ -64,15 +64,18 @@ def check_cut(cut: Cut) -> None:
     with as_model_error(cut.source.name, what), torch.device("meta"):
         model_class, config = described(cut)
         model = model_class(config)
-    tied = set(model.all_tied_weights_keys)
-    for name, parameter in model.named_parameters():
+    needed = Skeleton(config, model)
+    optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["$^"]))
+    for name, shape in needed.shapes.items():
         found = cut.infos.get(name) or cut.infos.get(name.split(".", 1)[1])
-        if name not in tied and (found is None or found.shape != tuple(parameter.shape)):
+        if found is None and (needed.is_buffer(name) or optional.search(name)):
+            continue
+        if found is None or found.shape != shape:
             raise ModelError(
                 f"{cut.source.name}: the {what} cannot be loaded: '{name}' would be {found and found.shape}, and its "
-                f"config calls for {tuple(parameter.shape)}. Choose other units; this one is a fault of dicer."
+                f"config calls for {shape}. Choose other units; this one is a fault of dicer."
             )
-    _run(model, cut.source.name, what)
+    _run(model, cut.source, what)
 
 
 def check_folder(folder: Path) -> ModelSource:
@@ -84,12 +87,10 @@ def check_folder(folder: Path) -> ModelSource:
     Raises:
         ModelError: something in it cannot be opened.
     """
-    from transformers import AutoModelForCausalLM
-
     source = open_model(folder)
     with as_model_error(source.name, "model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
-    _run(model, source.name, "model")
+        model = source.loader(source.config)
+    _run(model, source, "model")
     source.generation_config()
     return source
 
@@ -128,13 +129,39 @@ def _open_tokenizer(written: ModelSource, original: ModelSource) -> None:
         raise
 
 
-def _run(model: Any, name: str, what: str) -> None:
-    """Send a sequence through a model without weights: what does not fit together is found, nothing is computed."""
+def _run(model: Any, source: ModelSource, what: str) -> None:
+    """Send a sequence through a model without weights: what does not fit together is found, nothing is computed.
+
+    A class that cannot be run so when it is built from the dense model's config, either, is not at fault.
+    """
+    error = _fault(model)
+    if error is None:
+        return
+    with as_model_error(source.name, what):
+        if isinstance(source.family, FoundFamily):
+            with torch.device("meta"):
+                dense = source.family.stock_class._from_config(copy.deepcopy(source.config))
+            if _fault(dense) is not None:
+                return
+        raise error
+
+
+def _fault(model: Any) -> Exception | None:
+    """What a model raises at a sequence; to look at values, which are not there, is none."""
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 4, 4, device="meta")  # ready made: to make one, transformers looks at values
-    with as_model_error(name, what), torch.no_grad():
-        try:
-            model.eval()(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
-        except RuntimeError as error:
-            if "meta tensors" not in str(error):  # else what looks at values (dynamic rotary scaling) is no fault
-                raise
+    error: Exception | None = None
+    for more in ({"attention_mask": mask, "position_ids": ids}, {"attention_mask": mask}, {}):
+        with torch.no_grad():
+            try:
+                model.eval()(input_ids=ids, use_cache=False, **more)
+            except (RuntimeError, NotImplementedError) as found:
+                # What looks at values (dynamic rotary scaling) is no fault.
+                return None if "meta tensors" in str(found) else found
+            except TypeError as found:  # it may know no such argument
+                error = found
+                continue
+            except Exception as found:
+                return found
+        return None
+    return error

@@ -132,7 +132,8 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
                 _output_bias(cut, axes[axis], layer, weight, new)
     cut.config.update(form.config(source, cut.infos, after, kept))
     if "auto_map" not in cut.config:
-        _zero_biases(cut, [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)])
+        biased = [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)]
+        _zero_biases(cut, biased, len(after))
     return cut
 
 
@@ -236,11 +237,11 @@ def _places(family: Family, names: Iterable[str]) -> dict[tuple[int, str], str]:
     return {place: name for name in names if (place := family.locate(name))}
 
 
-def _zero_biases(cut: Cut, axes: list[Axis]) -> None:
+def _zero_biases(cut: Cut, axes: list[Axis], layers: int) -> None:
     """What a stock bias switch turns on besides the biases that are wanted: zeros."""
     family = cut.source.family
     places = _places(family, cut.infos)
-    for index in range(int(cut.config[family.layers_key])):
+    for index in range(layers):
         for axis in axes:
             for weight in axis.required:
                 name = places[index, weight.name]

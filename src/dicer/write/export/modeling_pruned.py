@@ -302,9 +302,12 @@ def _model_class(name: str, stock: Any, config_class: Any, shape: Callable[[Any]
             stock.__init__(self, config)
             _shape_as_listed(self, said or {"module": "", "layers": {}})
 
+    def is_custom_code(cls):  # type: ignore[no-untyped-def] # noqa: ARG001
+        return False  # weights are converted and initialised as those of the stock class
+
     _share_conversions(stock.__name__, name)
     body = {"config_class": config_class, "__module__": __name__, "__doc__": __doc__, "__init__": init}
-    return type(name, (stock,), body)
+    return type(name, (stock,), {**body, "is_custom_code": classmethod(is_custom_code)})
 
 
 def _share_conversions(stock: str, own: str) -> None:
