@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+import torch
+
 from dicer.errors import PlanError
 from dicer.model.shapes import LayerShape
 from dicer.model.source import ModelSource
 from dicer.model.structure.find import FoundFamily
 from dicer.model.structure.layers import companions
-from dicer.model.structure.skeleton import Skeleton, build, flat_values, stock_config_class
+from dicer.model.structure.skeleton import Skeleton, build, flat_values, quiet, stock_config_class
 from dicer.model.tensors import TensorInfo
 from dicer.write.config import MODELING_FILE
 from dicer.write.listed import listed_layers
@@ -61,23 +63,35 @@ def found_config(
         layers = listed_layers(source, skeleton, infos, shapes, kept)
         if layers is None:
             continue
-        return _differing(source, config, layers)
+        return _differing(source, config, layers, infos)
     raise PlanError(
         f"no {family.causal_lm} of transformers can be built with the widths that are left, whatever each layer is "
         "given by itself. Choose other units, or another --axis."
     )
 
 
-def _differing(source: ModelSource, config: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
+def _differing(
+    source: ModelSource, config: dict[str, Any], layers: dict[str, Any], infos: Mapping[str, TensorInfo]
+) -> dict[str, Any]:
+    from dicer.write.export import modeling_pruned
+
     family: Any = source.family
     module, names = MODELING_FILE.removesuffix(".py"), family.pruned_classes
     own = f"Pruned{family.causal_lm}"
-    return config | {
+    own = own if own in names.values() else names["AutoModelForCausalLM"]
+    new = config | {
         "model_type": family.pruned_type,
-        "architectures": [own if own in names.values() else names["AutoModelForCausalLM"]],
+        "architectures": [own],
         "auto_map": {auto: f"{module}.{name}" for auto, name in names.items()},
-        "pruned": {"module": family.where.module, "layers": layers},
+        "pruned": {"layers": family.where.module, "own": layers},
     }
+    kind: Any = getattr(modeling_pruned, own)
+    with torch.device("meta"), quiet():
+        made = kind.config_class.from_dict(copy.deepcopy(new))
+        skeleton = Skeleton(made, kind(made))
+    if name := differs(skeleton, source, infos):
+        raise PlanError(f"'{name}' of the result is not what a {own} would have; choose other units.")
+    return new
 
 
 def as_config(source: ModelSource, raw: Mapping[str, Any]) -> Any:
@@ -106,15 +120,11 @@ def differs(skeleton: Skeleton, source: ModelSource, infos: Mapping[str, TensorI
     before = source.tensors.infos()
     for name, shape in skeleton.shapes.items():
         found = infos.get(name)
-        if found is None and (name in before or (source.family.locate(name) and not _is_buffer(skeleton, name))):
+        if found is None and (name in before or (source.family.locate(name) and not skeleton.is_buffer(name))):
             return name
         if found is not None and found.shape != shape:
             return name
     return next((name for name in infos if source.family.locate(name) and name not in skeleton.shapes), None)
-
-
-def _is_buffer(skeleton: Skeleton, name: str) -> bool:
-    return name in dict(skeleton.model.named_buffers())
 
 
 def _changes(family: FoundFamily, axis: str, shapes: Sequence[LayerShape], kept: Sequence[int]) -> bool:

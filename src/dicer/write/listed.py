@@ -42,13 +42,13 @@ def listed_layers(
         PlanError: a sub-layer goes whole that cannot be left out.
     """
     family: Any = source.family
-    layers: Listed = {str(i): {} for i in range(len(kept))}
+    layers: Listed = {f"{i:03d}": {} for i in range(len(kept))}
     _carry(source, layers, kept)
     for axis in family.axes.values():
         gone = [i for i, old in enumerate(kept) if family.counts[axis.name][old] and not shapes[i].units[axis.name]]
         for i in gone:
             biased = axis.name in shapes[i].output_bias
-            layers[str(i)].setdefault("skip", {}).update(_skipped(family, axis, source, skeleton, kept[i], i, biased))
+            layers[f"{i:03d}"].setdefault("skip", {}).update(_skipped(family, axis, source, skeleton, kept[i], i, biased))
     if not _list_shapes(family, skeleton, infos, layers):
         return None
     for axis in family.axes.values():
@@ -58,10 +58,10 @@ def listed_layers(
 
 def _carry(source: ModelSource, layers: Listed, kept: Sequence[int]) -> None:
     """What was skipped before stays so."""
-    before = (source.raw_config.get("pruned") or {}).get("layers", {})
+    before = (source.raw_config.get("pruned") or {}).get("own", {})
     for i, old in enumerate(kept):
-        if skip := before.get(str(old), {}).get("skip"):
-            layers[str(i)]["skip"] = dict(skip)
+        if skip := before.get(f"{old:03d}", {}).get("skip"):
+            layers[f"{i:03d}"]["skip"] = dict(skip)
 
 
 def _list_shapes(
@@ -75,7 +75,7 @@ def _list_shapes(
         place, built = family.locate(name), skeleton.shapes.get(name)
         if place is None or built == info.shape:
             continue
-        skipped = layers[str(place[0])].get("skip", {})
+        skipped = layers[f"{place[0]:03d}"].get("skip", {})
         if any(place[1] == f"{module}.bias" for module in skipped):
             continue
         if built is None and not name.endswith(".bias"):
@@ -88,7 +88,7 @@ def _list_shapes(
             full = memory(name)
         inner = full.removeprefix(prefix).partition(".")[2]
         wanted = info.shape if built is None else _in_memory(built, info.shape, tuple(state[full].shape))
-        layers[str(place[0])].setdefault("shapes", {})[inner] = list(wanted)
+        layers[f"{place[0]:03d}"].setdefault("shapes", {})[inner] = list(wanted)
     return True
 
 
@@ -128,9 +128,11 @@ def _list_counts(
     for i, by in other.items():
         for (layer, name), (before, rate) in rates.items():
             if layer == i:
-                layers[str(i)].setdefault("attributes", {})[name] = _moved(name, before, rate, by)
+                place, _, attribute = name.rpartition(".")
+                said = layers[f"{i:03d}"].setdefault("attributes", {}).setdefault(place, {})
+                said[attribute] = _moved(name, before, rate, by)
         if axis.size_key is not None and family.heads is not None:
-            _list_configs(family, axis, skeleton, layers[str(i)], i, int(wanted[i]))
+            _list_configs(family, axis, skeleton, layers[f"{i:03d}"], i, int(wanted[i]))
 
 
 def _rates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 from dicer.errors import ModelError, OutputError
 from dicer.model.find import as_model_error
 from dicer.model.source import ModelSource, open_model
+from dicer.model.structure.find import FoundFamily
+from dicer.model.structure.skeleton import Skeleton
 from dicer.model.tensors import TensorInfo
 from dicer.write.surgery import Cut
 
@@ -89,10 +92,23 @@ def check_folder(folder: Path) -> ModelSource:
     """
     source = open_model(folder)
     with as_model_error(source.name, "model"), torch.device("meta"):
-        model = source.loader(source.config)
+        model = _class_of(source)(source.config)
     _run(model, source, "model")
     source.generation_config()
     return source
+
+
+def _class_of(source: ModelSource) -> Any:
+    """The class that loads an opened folder: by its name where its family was found, else as the auto class has it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from dicer.write.export import modeling_pruned
+
+    if source.is_stock_found:
+        return source.family.stock_class
+    if isinstance(source.family, FoundFamily):
+        return getattr(modeling_pruned, source.raw_config["architectures"][0])
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
 
 
 def check_written(folder: Path, out: Path, original: ModelSource) -> ModelSource:

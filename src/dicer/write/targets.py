@@ -7,8 +7,6 @@ from typing import Any
 from dicer.errors import ModelError
 from dicer.model.families import Family
 from dicer.model.source import ModelSource
-from dicer.write.export.llama_cpp.file import lay_out, rows_of_embedding
-from dicer.write.export.llama_cpp.tokenizer import read_vocabulary
 
 TARGETS = ("transformers", "vLLM", "llama.cpp", "torchao", "bitsandbytes")
 
@@ -34,6 +32,9 @@ def as_gguf(source: ModelSource) -> str:
     Raises:
         ModelError: the exporter would refuse it.
     """
+    from dicer.write.export.llama_cpp.file import lay_out, rows_of_embedding  # with transformers, which takes seconds
+    from dicer.write.export.llama_cpp.tokenizer import read_vocabulary
+
     layout, _ = lay_out(source)
     if source.folder is not None:
         read_vocabulary(source, rows_of_embedding(layout))

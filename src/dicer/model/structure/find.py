@@ -55,8 +55,8 @@ class FoundFamily(Family):
 
     def output_biases(self, config: Any) -> list[frozenset[str]]:
         """Of every layer the axes that are gone but for a bias: other biases are among the tensors."""
-        said = (getattr(config, "pruned", None) or {}).get("layers", {})
-        skips = [said.get(str(i), {}).get("skip", {}) for i in range(self.where.count)]
+        said = (getattr(config, "pruned", None) or {}).get("own", {})
+        skips = [said.get(f"{i:03d}", {}).get("skip", {}) for i in range(self.where.count)]
         return [
             frozenset(name for name, axis in self.axes.items() if skip.get(axis.modules[-1], {}).get("bias"))
             for skip in skips

@@ -49,6 +49,14 @@ class Skeleton:
     def _tensors(self) -> dict[str, torch.Tensor]:
         return on_disk(self.model)
 
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor is no parameter, by its name in memory."""
+        return name in self._buffers
+
+    @cached_property
+    def _buffers(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.model.named_buffers())
+
     @cached_property
     def lists(self) -> dict[str, int]:
         """Path of every list of modules -> how long it is."""

@@ -230,21 +230,21 @@ def _shape_as_listed(model: Any, said: Mapping[str, Any]) -> None:
 
     Args:
         model: of the stock class.
-        said: ``module``: where the layers are in the class with the head; ``layers``: number -> what is its own:
-            ``shapes`` of parameters, ``attributes`` and ``config`` of modules, and modules to ``skip``.
+        said: ``layers``: where they are in the class with the head; ``own``: number -> what is a layer's own: ``shapes``
+            of parameters, ``attributes`` of modules and values in their ``config``, and modules to ``skip``.
     """
-    path, base = said["module"], f"{model.base_model_prefix}."
+    path, base = said["layers"], f"{model.base_model_prefix}."
     if model.base_model is model and base != ".":
         path = path.removeprefix(base)
     layers = model.get_submodule(path)
-    for number, own in said["layers"].items():
+    for number, own in said["own"].items():
         layer: Any = layers[int(number)]
         for name, shape in own.get("shapes", {}).items():
             _resize_parameter(layer, name, shape)
-        for name, value in own.get("attributes", {}).items():
-            place, _, attribute = name.rpartition(".")
+        for place, values in own.get("attributes", {}).items():
             module = layer.get_submodule(place)
-            setattr(module, attribute, type(getattr(module, attribute))(value))
+            for name, value in values.items():
+                setattr(module, name, type(getattr(module, name))(value))
         for place, counts in own.get("config", {}).items():
             module = layer.get_submodule(place)
             module.config = _OwnHeads(module.config, **counts)
@@ -300,7 +300,7 @@ def _model_class(name: str, stock: Any, config_class: Any, shape: Callable[[Any]
             shape(self)
         else:
             stock.__init__(self, config)
-            _shape_as_listed(self, said or {"module": "", "layers": {}})
+            _shape_as_listed(self, said or {"layers": "", "own": {}})
 
     def is_custom_code(cls):  # type: ignore[no-untyped-def] # noqa: ARG001
         return False  # weights are converted and initialised as those of the stock class

@@ -8,7 +8,6 @@ an end of text; of a row whose tokens are not all whole characters it tells no l
 from __future__ import annotations
 
 import json
-import os
 import sys
 import urllib.request
 from importlib.metadata import version
@@ -67,4 +66,3 @@ def _main(job_file: str, result_file: str) -> None:
 
 if __name__ == "__main__":
     _main(*sys.argv[1:])
-    os._exit(0)  # the server's threads have no end of their own
