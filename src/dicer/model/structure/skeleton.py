@@ -133,7 +133,20 @@ def pruned_classes(config_class: Any) -> dict[str, str]:
 
 def stock_config_class(config: Any) -> Any:
     """The class of transformers of a config, also where it is one of ours made of that."""
-    return next(kind for kind in type(config).__mro__ if kind.__module__.startswith("transformers."))
+    return stock_class(type(config))
+
+
+def stock_class(kind: Any) -> Any:
+    """The class of transformers that a class of ours is made of; else the same."""
+    return next(base for base in kind.__mro__ if base.__module__.startswith("transformers."))
+
+
+def stock_config(config: Any) -> Any:
+    """The config of transformers' own class: that of a model whose layers differ without the list of what differs."""
+    own, stock = ("pruned", "auto_map", "model_type", "architectures"), stock_config_class(config)
+    if type(config) is stock:
+        return config
+    return stock.from_dict({key: value for key, value in config.to_dict().items() if key not in own})
 
 
 def build(config: Any, kind: Any) -> Skeleton:
