@@ -6,14 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from families.tiny import auto_class, tiny_input, tiny_model
-from safetensors.torch import load_file
 
-import dicer
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import PlanError
 from dicer.model.source import from_memory, open_model
@@ -174,3 +171,97 @@ def test_own_record(tmp_path):
     assert own["001"]["shapes"]["mlp.down_proj.weight"] == [hidden, 20]
     assert "mlp.down_proj.weight" not in own["000"]["shapes"]  # of the width that the config says
     assert own["000"]["config"]["self_attn"]["num_key_value_heads"] == 1 and "self_attn.q_proj.weight" not in own["001"]
+
+
+def hurt(model, family, plan):
+    """The dense model after a plan with means: zero for what goes, and a bias for what its mean gave, in memory."""
+    for name, layers in plan.axes.items():
+        piece = family.axes[name].output_slice
+        for layer, own in layers.items():
+            out = model.get_submodule(f"{family.layers}.{layer}.{family.axes[name].output}")
+            old = torch.zeros(out.weight.shape[0]) if out.bias is None else out.bias.detach()
+            gone = torch.ones(out.weight.shape[1])
+            gone[piece.rows(own.keep, own.units)] = 0.0
+            made_up = 0 if own.means is None else (out.weight * gone) @ own.means
+            out.bias = torch.nn.Parameter((old if len(own.keep) or own.means is not None else 0 * old) + made_up)
+            out.weight.data.mul_(1 - gone)
+    return model
+
+
+WHOLE = [("granite", "mlp"), ("granite", "attention"), ("bamba", "mlp"), ("glm4", "attention"), ("starcoder2", "mlp")]
+WHOLE += [("gemma3", "mlp"), ("deepseek_v3", "mlp"), ("deepseek_v3", "attention"), ("deepseek_v3", "mlp.shared")]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("model_type", "axis"), WHOLE)
+def test_sub_layer_gone(model_type, axis, bias, tmp_path):
+    model = tiny_model(model_type)
+    source = from_memory(model)
+    family = source.family
+    layer, units = [(i, n) for i, n in enumerate(family.counts[axis]) if n][-1]
+    means = (
+        torch.randn(units * family.axes[axis].channels, generator=torch.Generator().manual_seed(2)) if bias else None
+    )
+    own = LayerPlan(units, torch.empty(0, dtype=torch.int64), torch.zeros(units), means=means)
+    plan = PrunePlan({}, {}, {}, {}, {axis: {layer: own}})
+    cut = plan_cut(source, plan)
+    check_cut(cut)
+    build_model(cut, torch.float32).save_pretrained(tmp_path)
+    again = auto_class(model_type).from_pretrained(tmp_path)
+    assert_same(logits(again), logits(hurt(model, family, plan)))
+    with_cache, without = (
+        again.generate(IDS, max_new_tokens=3, do_sample=False, use_cache=use) for use in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+
+
+def test_sub_layer_of_several_modules():
+    source = from_memory(tiny_model("bert"))
+    own = LayerPlan(40, torch.empty(0, dtype=torch.int64), torch.zeros(40))
+    with pytest.raises(PlanError, match=r"mlp of layer 3 cannot go whole: it is several modules \(intermediate.dense"):
+        plan_cut(source, PrunePlan({}, {}, {}, {}, {"mlp": {3: own}}))
+
+
+@pytest.mark.parametrize("model_type", ["granite", "starcoder2", "gemma3", "deepseek_v3"])
+def test_compensation(model_type, tmp_path):
+    model = tiny_model(model_type)
+    source, generator = from_memory(model), torch.Generator().manual_seed(5)
+    axes = {}
+    for name, axis in source.family.axes.items():
+        for layer, units in enumerate(source.family.counts[name]):
+            if units and layer != 1:
+                keep = torch.randperm(units, generator=generator)[: max(units // 2, 1)].sort().values
+                means = torch.randn(units * axis.channels, generator=generator)
+                axes.setdefault(name, {})[layer] = LayerPlan(units, keep, torch.zeros(units), means=means)
+    plan = PrunePlan({}, {}, {}, {}, axes)
+    cut = plan_cut(source, plan)
+    check_cut(cut)
+    build_model(cut, torch.float32).save_pretrained(tmp_path)
+    again = auto_class(model_type).from_pretrained(tmp_path)
+    assert_same(logits(again), logits(hurt(model, source.family, plan)))
+
+
+class Config:
+    """As far as where a key is said goes."""
+
+    attribute_map = {"num_experts": "num_local_experts"}
+
+
+NESTED = {"text_config": {"intermediate_size": 40, "num_local_experts": 8}, "vision_config": {"intermediate_size": 9}}
+PLACES = {
+    "flat": ({"intermediate_size": 40}, {"intermediate_size": 24}, {"intermediate_size": 24}),
+    "nested": (NESTED, {"text_config.intermediate_size": 24}, {**NESTED, "text_config": {**NESTED["text_config"], "intermediate_size": 24}}),
+    "nested path, flat file": ({"intermediate_size": 40, "vision_config": {}}, {"text_config.intermediate_size": 24}, {"intermediate_size": 24, "vision_config": {}}),
+    "both": ({"intermediate_size": 40, "text_config": {"intermediate_size": 40}}, {"text_config.intermediate_size": 24}, {"intermediate_size": 24, "text_config": {"intermediate_size": 24}}),
+    "another word": ({"num_experts": 8}, {"num_local_experts": 6}, {"num_experts": 6}),
+    "two words": ({"num_experts": 8, "num_local_experts": 8}, {"num_local_experts": 6}, {"num_local_experts": 6}),
+    "not there": ({"text_config": {}}, {"text_config.head_dim": 12}, {"text_config": {"head_dim": 12}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_place_of_a_key(case):
+    raw, values, wanted = PLACES[case]
+    before = json.dumps(raw)
+    assert placed(raw, values, Config()) == wanted
+    assert json.dumps(raw) == before

@@ -134,13 +134,11 @@ def _changes(family: FoundFamily, axis: str, shapes: Sequence[LayerShape], kept:
 def _widths(family: FoundFamily, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, list[Fraction | None]]:
     """Width key -> what it has to be in each layer; None where it can be anything. Keys that stay are left out."""
     found: dict[str, list[Fraction | None]] = {}
-    stay = set()
     for name, axis in family.axes.items():
         if axis.size_key is not None:
             continue
         key = axis.width_keys[-1]
-        if not _changes(family, name, shapes, kept):
-            stay.add(key)
+        if not key or not _changes(family, name, shapes, kept):  # Bloom has no key: its class cannot be any other width
             continue
         wanted = found.setdefault(key, [None] * len(shapes))
         for i, shape in enumerate(shapes):

@@ -48,11 +48,14 @@ def listed_layers(
         gone = [i for i, old in enumerate(kept) if family.counts[axis.name][old] and not shapes[i].units[axis.name]]
         for i in gone:
             biased = axis.name in shapes[i].output_bias
-            layers[f"{i:03d}"].setdefault("skip", {}).update(_skipped(family, axis, source, skeleton, kept[i], i, biased))
+            layers[f"{i:03d}"].setdefault("skip", {}).update(
+                _skipped(family, axis, source, skeleton, kept[i], i, biased)
+            )
     if not _list_shapes(family, skeleton, infos, layers):
         return None
     for axis in family.axes.values():
-        _list_counts(family, axis, skeleton, shapes, layers)
+        if axis.width_keys[-1]:
+            _list_counts(family, axis, skeleton, shapes, layers)
     return {number: own for number, own in layers.items() if own}
 
 
@@ -64,9 +67,7 @@ def _carry(source: ModelSource, layers: Listed, kept: Sequence[int]) -> None:
             layers[f"{i:03d}"]["skip"] = dict(skip)
 
 
-def _list_shapes(
-    family: FoundFamily, skeleton: Skeleton, infos: Mapping[str, TensorInfo], layers: Listed
-) -> bool:
+def _list_shapes(family: FoundFamily, skeleton: Skeleton, infos: Mapping[str, TensorInfo], layers: Listed) -> bool:
     """Note parameters of other shapes; False where one differs that no unit runs through."""
     memory, state = memory_names(skeleton.model), skeleton.model.state_dict()
     cut = {piece.name for axis in family.axes.values() for piece in axis.slices}
@@ -214,30 +215,32 @@ def _skipped(
     module = axis.modules[-1]
     known = {piece.name for piece in axis.slices}
     inside = [place[1] for n in source.tensors.infos() if (place := family.locate(n)) and place[0] == old]
-    others = [
-        n for n in inside
-        if n.startswith(f"{module}.") and n not in known and len(source.tensors.infos()[family.tensor_name(old, n)].shape) > 1
-    ]  # fmt: skip
+    infos = source.tensors.infos()
+    others = [n for n in inside if n.startswith(f"{module}.") and n not in known and axis.size_key is None]
+    others = [n for n in others if len(infos[family.tensor_name(old, n)].shape) > 1]  # a router, or experts
     if len(axis.modules) > 1 or not module or others:
         more = f"'{others[0]}' is in it, too" if others else f"it is several modules ({', '.join(axis.modules)})"
         raise PlanError(f"{axis.name} of layer {old} cannot go whole: {more}. Leave some units, or remove the block.")
     size = skeleton.shapes[family.tensor_name(new, axis.output_slice.name)][1 - axis.output_slice.dim]
-    return {module: {"size": size, "returns": _returns(skeleton, f"{family.where.module}.{new}.{module}"), "bias": biased}}
+    return {
+        module: {"size": size, "returns": _returns(skeleton, f"{family.where.module}.{new}.{module}"), "bias": biased}
+    }
 
 
 def _returns(skeleton: Skeleton, path: str) -> int:
-    """How many values a module returns; the first is what joins the residual stream."""
+    """How many values a module returns, seen from the first of its class that runs; one joins the residual stream."""
     seen: list[int] = []
-    module: nn.Module = skeleton.model.get_submodule(path)
+    kind = type(skeleton.model.get_submodule(path))
 
     def note(_: nn.Module, __: Any, output: Any) -> None:
         seen.append(len(output) if isinstance(output, tuple | list) else 1)
 
-    hook = module.register_forward_hook(note)
+    hooks = [part.register_forward_hook(note) for part in skeleton.model.modules() if type(part) is kind]
     try:
         trace(skeleton)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     if not seen:
         raise PlanError(f"'{path}' cannot go whole: what it returns cannot be seen without weights. Leave some units.")
     return seen[0]

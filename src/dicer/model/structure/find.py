@@ -51,7 +51,14 @@ class FoundFamily(Family):
         """Auto class -> class in ``modeling_pruned.py`` for a checkpoint whose widths differ."""
         import transformers
 
-        return pruned_classes(getattr(transformers, f"{self.stem}Config"))
+        known = pruned_classes(getattr(transformers, f"{self.stem}Config"))
+        own = f"Pruned{self.causal_lm}"
+        # Emu3's text part has a class, and no auto class knows it.
+        return (
+            known
+            if {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & {*known}
+            else {**known, "AutoModelForCausalLM": own}
+        )
 
     def output_biases(self, config: Any) -> list[frozenset[str]]:
         """Of every layer the axes that are gone but for a bias: other biases are among the tensors."""
