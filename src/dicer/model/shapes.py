@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dicer.model.families import Family
-from dicer.model.structure.find import FoundFamily
 from dicer.model.units import Axis
 
 
@@ -28,11 +27,9 @@ class LayerShape:
 def layer_shapes(family: Family, config: Any) -> list[LayerShape]:
     """Every layer of a model, from its transformers config (stock or pruned)."""
     units = {axis: family.units(config, axis) for axis in family.axes}
-    if isinstance(family, FoundFamily):
-        return [LayerShape({axis: units[axis][i] for axis in units}) for i in range(family.where.count)]
     return [
-        LayerShape({axis: units[axis][i] for axis in units}, frozenset(getattr(layer, "output_bias", ())))
-        for i, layer in enumerate(config.per_layer_config)
+        LayerShape({axis: units[axis][i] for axis in units}, biased)
+        for i, biased in enumerate(family.output_biases(config))
     ]
 
 

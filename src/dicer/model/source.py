@@ -31,7 +31,7 @@ from dicer.model.odd import (
 from dicer.model.same import check_same
 from dicer.model.structure.account import account
 from dicer.model.structure.find import FoundFamily, find_family
-from dicer.model.structure.skeleton import model_class, on_disk
+from dicer.model.structure.skeleton import model_class, on_disk, stock_class, stock_config
 from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
 from dicer.model.tokenizer import own_code, read_tokenizer
 
@@ -122,9 +122,11 @@ class ModelSource:
         Raises:
             ModelError: transformers cannot load it, or loads other tensors than those that would be written.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-        loader: Any = self.family.stock_class if self.is_stock_found else AutoModelForCausalLM
+        reads = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto: Any = AutoModelForCausalLM if reads else AutoModelForImageTextToText
+        loader = self.family.stock_class if self.is_stock_found else auto
         where: dict[str, Any] = {"config": self.config, "trust_remote_code": False, "local_files_only": True}
         with as_model_error(self.name, "model"):
             model: nn.Module = loader.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **where)
@@ -212,7 +214,7 @@ def _open_found(name: str, folder: Path, raw_config: Mapping[str, Any], file: st
         tensors = SafetensorsSource(folder)
         found = account(name, config, raw_config, kind, tensors)
         shapes = {n: info.shape for n, info in tensors.infos().items()}
-        family = find_family(found.config, kind, shapes, file=file)
+        family = find_family(stock_config(found.config), stock_class(kind), shapes, file=file)
     refuse_config(name, raw_config, family)
     notes = (*found.notes, *family.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
     return ModelSource(
@@ -323,7 +325,7 @@ def _found_in_memory(model: Any, file: str | None = None) -> ModelSource:
         )
     with as_model_error(kind.__name__, "model"):
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        family = find_family(model.config, kind, shapes, file=file)
+        family = find_family(stock_config(model.config), stock_class(kind), shapes, file=file)
     raw_config = json.loads(json.dumps(model.config.to_dict(), default=str))
     raw_config["architectures"] = [kind.__name__]
     name = Path(str(getattr(model.config, "_name_or_path", "") or kind.__name__)).name

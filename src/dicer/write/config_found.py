@@ -1,235 +1,214 @@
-"""What config a pruned model of a family gets that was found: the stock one where that builds it, else a record."""
+"""What config a pruned model of a found family gets: that of its own class where it fits, else with a list of layers."""
 
 from __future__ import annotations
 
 import copy
-import re
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
+
+import torch
 
 from dicer.errors import PlanError
 from dicer.model.shapes import LayerShape
 from dicer.model.source import ModelSource
 from dicer.model.structure.find import FoundFamily
 from dicer.model.structure.layers import companions
-from dicer.model.structure.skeleton import Shape, Skeleton, build, flat_values, quiet
+from dicer.model.structure.skeleton import Skeleton, build, flat_values, quiet, stock_config_class
 from dicer.model.tensors import TensorInfo
 from dicer.write.config import MODELING_FILE
+from dicer.write.listed import listed_layers
 
-_COUNTS = re.compile(
-    r"^(num_|n_)?(attention_|key_value_|kv_)?(heads|head|num_heads)$|^(num|n)_(key_value|kv|attention)_heads$"
-)
+_OWN_KEYS = ("auto_map", "pruned", "_name_or_path", "architectures", "model_type")
+Widths = Mapping[str, Sequence[Fraction | None]]
 
 
 def found_config(
-    source: ModelSource, after: Sequence[LayerShape], kept: Sequence[int], infos: Mapping[str, TensorInfo]
+    source: ModelSource, infos: Mapping[str, TensorInfo], shapes: Sequence[LayerShape], kept: Sequence[int]
 ) -> dict[str, Any]:
-    """``config.json`` of a cut model whose family was found.
+    """``config.json`` of a model with the given layers.
 
-    It is the stock one where the class of transformers, built from it, has exactly the tensors of the cut. Else
-    ``pruned`` in it says which tensors of which layer have which shape, by their names in memory, and ``auto_map``
-    names the code that reads it.
+    The config of the stock class where a model built from it has exactly the tensors that there will be. Otherwise
+    ``pruned`` lists what each layer has that the class would not give it, and ``auto_map`` names the code that reads it.
 
     Args:
-        source: the model.
-        after: what stays of each layer that stays.
+        source: the dense model, or one that was pruned before; its family was found.
+        infos: the tensors that there will be.
+        shapes: what stays of each layer that stays.
         kept: which layers of the source those are.
-        infos: the tensors of the cut.
 
     Raises:
-        PlanError: a sub-layer would go whole, which no class of such a family can hold.
+        PlanError: neither can hold it.
     """
-    family = source.family
-    if not isinstance(family, FoundFamily):
-        raise TypeError("a family with a row has its config from write.config")
-    _refuse_whole(family, after, kept)
-    layers = _layer_values(source, family, kept)
-    attempts = [layers | _widths(source, family, after, kept, layers), layers]
-    fault = "transformers does not take the config that it would have"
-    for values in attempts:
-        stock = _with_values(source, family, values)
-        stock.update(model_type=family.model_type, architectures=[family.causal_lm])
-        skeleton = _built(stock, family)
-        if skeleton is None:
-            continue
-        if not any(shape.output_bias for shape in after) and _same(skeleton, infos):
+    family: Any = source.family
+    raw = {key: copy.deepcopy(value) for key, value in source.raw_config.items() if key not in _OWN_KEYS}
+    raw.update(model_type=family.model_type, architectures=[family.causal_lm])
+    before = as_config(source, raw)
+    values = (
+        {}
+        if len(kept) == family.where.count
+        else companions(before, family.where.key, family.where.count, kept, family.where.lists)
+    )
+    widths = _widths(family, shapes, kept)
+    touched = {path: value for name in family.axes if _changes(family, name, shapes, kept)
+               for path, value in family.sets.get(name, {}).items()}  # fmt: skip
+    said = {key: _said(values.get(key, flat_values(before)[key]), wanted) for key, wanted in widths.items()}
+    heads = _heads(family, shapes, kept)
+    if heads is not None and None not in said.values():
+        stock = placed(raw, {**values, **touched, **said, **heads}, before)
+        if _is(source, stock, infos):
             return stock
-        config = _recorded(stock, family, after, skeleton, infos)
-        strange = _unsaid(family, after, skeleton, infos)
-        if strange is None:
-            return config
-        fault = f"'{strange}' would be {infos[strange].shape}, and its class has {skeleton.shapes[strange]}"
-    raise PlanError(f"this cut of a {family.causal_lm} cannot be loaded: {fault}. Choose other units or ratios.")
-
-
-def _refuse_whole(family: FoundFamily, after: Sequence[LayerShape], kept: Sequence[int]) -> None:
-    for shape, old in zip(after, kept, strict=True):
-        for axis, units in shape.units.items():
-            if not units and family.counts[axis][old]:
-                raise PlanError(
-                    f"the plan removes {axis} of layer {old} whole, and of a '{family.model_type}' only units of it or "
-                    "whole layers can go. Ask for less, or set --max-ratio below 1."
-                )
-
-
-def _layer_values(source: ModelSource, family: FoundFamily, kept: Sequence[int]) -> dict[str, Any]:
-    """Path -> what the config says of layers, where some go."""
-    if len(kept) == family.where.count:
-        return {}
-    return companions(source.config, family.where.key, family.where.count, kept, family.where.lists)
-
-
-def _widths(
-    source: ModelSource,
-    family: FoundFamily,
-    after: Sequence[LayerShape],
-    kept: Sequence[int],
-    layers: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Path -> what the config says of widths and heads: the largest of each."""
-    values: dict[str, Any] = {}
-    known = flat_values(source.config)
-    widths: dict[str, dict[int, Fraction]] = {}
-    for axis, row in family.axes.items():
-        if not axis.startswith("mlp") or not row.width_keys[-1]:
+    for each in (True, False):  # the largest width for all, or what it was, where more than what is cut goes by it
+        largest = {key: _largest(values.get(key, flat_values(before)[key]), w) for key, w in widths.items() if each}
+        config = placed(raw, {**values, **touched, **largest}, before)
+        if (skeleton := _built(source, config)) is None:
             continue
-        if any(shape.units[axis] != family.counts[axis][old] for shape, old in zip(after, kept, strict=True)):
-            values |= family.sets.get(axis, {})
-        for i, shape in enumerate(after):
-            if shape.units[axis]:
-                own = widths.setdefault(row.width_keys[-1], {})
-                own[i] = max(own.get(i, Fraction(0)), shape.units[axis] / family.factors[axis])
-    for key, own in widths.items():
-        said = layers.get(key, known.get(key))
-        if isinstance(said, list | tuple):
-            values[key] = [int(own[i]) if i in own else width for i, width in enumerate(said)]
-        else:
-            values[key] = int(max(own.values()))
-    heads = [shape.units["attention"] for shape in after if shape.units.get("attention")]
-    if family.heads is not None and heads and max(heads) != family.heads.count:
-        values |= family.heads.of(max(heads))
-    return values
+        layers = listed_layers(source, skeleton, infos, shapes, kept)
+        if layers is None:
+            continue
+        return _differing(source, config, layers, infos)
+    raise PlanError(
+        f"no {family.causal_lm} of transformers can be built with the widths that are left, whatever each layer is "
+        "given by itself. Choose other units, or another --axis."
+    )
 
 
-def _with_values(source: ModelSource, family: FoundFamily, values: Mapping[str, Any]) -> dict[str, Any]:
-    """``config.json`` as it stands, with other values at their places; of a key and its other name one stays."""
-    config: dict[str, Any] = copy.deepcopy(dict(source.raw_config))
-    for key in ("auto_map", "pruned", "_name_or_path"):
-        config.pop(key, None)
-    aliases = getattr(source.text_config, "attribute_map", {})
-    for path, value in values.items():
-        outer, _, key = path.rpartition(".")
-        inner = config[outer] if outer and isinstance(config.get(outer), dict) else config
-        for other in {key, aliases.get(key), *(a for a, b in aliases.items() if b == key)} - {None}:
-            if other != key and other in inner:
-                del inner[other]
-                key = key if key in inner or path in flat_values(source.config) else other
-        inner[key] = value
-        if outer and key in config and inner is not config:
-            config[key] = value  # a config that was written flat, read as a nested one
-    return config
+def _differing(
+    source: ModelSource, config: dict[str, Any], layers: dict[str, Any], infos: Mapping[str, TensorInfo]
+) -> dict[str, Any]:
+    from dicer.write.export import modeling_pruned
+
+    family: Any = source.family
+    module, names = MODELING_FILE.removesuffix(".py"), family.pruned_classes
+    own = f"Pruned{family.causal_lm}"
+    own = own if own in names.values() else names["AutoModelForCausalLM"]
+    new = config | {
+        "model_type": family.pruned_type,
+        "architectures": [own],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in names.items()},
+        "pruned": {"layers": family.where.module, "own": layers},
+    }
+    kind: Any = getattr(modeling_pruned, own)
+    with torch.device("meta"), quiet():
+        made = kind.config_class.from_dict(copy.deepcopy(new))
+        skeleton = Skeleton(made, kind(made))
+    if name := differs(skeleton, source, infos):
+        raise PlanError(f"'{name}' of the result is not what a {own} would have; choose other units.")
+    return new
 
 
-def _built(stock: Mapping[str, Any], family: FoundFamily) -> Skeleton | None:
-    """The class of transformers as a config calls for it, or None where it does not take the config."""
-    kind = family.stock_class
+def as_config(source: ModelSource, raw: Mapping[str, Any]) -> Any:
+    """The stock config that a ``config.json`` is."""
+    return stock_config_class(source.config).from_dict(copy.deepcopy(dict(raw)))
+
+
+def _built(source: ModelSource, raw: Mapping[str, Any]) -> Skeleton | None:
+    """The stock class without weights, or None where it does not take a config."""
     try:
-        with quiet():
-            return build(kind.config_class.from_dict(dict(stock)), kind)
+        return build(as_config(source, raw), source.family.stock_class)
     except Exception:  # whatever a class raises of a config that it does not take
         return None
 
 
-def _same(skeleton: Skeleton | None, infos: Mapping[str, TensorInfo]) -> bool:
-    if skeleton is None:
-        return False
-    return all(infos[name].shape == shape for name, shape in skeleton.shapes.items() if name in infos)
+def _is(source: ModelSource, raw: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> bool:
+    skeleton = _built(source, raw)
+    return skeleton is not None and differs(skeleton, source, infos) is None
 
 
-def _unsaid(
-    family: FoundFamily, after: Sequence[LayerShape], skeleton: Skeleton, infos: Mapping[str, TensorInfo]
-) -> str | None:
-    """The first tensor of another shape than the class gives it, that no record can speak of."""
-    said = {
-        family.tensor_name(i, piece.name)
-        for i, shape in enumerate(after)
-        for axis, row in family.axes.items()
-        if shape.units[axis]
-        for piece in row.slices
-    }
-    wrong = (name for name, shape in skeleton.shapes.items() if name in infos and infos[name].shape != shape)
-    return next((name for name in wrong if name not in said), None)
+def differs(skeleton: Skeleton, source: ModelSource, infos: Mapping[str, TensorInfo]) -> str | None:
+    """The first tensor in which a model without weights is not what there will be; None where there is none.
+
+    What the source's files lack, too, is no difference: a buffer, or what its class can do without.
+    """
+    before = source.tensors.infos()
+    for name, shape in skeleton.shapes.items():
+        found = infos.get(name)
+        if found is None and (name in before or (source.family.locate(name) and not skeleton.is_buffer(name))):
+            return name
+        if found is not None and found.shape != shape:
+            return name
+    return next((name for name in infos if source.family.locate(name) and name not in skeleton.shapes), None)
 
 
-def _recorded(
-    config: dict[str, Any],
-    family: FoundFamily,
-    after: Sequence[LayerShape],
-    skeleton: Skeleton,
-    infos: Mapping[str, TensorInfo],
-) -> dict[str, Any]:
-    config = dict(config)
-    state = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
-    own: dict[str, Any] = {}
-    for i, shape in enumerate(after):
-        said = _layer_record(family, i, shape, state, skeleton, infos)
-        if said:
-            own[f"{i:03d}"] = said
-    module = MODELING_FILE.removesuffix(".py")
-    config.update(
-        model_type=family.pruned_type,
-        architectures=[f"Pruned{family.causal_lm}"],
-        auto_map={auto: f"{module}.{name}" for auto, name in family.pruned_classes.items()},
-        pruned={"layers": family.layers, "own": own},
-    )
-    return config
+def _changes(family: FoundFamily, axis: str, shapes: Sequence[LayerShape], kept: Sequence[int]) -> bool:
+    return any(shape.units[axis] != family.counts[axis][old] for shape, old in zip(shapes, kept, strict=True))
 
 
-def _layer_record(
-    family: FoundFamily,
-    index: int,
-    shape: LayerShape,
-    state: Mapping[str, Shape],
-    skeleton: Skeleton,
-    infos: Mapping[str, TensorInfo],
-) -> dict[str, Any]:
-    """What of one layer differs from what the stock class would make of the config."""
-    shapes: dict[str, list[int]] = {}
-    said: dict[str, Any] = {}
-    for axis, row in family.axes.items():
-        if not shape.units[axis]:
+def _widths(family: FoundFamily, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, list[Fraction | None]]:
+    """Width key -> what it has to be in each layer; None where it can be anything. Keys that stay are left out."""
+    found: dict[str, list[Fraction | None]] = {}
+    for name, axis in family.axes.items():
+        if axis.size_key is not None:
             continue
-        for piece in row.slices:
-            info = infos.get(family.tensor_name(index, piece.name))
-            name = piece.memory or piece.name
-            stock = state.get(f"{family.layers}.{index}.{name}")
-            if info is not None and stock is not None and stock != info.shape:
-                shapes[name] = list(info.shape)
-        if axis in shape.output_bias:
-            down = infos[family.tensor_name(index, row.output_slice.name)]
-            if f"{family.layers}.{index}.{row.output}.bias" not in state:
-                shapes[f"{row.output}.bias"] = [down.shape[1 - row.output_slice.dim]]
-        if axis.startswith("attention") and family.heads is not None:
-            said |= _heads_record(family, index, row.modules[0], shape.units[axis], skeleton)
-    return said | ({"shapes": shapes} if shapes else {})
+        key = axis.width_keys[-1]
+        if not key or not _changes(family, name, shapes, kept):  # Bloom has no key: its class cannot be any other width
+            continue
+        wanted = found.setdefault(key, [None] * len(shapes))
+        for i, shape in enumerate(shapes):
+            if shape.units[name]:
+                own = Fraction(shape.units[name]) / family.factors[name]
+                wanted[i] = own if wanted[i] is None else max(own, wanted[i] or own)
+    return found
 
 
-def _heads_record(family: FoundFamily, index: int, path: str, groups: int, skeleton: Skeleton) -> dict[str, Any]:
-    """Attributes of the attention's module that count heads, and its config, where the layer's number is its own."""
-    heads, text = family.heads, skeleton.config.get_text_config()
-    if heads is None:
+def _said(before: Any, wanted: Sequence[Fraction | None]) -> Any | None:
+    """What a width key says so that all layers have what they want, or None where it cannot."""
+    if any(w is not None and w.denominator != 1 for w in wanted):
+        return None
+    if isinstance(before, list | tuple):
+        return [int(old if w is None else w) for old, w in zip(before, wanted, strict=True)]
+    different = {int(w) for w in wanted if w is not None}
+    return different.pop() if len(different) == 1 else None if different else before
+
+
+def _largest(before: Any, wanted: Sequence[Fraction | None]) -> Any:
+    if isinstance(before, list | tuple):
+        return [old if w is None else math.ceil(w) for old, w in zip(before, wanted, strict=True)]
+    return max((math.ceil(w) for w in wanted if w is not None), default=before)
+
+
+def _heads(family: FoundFamily, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, Any] | None:
+    """What a stock config says of heads: nothing where they stay; None where no single number is all layers'."""
+    axes = [name for name, axis in family.axes.items() if axis.size_key is not None]
+    if family.heads is None or not any(_changes(family, name, shapes, kept) for name in axes):
         return {}
-    whole = int(getattr(text, (heads.groups or heads.queries).rpartition(".")[2]))
-    if groups == whole:
-        return {}
-    module = skeleton.model.get_submodule(f"{family.layers}.{index}.{path}")
-    counts = {whole * heads.per_group: groups * heads.per_group, whole: groups}
-    attributes = {
-        name: counts[value]
-        for name, value in vars(module).items()
-        if isinstance(value, int) and value in counts and _COUNTS.search(name)
-    }
-    own = {key.rpartition(".")[2]: value for key, value in heads.of(groups).items() if key != heads.size}
-    said: dict[str, Any] = {"attributes": {path: attributes}} if attributes else {}
-    return said | ({"config": {path: own}} if hasattr(module, "config") else {})
+    groups = {shape.units[name] for name in axes for shape, old in zip(shapes, kept, strict=True)
+              if family.counts[name][old]}  # fmt: skip
+    if len(groups) > 1 or 0 in groups:
+        return None
+    return dict(family.heads.of(groups.pop()))
+
+
+def placed(raw: Mapping[str, Any], values: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """``config.json`` with other values, each where the file has it: in a config inside it, at the top, or in both.
+
+    Args:
+        raw: the file as it stands.
+        values: path -> value, as transformers' config has it.
+        config: the transformers config, which knows other words for a key.
+    """
+    new = copy.deepcopy(dict(raw))
+    for path, value in values.items():
+        outer, _, key = path.rpartition(".")
+        nested = new.get(outer) if outer else new
+        homes = [home for home in ([nested] if isinstance(nested, dict) else []) if home is not None]
+        flat = bool(outer) and any(word in new for word in _words(config, outer, key))
+        if flat and not (homes and any(word in homes[0] for word in _words(config, outer, key))):
+            homes = []  # a flat file: what is inside is only what is not at the top
+        for home in [*homes, *([new] if flat or not homes else [])]:
+            _put(home, _words(config, outer, key), key, value)
+    return new
+
+
+def _words(config: Any, outer: str, key: str) -> list[str]:
+    inner = getattr(config, outer, config) if outer else config
+    other = getattr(inner, "attribute_map", {}) or {}
+    return [key, *(word for word, own in other.items() if own == key)]
+
+
+def _put(home: dict[str, Any], words: Sequence[str], key: str, value: Any) -> None:
+    there = [word for word in words if word in home]
+    for word in there[1:]:
+        del home[word]
+    home[there[0] if there else key] = value

@@ -19,7 +19,7 @@ from dicer.errors import DicerError, UnknownFamily
 from dicer.model.source import ModelSource
 from dicer.model.structure.find import FoundFamily, find_family
 from dicer.model.structure.layers import Layers, kinds_of_layers, with_layers
-from dicer.model.structure.skeleton import Shape, build, changed, flat_values, on_disk, quiet
+from dicer.model.structure.skeleton import Shape, build, changed, flat_values, on_disk, quiet, stock_config
 from dicer.model.tensors import MemorySource
 from dicer.write.checkpoint import build_model
 from dicer.write.surgery import plan_cut
@@ -341,7 +341,7 @@ def _several(config: Any, family: FoundFamily, shapes: Mapping[str, Any], each: 
 
 def family_config(source: ModelSource) -> Any:
     """The stock config of a model, also of one that was pruned before."""
-    return source.config
+    return stock_config(source.config)
 
 
 def _if_it_builds(kind: Any, config: Any, make: Callable[[Any], Any]) -> Any:
