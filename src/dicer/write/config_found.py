@@ -15,7 +15,7 @@ from dicer.model.shapes import LayerShape
 from dicer.model.source import ModelSource
 from dicer.model.structure.find import FoundFamily
 from dicer.model.structure.layers import companions
-from dicer.model.structure.skeleton import Skeleton, build, flat_values, quiet, stock_config_class
+from dicer.model.structure.skeleton import Skeleton, as_values, build, flat_values, quiet, stock_config_class
 from dicer.model.tensors import TensorInfo
 from dicer.write.config import MODELING_FILE
 from dicer.write.listed import listed_layers
@@ -91,7 +91,7 @@ def _differing(
     }
     kind: Any = getattr(modeling_pruned, own)
     with torch.device("meta"), quiet():
-        made = kind.config_class.from_dict(copy.deepcopy(new))
+        made = kind.config_class.from_dict(as_values(new))
         skeleton = Skeleton(made, kind(made))
     if name := differs(skeleton, source, infos):
         raise PlanError(f"'{name}' of the result is not what a {own} would have; choose other units.")
@@ -100,7 +100,7 @@ def _differing(
 
 def as_config(source: ModelSource, raw: Mapping[str, Any]) -> Any:
     """The stock config that a ``config.json`` is."""
-    return stock_config_class(source.config).from_dict(copy.deepcopy(dict(raw)))
+    return stock_config_class(source.config).from_dict(as_values(raw))
 
 
 def _built(source: ModelSource, raw: Mapping[str, Any]) -> Skeleton | None:

@@ -16,7 +16,7 @@ from dicer.errors import ModelError, OutputError
 from dicer.model.find import as_model_error
 from dicer.model.source import ModelSource, open_model
 from dicer.model.structure.find import FoundFamily
-from dicer.model.structure.skeleton import Skeleton
+from dicer.model.structure.skeleton import Skeleton, as_values
 from dicer.model.tensors import TensorInfo
 from dicer.write.surgery import Cut
 
@@ -27,7 +27,7 @@ def described(cut: Cut) -> tuple[Any, Any]:
 
     from dicer.write.export import modeling_pruned
 
-    raw = copy.deepcopy(cut.config)
+    raw = as_values(cut.config)
     kind, auto_map, (name, *_) = raw.pop("model_type"), raw.pop("auto_map", None), raw["architectures"]
     config = transformers.AutoConfig.for_model(kind, **raw)
     if auto_map is None:

@@ -149,6 +149,17 @@ def stock_config(config: Any) -> Any:
     return stock.from_dict({key: value for key, value in config.to_dict().items() if key not in own})
 
 
+def as_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` as values: JSON has no word for infinity, so transformers writes ``{"__float__": ...}``."""
+
+    def value(said: Any) -> Any:
+        if isinstance(said, Mapping):
+            return float(said["__float__"]) if [*said] == ["__float__"] else {key: value(v) for key, v in said.items()}
+        return [value(item) for item in said] if isinstance(said, list | tuple) else copy.deepcopy(said)
+
+    return {key: value(said) for key, said in raw.items()}
+
+
 def build(config: Any, kind: Any) -> Skeleton:
     """A model of a class on the meta device; whatever the class raises of a config that it does not take goes on."""
     own = copy.deepcopy(config)
