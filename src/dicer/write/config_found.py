@@ -1,4 +1,4 @@
-"""What config a pruned model of a found family gets: that of its own class where it fits, else with a list of layers."""
+"""What config a pruned model of a found family gets: that of its own class where it fits, else a list of layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def found_config(
     """``config.json`` of a model with the given layers.
 
     The config of the stock class where a model built from it has exactly the tensors that there will be. Otherwise
-    ``pruned`` lists what each layer has that the class would not give it, and ``auto_map`` names the code that reads it.
+    ``pruned`` lists what each layer has that the class would not give it, and ``auto_map`` names the code that reads
+    it.
 
     Args:
         source: the dense model, or one that was pruned before; its family was found.

@@ -230,8 +230,8 @@ def _shape_as_listed(model: Any, said: Mapping[str, Any]) -> None:
 
     Args:
         model: of the stock class.
-        said: ``layers``: where they are in the class with the head; ``own``: number -> what is a layer's own: ``shapes``
-            of parameters, ``attributes`` of modules and values in their ``config``, and modules to ``skip``.
+        said: ``layers``: where they are in the class with the head; ``own``: number -> what is a layer's own:
+            ``shapes`` of parameters, ``attributes`` of modules, values in their ``config``, and modules to ``skip``.
     """
     path, base = said["layers"], f"{model.base_model_prefix}."
     if model.base_model is model and base != ".":
@@ -352,7 +352,7 @@ _ENDINGS = {
 def _by_name(name: str) -> type | None:
     """The class ``PrunedX`` for a config or model class ``X``, or None where transformers has no such class."""
     stock_name = name.removeprefix("Pruned")
-    stock = getattr(transformers, stock_name, None)
+    stock: Any = getattr(transformers, stock_name, None)
     if stock is not None and stock_name.endswith("Config"):
         own = {"model_type": "pruned_" + stock.model_type, "__module__": __name__}
         _share_conversions(stock.model_type, own["model_type"])
