@@ -19,7 +19,7 @@ from dicer.model.structure.find import FoundFamily, find_family
 from dicer.model.structure.skeleton import changed, on_disk
 from dicer.model.tensors import MemorySource
 from dicer.model.units import Axis
-from dicer.write.experts import expert_cuts, without_aliases
+from dicer.write.experts import expert_cuts
 from dicer.write.surgery import slice_tensor
 from families.sizes import EXPERTS
 from families.tiny import tiny_input, tiny_model
@@ -208,10 +208,3 @@ def test_no_whole_experts(model_type: str) -> None:
 
     assert "experts" not in family.axes
     assert re.search("share the router|attention has experts|table of whole numbers", family.refused["experts"])
-
-
-def test_aliases() -> None:
-    source = moe("qwen3_moe")[1]
-    raw = {"num_experts": 8, "num_local_experts": 8, "top": 1}
-
-    assert without_aliases(raw, source.config, "num_local_experts") == {"num_local_experts": 8, "top": 1}

@@ -27,6 +27,8 @@ def portable(recipe: Recipe, method: Method, compute: Compute) -> dict[str, Any]
     }
     if recipe.entropy_profile:
         named["entropy_profile"] = _by_content(recipe.entropy_profile)
+    if recipe.family:
+        named["family"] = _by_content(recipe.family)
     return {**recipe.flat(), **compute.flat(), "method": choices.pop("preset"), **choices, **named}
 
 

@@ -15,6 +15,7 @@ from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
 from dicer.decide.amounts.by_entropy import entropy_ratios
 from dicer.decide.amounts.by_rank import block_removal, global_units
+from dicer.decide.amounts.equal import PAD, equal_units, stock_numbers
 from dicer.decide.amounts.experts import check_least, reason_against, tied_units, with_experts
 from dicer.decide.amounts.from_file import read_ratios
 from dicer.decide.amounts.prunable import TOLERANCE, Bounds, Prunable, most, total
@@ -71,7 +72,7 @@ def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
     """
     infos, family = source.tensors.infos(), source.family
     units = {axis: family.units(source.config, axis) for axis in family.axes}
-    count = len(source.config.per_layer_config)
+    count = len(next(iter(units.values())))
     chosen = select_layers(recipe.layers, count)
     owned, inside = sub_layer_parameters(family, infos), layer_parameters(family, infos)
     axes = axes_of(method.axes, family.axes)
@@ -116,8 +117,9 @@ def known_beforehand(source: ModelSource, budget: Budget, method: Method, recipe
     """What can be said before anything is computed: uniform ratios, and those of a file or a profile; else None.
 
     Raises:
-        RecipeError: a ratio that leaves nothing, or a file that does not fit the model.
+        RecipeError: a ratio that leaves nothing, a file that does not fit the model, or no stock model that it can be.
     """
+    legal = _stock_numbers(source, budget, method, recipe) if recipe.stock else None
     if recipe.entropy_profile is not None:
         lists = lists_needed(method, recipe.split)
         profile = _read_profile(Path(recipe.entropy_profile), source, lists, budget.layers)
@@ -127,7 +129,19 @@ def known_beforehand(source: ModelSource, budget: Budget, method: Method, recipe
     if method.allocate != "uniform":
         return None
     ratio = recipe.ratio if method.ratio_of == "chosen" else budget.target / total(budget.sub_layers)
+    if legal is not None:
+        return _amounts(budget.sub_layers, equal_units(budget.sub_layers, ratio, budget.bounds, legal))
     return _amounts(budget.sub_layers, uniform_units(budget.sub_layers, ratio, budget.bounds))
+
+
+def _stock_numbers(source: ModelSource, budget: Budget, method: Method, recipe: Recipe) -> dict[str, list[int]]:
+    """As :func:`.equal.stock_numbers`, where all layers were chosen."""
+    if method.axes and len(select_layers(recipe.layers, budget.layers)) < budget.layers:
+        raise RecipeError(
+            f"--stock cuts all layers alike, and --layers {recipe.layers} leaves others as they are: leave --layers "
+            f"out, or {PAD}."
+        )
+    return stock_numbers(source, method.axes, biased=recipe.compensate == "bias")
 
 
 def _read_profile(path: Path, source: ModelSource, lists: Sequence[str], layers: int) -> Profile:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dicer.ask.axes import kind_of
-from dicer.decide.plan_file import FORMAT, TENSORS, PlanFile, Widths, first_fault
+from dicer.decide.plan_file import FORMAT, PlanFile, Widths, first_fault
+from dicer.decide.plan_file import TENSORS as TENSORS
 from dicer.errors import PlanError
 from dicer.files import as_output_error, write_whole
 

@@ -153,8 +153,15 @@ class Decided(Asked):
             whole = [s.layer for s in own if self.amounts.keep[s.place] == s.units]
             # Of the few heads of a layer all may stay, as rounding goes over all layers.
             if whole and (kind_of(axis).rounds_each_layer or len(whole) == len(own)):
-                count, units = len({*whole}), kind_of(axis).units
-                notes.append(f"{count} layers keep all their {units}: the ratio rounds to nothing there")
+                notes.append(
+                    f"{len({*whole})} layers keep all their {kind_of(axis).units}: the ratio rounds to nothing there"
+                )
+            few = self.recipe.stock and own and not kind_of(axis).rounds_each_layer
+            if few and (keep := self.amounts.keep[own[0].place]) != (units := own[0].units) * (1 - self.recipe.ratio):
+                notes.append(
+                    f"every layer keeps {keep} of {units} {kind_of(axis).units}, the number nearest to the ratio that a "
+                    f"stock {self.source.family.causal_lm} can have ({1 - keep / units:.1%} go)"
+                )
         return notes
 
     def outline(self) -> PrunePlan:

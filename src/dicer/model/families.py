@@ -101,6 +101,10 @@ class Family:
             for layer in config.per_layer_config[:]
         ]
 
+    def output_biases(self, config: Any) -> list[frozenset[str]]:
+        """Of every layer the axes whose output projection has a bias that the stock class would not give it."""
+        return [frozenset(getattr(layer, "output_bias", ())) for layer in config.per_layer_config]
+
     def widths(self, config: Any) -> list[int]:
         """Neurons in every layer."""
         return self.units(config, "mlp")

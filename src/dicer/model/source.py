@@ -31,7 +31,7 @@ from dicer.model.odd import (
 from dicer.model.same import check_same
 from dicer.model.structure.account import account
 from dicer.model.structure.find import FoundFamily, find_family
-from dicer.model.structure.skeleton import model_class, on_disk
+from dicer.model.structure.skeleton import model_class, on_disk, stock_class, stock_config
 from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
 from dicer.model.tokenizer import own_code, read_tokenizer
 
@@ -122,9 +122,11 @@ class ModelSource:
         Raises:
             ModelError: transformers cannot load it, or loads other tensors than those that would be written.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-        loader: Any = self.family.stock_class if self.is_stock_found else AutoModelForCausalLM
+        reads = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto: Any = AutoModelForCausalLM if reads else AutoModelForImageTextToText
+        loader = self.family.stock_class if self.is_stock_found else auto
         where: dict[str, Any] = {"config": self.config, "trust_remote_code": False, "local_files_only": True}
         with as_model_error(self.name, "model"):
             model: nn.Module = loader.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **where)
@@ -168,11 +170,12 @@ def tokenize_with(tokenizer: Any | None) -> Tokenize | None:
     return None if tokenizer is None else Tokenize(tokenizer)
 
 
-def open_model(model: str | os.PathLike[str]) -> ModelSource:
+def open_model(model: str | os.PathLike[str], family_file: str | None = None) -> ModelSource:
     """Find a model and check it, without loading a weight.
 
     Args:
         model: a hub id, a folder, a ``.gguf`` file, or ``builtin:smollm2``.
+        family_file: a TOML file that says the structure, where it cannot be found.
 
     Raises:
         ModelError: it cannot be found or read, its weights are missing, broken, pickled or quantized, or its tensors
@@ -182,9 +185,9 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
     name, folder = find_model(os.fspath(model))
     refuse_adapter(name, folder)
     raw_config = read_config(folder)
-    family = known_family(str(raw_config.get("model_type")))
+    family = known_family(str(raw_config.get("model_type"))) if family_file is None else None
     if family is None:
-        return _open_found(name, folder, raw_config)
+        return _open_found(name, folder, raw_config, family_file)
     refuse_config(name, raw_config, family)
     config = _config(name, folder)
     tensors = SafetensorsSource(folder)
@@ -202,7 +205,7 @@ def _config(name: str, folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _open_found(name: str, folder: Path, raw_config: Mapping[str, Any]) -> ModelSource:
+def _open_found(name: str, folder: Path, raw_config: Mapping[str, Any], file: str | None = None) -> ModelSource:
     """A model of a family that has no row: its row is found."""
     refuse_quantized(name, raw_config)
     config = _config(name, folder)
@@ -210,7 +213,8 @@ def _open_found(name: str, folder: Path, raw_config: Mapping[str, Any]) -> Model
         kind = model_class(config, raw_config.get("architectures"))
         tensors = SafetensorsSource(folder)
         found = account(name, config, raw_config, kind, tensors)
-        family = find_family(found.config, kind, {n: info.shape for n, info in tensors.infos().items()})
+        shapes = {n: info.shape for n, info in tensors.infos().items()}
+        family = find_family(stock_config(found.config), stock_class(kind), shapes, file=file)
     refuse_config(name, raw_config, family)
     notes = (*found.notes, *family.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
     return ModelSource(
@@ -253,8 +257,12 @@ def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "
     return name, loaded.eval(), read_tokenizer(name, folder)
 
 
-def from_memory(model: Any) -> ModelSource:
+def from_memory(model: Any, family_file: str | None = None) -> ModelSource:
     """A model that is already loaded; its tensors are read from it, not copied.
+
+    Args:
+        model: of transformers.
+        family_file: a TOML file that says the structure, where it cannot be found.
 
     Raises:
         UnknownFamily: its family has no row in the table.
@@ -264,9 +272,9 @@ def from_memory(model: Any) -> ModelSource:
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
         raise ModelError(f"a {type(model).__name__} is no transformers model; give an AutoModelForCausalLM, or a path.")
-    known = known_family(str(config.model_type))
+    known = known_family(str(config.model_type)) if family_file is None else None
     if known is None:
-        return _found_in_memory(model)
+        return _found_in_memory(model, family_file)
     family = known
     if not {kind.__name__ for kind in type(model).__mro__} & {family.causal_lm, *family.pruned_classes.values()}:
         raise ModelError(
@@ -274,7 +282,7 @@ def from_memory(model: Any) -> ModelSource:
             "AutoModelForCausalLM (and merge or unload adapters first)."
         )
     if type(model).__module__.startswith("transformers_modules.") and not type(model).__name__.startswith("Pruned"):
-        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family)
+        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family, runs=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
     _check_memory(model, family)
@@ -298,7 +306,7 @@ def from_memory(model: Any) -> ModelSource:
     )
 
 
-def _found_in_memory(model: Any) -> ModelSource:
+def _found_in_memory(model: Any, file: str | None = None) -> ModelSource:
     """A model in memory of a family that has no row."""
     kind = type(model)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -316,7 +324,8 @@ def _found_in_memory(model: Any) -> ModelSource:
             "(without device_map and offload_folder), or give its folder."
         )
     with as_model_error(kind.__name__, "model"):
-        family = find_family(model.config, kind, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        family = find_family(stock_config(model.config), stock_class(kind), shapes, file=file)
     raw_config = json.loads(json.dumps(model.config.to_dict(), default=str))
     raw_config["architectures"] = [kind.__name__]
     name = Path(str(getattr(model.config, "_name_or_path", "") or kind.__name__)).name

@@ -121,6 +121,11 @@ class SafetensorsSource:
         """Every tensor's shape and dtype, from the headers alone."""
         return self._infos
 
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that hold them."""
+        return sorted(set(self._files.values()))
+
     def leave_out(self, names: Collection[str]) -> None:
         """Be as if these tensors were not there."""
         self._infos = {name: info for name, info in self._infos.items() if name not in names}

@@ -138,6 +138,12 @@ class Axis:
             return factor * int(read(key))
         return int(said)
 
+    def keys(self, values: Mapping[str, Any], units: int) -> dict[str, int]:
+        """What a config says of a number of units; heads also say their queries, as many for each unit as before."""
+        before = self.width(values.get)
+        *more, own = self.width_keys
+        return {**{key: units * int(values[key]) // before for key in more}, own: units}
+
     @property
     def kind(self) -> AxisKind:
         """What can be done with its units, whatever the family."""

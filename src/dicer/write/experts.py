@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,20 +102,3 @@ def expert_cuts(axes: Mapping[str, Axis], plan: PrunePlan) -> Find:
         return ExpertCut(name, own, whole)
 
     return find
-
-
-def without_aliases(raw_config: Mapping[str, Any], config: Any, path: str) -> dict[str, Any]:
-    """A raw config without other names of a key: of two that differ, one would win without a word.
-
-    Args:
-        raw_config: ``config.json`` as it stands.
-        config: the transformers config of the whole.
-        path: of the key that is set, as in ``text_config.num_local_experts``.
-    """
-    outer, _, key = path.rpartition(".")
-    part = getattr(config, outer) if outer else config
-    names = {alias for alias, target in part.attribute_map.items() if target == key} - {key}
-    if not outer:
-        return {name: value for name, value in raw_config.items() if name not in names}
-    inside = {name: value for name, value in raw_config.get(outer, {}).items() if name not in names}
-    return {**raw_config, outer: inside}

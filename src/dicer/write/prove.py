@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,8 @@ from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import DicerError, UnknownFamily
 from dicer.model.source import ModelSource
 from dicer.model.structure.find import FoundFamily, find_family
-from dicer.model.structure.layers import kinds_of_layers, with_layers
-from dicer.model.structure.skeleton import build, changed, flat_values, on_disk, quiet
+from dicer.model.structure.layers import Layers, kinds_of_layers, with_layers
+from dicer.model.structure.skeleton import Shape, build, changed, flat_values, on_disk, quiet, stock_config
 from dicer.model.tensors import MemorySource
 from dicer.write.checkpoint import build_model
 from dicer.write.surgery import plan_cut
@@ -95,12 +95,12 @@ class Twin:
         if not isinstance(family, FoundFamily):
             raise TypeError("only a family that was found has to be proven")
         self.kind: Any = family.stock_class
-        config = _small(source, family, self.kind, each)
+        config, kept = _small(source, family, self.kind, each)
         torch.manual_seed(0)
         with quiet():
             self.model: Any = self.kind._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
         _fill(self.model)
-        self.family = find_family(config, self.kind)
+        self.family = find_family(config, self.kind, where=replace(family.where, count=len(kept)))
         self.tensors = {name: tensor.clone() for name, tensor in on_disk(self.model).items()}
         raw = json.loads(json.dumps(config.to_dict(), default=str)) | {"architectures": [self.kind.__name__]}
         self.source = ModelSource("twin", None, config, raw, self.family, MemorySource(self.tensors))
@@ -304,16 +304,29 @@ def _passing(model: Any, layers: str, index: int) -> Any:
     return model
 
 
-def _small(source: ModelSource, family: FoundFamily, kind: Any, each: int) -> Any:
+def _small(source: ModelSource, family: FoundFamily, kind: Any, each: int) -> tuple[Any, list[int]]:
     """The config of a twin: layers of each kind, few tokens, narrow MLPs, few heads; the rest is the user's own."""
     config = family_config(source)
     layers = family.where
     shapes = {name: info.shape for name, info in source.tensors.infos().items()}
     keep = kinds_of_layers(config, layers, shapes) if each == 1 else _several(config, family, shapes, each)
-    config = _if_it_builds(kind, config, lambda own: with_layers(own, layers.key, layers.count, keep))
+    shorter = _if_it_builds(kind, config, lambda own: with_layers(own, layers, keep))
+    if shorter is config or not _alike(shorter, kind, layers, keep, shapes):
+        keep = [*range(max(keep) + 1)]  # the class makes a layer by its number
+        shorter = _if_it_builds(kind, config, lambda own: with_layers(own, layers, keep))
+    if shorter is config or not _alike(shorter, kind, layers, keep, shapes):
+        keep, shorter = [*range(layers.count)], config
+    config = shorter
     for values in _shrunk(config, family):
         config = _if_it_builds(kind, config, partial(changed, values=values))
-    return config
+    return config, keep
+
+
+def _alike(shorter: Any, kind: Any, layers: Layers, keep: Sequence[int], shapes: Mapping[str, Shape]) -> bool:
+    """Whether the layers of a shorter model have the tensors of those that they stand for."""
+    found = replace(layers, count=len(keep)).inside(build(shorter, kind).shapes)
+    names = layers.inside(shapes)
+    return [set(tensors) for tensors in found] == [set(names[i]) for i in keep]
 
 
 def _several(config: Any, family: FoundFamily, shapes: Mapping[str, Any], each: int) -> list[int]:
@@ -328,7 +341,7 @@ def _several(config: Any, family: FoundFamily, shapes: Mapping[str, Any], each: 
 
 def family_config(source: ModelSource) -> Any:
     """The stock config of a model, also of one that was pruned before."""
-    return source.config
+    return stock_config(source.config)
 
 
 def _if_it_builds(kind: Any, config: Any, make: Callable[[Any], Any]) -> Any:
@@ -376,7 +389,7 @@ def _fill(model: nn.Module) -> None:
     """Random weights that keep activations of the size of one, whatever the widths; norms near one, no bias of zero."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in model.state_dict(keep_vars=True).items():
             if not tensor.is_floating_point() or (name.endswith(("inv_freq", "A_log", "dt_bias", ".D"))):
                 continue
             if tensor.dim() > 1:

@@ -19,7 +19,7 @@ from dicer.model.structure.heads import HeadKeys, find_heads, is_output
 from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
 from dicer.model.structure.probe import Change
-from dicer.model.structure.skeleton import Shape, Skeleton, build
+from dicer.model.structure.skeleton import Shape, Skeleton, build, pruned_classes
 from dicer.model.structure.trace import Call, activation, final_norm, trace
 from dicer.model.units import Axis, Slice
 
@@ -51,8 +51,25 @@ class FoundFamily(Family):
     @property
     def pruned_classes(self) -> dict[str, str]:
         """Auto class -> class in ``modeling_pruned.py`` for a checkpoint whose widths differ."""
-        auto = "AutoModelForCausalLM" if "Conditional" not in self.causal_lm else "AutoModelForImageTextToText"
-        return {"AutoConfig": f"Pruned{self.stem}Config", auto: f"Pruned{self.causal_lm}"}
+        import transformers
+
+        known = pruned_classes(getattr(transformers, f"{self.stem}Config"))
+        own = f"Pruned{self.causal_lm}"
+        # Emu3's text part has a class, and no auto class knows it.
+        return (
+            known
+            if {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & {*known}
+            else {**known, "AutoModelForCausalLM": own}
+        )
+
+    def output_biases(self, config: Any) -> list[frozenset[str]]:
+        """Of every layer the axes that are gone but for a bias: other biases are among the tensors."""
+        said = (getattr(config, "pruned", None) or {}).get("own", {})
+        skips = [said.get(f"{i:03d}", {}).get("skip", {}) for i in range(self.where.count)]
+        return [
+            frozenset(name for name, axis in self.axes.items() if skip.get(axis.modules[-1], {}).get("bias"))
+            for skip in skips
+        ]
 
     def tensor_name(self, layer: int, name: str) -> str:
         """The full name, on disk, of a layer's tensor."""
@@ -71,7 +88,12 @@ class FoundFamily(Family):
 
 
 def find_family(
-    config: Any, kind: Any, shapes: Mapping[str, Shape] | None = None, file: str | None = None
+    config: Any,
+    kind: Any,
+    shapes: Mapping[str, Shape] | None = None,
+    *,
+    file: str | None = None,
+    where: Layers | None = None,
 ) -> FoundFamily:
     """Find a family by building its class without weights, once for each key that may be a width.
 
@@ -80,6 +102,7 @@ def find_family(
         kind: the class of transformers.
         shapes: of the tensors, by the names that transformers writes; by default those that the class would write.
         file: a family file of the user's; what it says goes before what is found.
+        where: the layers, where they are known already.
 
     Raises:
         UnknownFamily: it has no list of decoder layers.
@@ -88,7 +111,7 @@ def find_family(
     whole = build(config, kind)
     row = exception_for(config.model_type) if file is None else read_family(file)
     text = config.get_text_config()
-    layers = (row.where(int(text.num_hidden_layers)) if row else None) or find_layers(whole, kind)
+    layers = where or (row.where(int(text.num_hidden_layers)) if row else None) or find_layers(whole, kind)
     some, chosen = sample(whole, kind, layers)
     inner = replace(layers, count=len(chosen))
     calls = trace(some)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dicer.errors import UnknownFamily
@@ -27,12 +27,14 @@ class Layers:
         count: how many there are.
         module: path of the list inside the class.
         disk: what their tensors' names begin with in the files, without the number.
+        lists: keys beside ``key`` whose value has an item for every layer.
     """
 
     key: str
     count: int
     module: str
     disk: str
+    lists: tuple[str, ...] = ()
 
     def locate(self, name: str) -> tuple[int, str] | None:
         """(layer, name inside it) of a tensor on disk, or None for one outside the decoder layers."""
@@ -64,12 +66,14 @@ def find_layers(whole: Skeleton, kind: Any) -> Layers:
         if not lists:
             continue
         try:
-            longer = build(with_layers(whole.config, key, count, [*range(count), count - 1]), kind)
+            longer = build(
+                changed(whole.config, companions(whole.config, key, count, [*range(count), count - 1])), kind
+            )
         except Exception:  # whatever a class raises of a config that it does not take
             continue
         follow = [name for name in lists if longer.lists.get(name) == count + 1]
         if follow:
-            return _placed(whole, longer, key, count, follow)
+            return replace(_placed(whole, longer, key, count, follow), lists=_item_a_layer(whole.config, key, count))
     raise UnknownFamily(
         f"no list of decoder layers is found in a {kind.__name__}: no key of its config changes the length of one. "
         "Say it in a file, and give that with --family FILE.toml."
@@ -112,7 +116,25 @@ def _overlap(first: str, second: str) -> int:
     return same
 
 
-def companions(config: Any, key: str, count: int, keep: Sequence[int]) -> dict[str, Any]:
+def _beside(config: Any, key: str) -> dict[str, Any]:
+    """The values of the config that a key is in."""
+    outer, said = key.rpartition(".")[0], config.to_dict()
+    return dict(said[outer] if outer else said)
+
+
+def _item_a_layer(config: Any, key: str, count: int) -> tuple[str, ...]:
+    """Keys whose value has an item for every layer; one that lists the layers' numbers has not."""
+    found = []
+    for name, value in _beside(config, key).items():
+        if isinstance(value, list | tuple) and len(value) == count:
+            if not ("layer" in name and list(value) == list(range(count))):
+                found.append(name)
+    return tuple(found)
+
+
+def companions(
+    config: Any, key: str, count: int, keep: Sequence[int], lists: Collection[str] | None = None
+) -> dict[str, Any]:
     """What a config has to say of layers when only some of them stay: path -> value.
 
     Every list as long as the model is cut, lists of layers' numbers are renumbered, counts from the front or the back
@@ -123,10 +145,12 @@ def companions(config: Any, key: str, count: int, keep: Sequence[int]) -> dict[s
         key: the path of the key that counts layers.
         count: how many layers there are.
         keep: which of them stay, ascending.
+        lists: keys whose value has an item for every layer; by default those that are as long as the model.
     """
     outer = key.rpartition(".")[0]
     prefix = f"{outer}." if outer else ""
-    inside = config.to_dict()[outer] if outer else config.to_dict()
+    inside = _beside(config, key)
+    lists = _item_a_layer(config, key, count) if lists is None else lists
     new: dict[str, Any] = {} if isinstance(inside[key.rpartition(".")[2]], list) else {key: len(keep)}
     place = {old: i for i, old in enumerate(keep)}
     for name, value in inside.items():
@@ -136,7 +160,7 @@ def companions(config: Any, key: str, count: int, keep: Sequence[int]) -> dict[s
         elif isinstance(value, list | tuple) and value:
             numbers = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
             distinct = numbers and sorted({*value}) == list(value) and value[-1] < count
-            if len(value) == count and not (distinct and list(value) == list(range(count)) and "layer" in name):
+            if name in lists and len(value) == count:
                 new[prefix + name] = [value[i] for i in keep]
             elif distinct and _INDEX_LIST.search(name):
                 new[prefix + name] = [place[i] for i in value if i in place]
@@ -148,9 +172,9 @@ def companions(config: Any, key: str, count: int, keep: Sequence[int]) -> dict[s
     return new
 
 
-def with_layers(config: Any, key: str, count: int, keep: Sequence[int]) -> Any:
+def with_layers(config: Any, layers: Layers, keep: Sequence[int]) -> Any:
     """A config of a model that has only some of the layers (see :func:`companions`)."""
-    return changed(config, companions(config, key, count, keep))
+    return changed(config, companions(config, layers.key, layers.count, keep, layers.lists))
 
 
 def kinds_of_layers(config: Any, layers: Layers, shapes: Mapping[str, Shape]) -> list[int]:
@@ -161,9 +185,8 @@ def kinds_of_layers(config: Any, layers: Layers, shapes: Mapping[str, Shape]) ->
         layers: where they are.
         shapes: of the tensors on disk.
     """
-    outer = layers.key.rpartition(".")[0]
-    said = config.to_dict()[outer] if outer else config.to_dict()
-    lists = [v for v in said.values() if isinstance(v, list | tuple) and len(v) == layers.count]
+    said = _beside(config, layers.key)
+    lists = [said[name] for name in layers.lists if len(said[name]) == layers.count]
     indices = [
         {*v}
         for name, v in said.items()
@@ -188,10 +211,10 @@ def sample(whole: Skeleton, kind: Any, layers: Layers) -> tuple[Skeleton, list[i
     inside = layers.inside(whole.shapes)
     for keep in (first, [*range(first[-1] + 1)]):
         try:
-            fewer = build(with_layers(whole.config, layers.key, layers.count, keep), kind)
+            fewer = build(with_layers(whole.config, layers, keep), kind)
         except Exception:  # whatever a class raises of a config that it does not take
             continue
-        found = Layers(layers.key, len(keep), layers.module, layers.disk).inside(fewer.shapes)
+        found = replace(layers, count=len(keep)).inside(fewer.shapes)
         if found == [inside[i] for i in keep]:
             return fewer, keep
     return whole, [*range(layers.count)]

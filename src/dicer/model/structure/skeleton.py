@@ -15,6 +15,12 @@ from torch import nn
 from dicer.errors import UnknownFamily
 
 Shape = tuple[int, ...]
+# Auto class -> how the names of its classes end.
+_AUTO = {
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForImageTextToText": "ForConditionalGeneration",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,14 @@ class Skeleton:
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
         return on_disk(self.model)
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor is no parameter, by its name in memory."""
+        return name in self._buffers
+
+    @cached_property
+    def _buffers(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.model.named_buffers())
 
     @cached_property
     def lists(self) -> dict[str, int]:
@@ -95,6 +109,55 @@ def model_class(config: Any, architectures: Any = None) -> Any:
         )
     named = architectures if isinstance(architectures, list) else []
     return next((kind for kind in whole if kind.__name__ in named), whole[0])
+
+
+def pruned_classes(config_class: Any) -> dict[str, str]:
+    """Auto class -> class in ``modeling_pruned.py``, for checkpoints of a config class whose layers differ.
+
+    A class for the text part alone is left out; where one is another config's own (InternLM 3 has Llama's), ours has a
+    name of its own.
+    """
+    import transformers
+
+    stem = config_class.__name__.removesuffix("Config")
+    found = {"AutoConfig": f"Pruned{stem}Config"}
+    for auto, ending in _AUTO.items():
+        stock = getattr(transformers, auto)._model_mapping.get(config_class, None)
+        stock = stock[0] if isinstance(stock, tuple) else stock
+        if stock is not None and stock.config_class is config_class:
+            found[auto] = f"Pruned{stock.__name__}"
+        elif stock is not None and not config_class.sub_configs:
+            found[auto] = f"Pruned{stem}{ending}"
+    return found
+
+
+def stock_config_class(config: Any) -> Any:
+    """The class of transformers of a config, also where it is one of ours made of that."""
+    return stock_class(type(config))
+
+
+def stock_class(kind: Any) -> Any:
+    """The class of transformers that a class of ours is made of; else the same."""
+    return next(base for base in kind.__mro__ if base.__module__.startswith("transformers."))
+
+
+def stock_config(config: Any) -> Any:
+    """The config of transformers' own class: that of a model whose layers differ without the list of what differs."""
+    own, stock = ("pruned", "auto_map", "model_type", "architectures"), stock_config_class(config)
+    if type(config) is stock:
+        return config
+    return stock.from_dict({key: value for key, value in config.to_dict().items() if key not in own})
+
+
+def as_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` as values: JSON has no word for infinity, so transformers writes ``{"__float__": ...}``."""
+
+    def value(said: Any) -> Any:
+        if isinstance(said, Mapping):
+            return float(said["__float__"]) if [*said] == ["__float__"] else {key: value(v) for key, v in said.items()}
+        return [value(item) for item in said] if isinstance(said, list | tuple) else copy.deepcopy(said)
+
+    return {key: value(said) for key, said in raw.items()}
 
 
 def build(config: Any, kind: Any) -> Skeleton:
