@@ -22,6 +22,7 @@ from dicer.model.structure.layers import Layers, kinds_of_layers, with_layers
 from dicer.model.structure.skeleton import Shape, build, changed, flat_values, on_disk, quiet, stock_config
 from dicer.model.tensors import MemorySource
 from dicer.write.checkpoint import build_model
+from dicer.write.prove_experts import compare_experts, compare_neurons, tied_axes, twin_counts
 from dicer.write.surgery import plan_cut
 
 TOKENS = (2, 12)
@@ -156,7 +157,10 @@ def prove(source: ModelSource, axes: Collection[str]) -> list[Proof]:
     if not reload <= _SAME:
         why = f"a twin of it, saved and loaded uncut, is another model (logits off by {reload:.2g})"
         return [Proof(axis, why_not=why) for axis in axes]
-    return [_blocks(source) if axis == "block" else _axis(twin, source.family, axis) for axis in axes]
+    tied = tied_axes(source.family) if any(source.family.axes[a].routed for a in axes if a != "block") else {}
+    alone = [axis for axis in axes if axis not in tied and axis != "experts"]
+    proofs = [_blocks(source) if axis == "block" else _axis(twin, source.family, axis) for axis in alone]
+    return [*proofs, *(_experts(twin, axis) for axis in ("mlp.experts", "experts") if axis in axes or (tied and "." in axis))]
 
 
 def _axis(twin: Twin, family: FoundFamily, axis: str) -> Proof:
@@ -180,6 +184,24 @@ def _axis(twin: Twin, family: FoundFamily, axis: str) -> Proof:
         except Exception as fault:
             differing = _line(fault)
     return Proof(axis, error, moved, differing=differing)
+
+
+def _experts(twin: Twin, axis: str) -> Proof:
+    """Whole experts, or the neurons inside all of them and what goes by the same key of the config."""
+    try:
+        load = twin.loaded
+        if axis == "experts":
+            cut, expected, others = compare_experts(twin.source, load(twin.tensors), twin.logits)
+        else:
+            cut, expected, others = compare_neurons(twin.source, load, twin.logits)
+    except Exception as fault:
+        return Proof(axis, why_not=f"what is cut cannot be built ({_line(fault)})")
+    error, moved = twin.apart(cut, expected), twin.apart(cut, twin.dense)
+    if not _agrees(error, moved):
+        return Proof(axis, error, moved, why_not=_numbers(axis, "the experts' tensors", error, moved))
+    if twin.apart(others, expected) <= _APART * error:
+        return Proof(axis, error, moved, why_not="other units out give the same, so no comparison can tell them apart")
+    return Proof(axis, error, moved, differing="one tensor or one key of the config says it of all")
 
 
 def _numbers(axis: str, tensor: str, error: float, moved: float) -> str:
@@ -375,6 +397,8 @@ def _shrunk(config: Any, family: FoundFamily) -> list[dict[str, Any]]:
         value = values.get(key)
         if axis.startswith("mlp") and isinstance(value, int) and value * share > _WIDTH:
             changes.append({key: max(1, int(_WIDTH / share))})
+    if fewer := twin_counts(family):
+        changes.append(fewer)
     if family.heads is not None and family.heads.count > _GROUPS:
         changes.append(family.heads.of(_GROUPS))
     vision = config.to_dict().get("vision_config")
