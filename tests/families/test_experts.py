@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import dicer
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.model.source import ModelSource
 from dicer.model.structure.find import FoundFamily, find_family
@@ -20,6 +23,7 @@ from dicer.model.structure.skeleton import changed, on_disk
 from dicer.model.tensors import MemorySource
 from dicer.model.units import Axis
 from dicer.write.experts import expert_cuts
+from dicer.write.prove import prove
 from dicer.write.surgery import slice_tensor
 from families.sizes import EXPERTS
 from families.tiny import tiny_input, tiny_model
@@ -208,3 +212,43 @@ def test_no_whole_experts(model_type: str) -> None:
 
     assert "experts" not in family.axes
     assert re.search("share the router|attention has experts|table of whole numbers", family.refused["experts"])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3 in groups", "gpt_oss"])
+@pytest.mark.parametrize("axis", ["experts", "mlp"])
+def test_from_folder(name: str, axis: str, tmp_path: Path) -> None:
+    model = moe(name)[0]
+    model.save_pretrained(tmp_path / "dense")
+
+    result = dicer.prune(
+        tmp_path / "dense", dicer.Recipe(axis=axis, criterion="weight-l2", ratio=0.25), output=tmp_path / "small"
+    )
+
+    small, report = type(model).from_pretrained(tmp_path / "small", dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    in_memory = dicer.prune(model, dicer.Recipe(axis=axis, criterion="weight-l2", ratio=0.25)).model
+    torch.testing.assert_close(logits(small), logits(in_memory), rtol=0, atol=0)
+    assert sum(p.numel() for p in small.parameters()) < result.before.parameters
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3 in groups"])
+def test_proof(name: str) -> None:
+    source = moe(name)[1]
+
+    proofs = {proof.axis: proof for proof in prove(source, [a for a in source.family.axes if a != "attention"])}
+
+    assert {"mlp.experts", "experts"} <= {*proofs} <= {"mlp", "mlp.experts", "experts"}
+    assert all(proof.holds for proof in proofs.values())
+
+
+def test_proof_of_wrong_groups() -> None:
+    source = moe("deepseek_v3 in groups")[1]
+    family = found(source)
+    wrong = dataclasses.replace(family.axes["experts"], parts=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "dicer.write.prove_experts.plan_experts", lambda own: plan_of(own, [wrong], lambda units: units - 3)
+        )
+        (proof,) = prove(source, ["experts"])
+
+    assert not proof.holds

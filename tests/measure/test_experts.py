@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from families.sizes import EXPERTS
+from families.tiny import tiny_input, tiny_model
 from torch import Tensor
 
 from dicer.ask.recipe import Recipe
@@ -18,8 +20,6 @@ from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import Calibration
 from dicer.measure.walk import Visit, walk
 from dicer.model.source import from_memory
-from families.sizes import EXPERTS
-from families.tiny import tiny_input, tiny_model
 
 
 def visits(model: Any, needs: list[Need], **more: Any) -> dict[str, Visit]:

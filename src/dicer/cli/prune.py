@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -172,17 +173,23 @@ def _show_widths(plan: Any) -> None:
     if plan.blocks:
         say(f"{len(plan.blocks)} layers removed whole: {', '.join(map(str, plan.blocks))}")
     for axis, layers in plan.axes.items():
+        if re.search(r"\.expert[1-9]", axis):
+            continue  # all experts keep as many as the first
         widths = sorted({(layer.units, len(layer.keep)) for layer in layers.values()})
         if len(widths) > 4:
             kept = [keep for _, keep in widths]
             units = max(units for units, _ in widths)
-            say(f"{len(layers)} layers: {units} -> {min(kept)} to {max(kept)} {kind_of(axis).units}")
+            say(f"{len(layers)} layers: {units} -> {min(kept)} to {max(kept)} {_units(axis)}")
             continue
         for units, keep in widths:
             members = [i for i, layer in layers.items() if (layer.units, len(layer.keep)) == (units, keep)]
             whole = members == list(range(members[0], members[-1] + 1))
             which = f"{members[0]} to {members[-1]}" if whole else ", ".join(map(str, members))
-            say(f"{len(members)} layers ({which}): {units} -> {keep} {kind_of(axis).units}")
+            say(f"{len(members)} layers ({which}): {units} -> {keep} {_units(axis)}")
+
+
+def _units(axis: str) -> str:
+    return kind_of(axis).units + (" of each expert" if ".expert" in axis else "")
 
 
 def _show_ratio(result: Any) -> None:

@@ -164,6 +164,12 @@ def _amounts_from_file(path: Path, budget: Budget) -> Amounts:
     asked = dict(zip(budget.sub_layers, read_ratios(path, budget.sub_layers, budget.layers), strict=True))
     if not any(asked.values()):
         raise RecipeError(f"every ratio in {path} is 0, so nothing would go.")
+    for tie in {sub_layer.tie for sub_layer in asked if sub_layer.tie}:
+        if len(ratios := {ratio for sub_layer, ratio in asked.items() if sub_layer.tie == tie}) > 1 or 1 in ratios:
+            raise RecipeError(
+                f"{path} has several ratios, or 1, where '{tie}' of config.json says one number for all: "
+                "give each layer the same, below 1."
+            )
     bounds = replace(budget.bounds, drop_threshold=None)
     cut = {sub_layer: ratio for sub_layer, ratio in asked.items() if 0 < ratio < 1}
     for sub_layer, ratio in cut.items():

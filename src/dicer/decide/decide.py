@@ -181,8 +181,8 @@ def _tokens_note(tokens: Mapping[SubLayer, Sequence[int]]) -> list[str]:
     if not few:
         return []
     return [
-        f"{few} of {len(counts)} experts saw fewer than {FEW_TOKENS} tokens (the least: {min(counts)}), so their scores "
-        "say little: give more text (--samples)"
+        f"{few} of {len(counts)} experts saw fewer than {FEW_TOKENS} tokens (the least: {min(counts)}), so their "
+        "scores say little: give more text (--samples)"
     ]
 
 
@@ -198,10 +198,7 @@ def _groups_note(task: Decided) -> list[str]:
 def _choose(task: Decided, place: SubLayer, scored: Scores) -> LayerPlan:
     """Groups and survivors of one sub-layer, and the means that a bias will make up for."""
     units, keep = len(scored.values), task.amounts.keep[place]
-    if keep in (0, units):
-        survivors = Survivors(torch.arange(keep))
-    else:
-        survivors = _survivors(task, place, scored, keep)
+    survivors = Survivors(torch.arange(keep)) if keep in (0, units) else _survivors(task, place, scored, keep)
     means = None
     if task.recipe.compensate == "bias" and (keep < units or survivors.merge is not None):
         means = (scored.sums.get("channel_sum", "mod") / scored.sums.count).float().cpu()

@@ -159,8 +159,8 @@ class Decided(Asked):
             few = self.recipe.stock and own and not kind_of(axis).rounds_each_layer
             if few and (keep := self.amounts.keep[own[0].place]) != (units := own[0].units) * (1 - self.recipe.ratio):
                 notes.append(
-                    f"every layer keeps {keep} of {units} {kind_of(axis).units}, the number nearest to the ratio that a "
-                    f"stock {self.source.family.causal_lm} can have ({1 - keep / units:.1%} go)"
+                    f"every layer keeps {keep} of {units} {kind_of(axis).units}, the number nearest to the ratio that "
+                    f"a stock {self.source.family.causal_lm} can have ({1 - keep / units:.1%} go)"
                 )
         return notes
 
@@ -208,8 +208,8 @@ def prepare(source: ModelSource, recipe: Recipe, compute: Compute | None = None)
     for (layer, axis), keep in amounts.keep.items():
         if asked_groups(parts) > keep > 0:
             raise RecipeError(
-                f"--groups {asked_groups(parts)} is more than the {keep} {kind_of(axis).units} that layer {layer} keeps; "
-                f"ask for at most {keep}."
+                f"--groups {asked_groups(parts)} is more than the {keep} {kind_of(axis).units} that layer {layer} "
+                f"keeps; ask for at most {keep}."
             )
     return task.decided(amounts)
 

@@ -39,17 +39,18 @@ def size_rows(before: Sizes, after: Sizes) -> list[tuple[str, int, int]]:
 
 
 def _what(plan: PrunePlan) -> str:
-    kinds = [
+    kinds = dict.fromkeys(
         kind_of(axis).units for axis, layers in plan.axes.items() if any(len(p.keep) < p.units for p in layers.values())
-    ]
+    )
     return " and ".join([*kinds, *(["whole layers"] if plan.blocks else [])]) or "nothing"
 
 
 def _widths(plan: PrunePlan) -> list[str]:
-    rows = {index: [f"| {index} | whole layer | | removed |"] for index in plan.blocks}
+    rows = {index: {f"| {index} | whole layer | | removed |": None} for index in plan.blocks}
     for axis, layers in plan.axes.items():
         for index, layer in layers.items():
-            rows.setdefault(index, []).append(f"| {index} | {kind_of(axis).units} | {layer.units} | {len(layer.keep)} |")
+            units = kind_of(axis).units + (" of each expert" if ".expert" in axis else "")
+            rows.setdefault(index, {})[f"| {index} | {units} | {layer.units} | {len(layer.keep)} |"] = None
     return [row for _, found in sorted(rows.items()) for row in found]
 
 

@@ -157,10 +157,12 @@ def prove(source: ModelSource, axes: Collection[str]) -> list[Proof]:
     if not reload <= _SAME:
         why = f"a twin of it, saved and loaded uncut, is another model (logits off by {reload:.2g})"
         return [Proof(axis, why_not=why) for axis in axes]
-    tied = tied_axes(source.family) if any(source.family.axes[a].routed for a in axes if a != "block") else {}
+    inside = any(own.routed and not own.kind.routed for a in axes if (own := source.family.axes.get(a)))
+    tied = tied_axes(source.family) if inside else {}
     alone = [axis for axis in axes if axis not in tied and axis != "experts"]
     proofs = [_blocks(source) if axis == "block" else _axis(twin, source.family, axis) for axis in alone]
-    return [*proofs, *(_experts(twin, axis) for axis in ("mlp.experts", "experts") if axis in axes or (tied and "." in axis))]
+    of_experts = [*(["mlp.experts"] if inside else []), *(["experts"] if "experts" in axes else [])]
+    return [*proofs, *(_experts(twin, axis) for axis in of_experts)]
 
 
 def _axis(twin: Twin, family: FoundFamily, axis: str) -> Proof:

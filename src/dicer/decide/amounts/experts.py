@@ -1,4 +1,4 @@
-"""What experts ask of an allocation: enough of them for every token, widths that kernels take, and the same everywhere."""
+"""What experts ask of an allocation: enough for every token, widths that kernels take, the same everywhere."""
 
 from __future__ import annotations
 
