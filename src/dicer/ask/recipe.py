@@ -58,8 +58,8 @@ class Recipe(Strict):
     )
     axis: AxisName | None = Field(
         default=None,
-        description="what is pruned: mlp (neurons), attention (heads; key-value heads with all their query heads), "
-        "all (both), block (whole layers) (default: mlp)",
+        description="what is pruned: mlp (neurons, also those inside experts), attention (heads; key-value heads with "
+        "all their query heads), all (both), experts (whole ones), block (whole layers) (default: mlp)",
     )
     ratio: float = Field(default=0.25, description="fraction of the parameters that goes, between 0 and 1")
     ratio_of: RatioOf | None = Field(

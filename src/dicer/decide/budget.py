@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import AXES, axes_of
 from dicer.ask.layers import select_layers
 from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
 from dicer.decide.amounts.by_entropy import entropy_ratios
 from dicer.decide.amounts.by_rank import block_removal, global_units
 from dicer.decide.amounts.equal import PAD, equal_units, stock_numbers
+from dicer.decide.amounts.experts import check_least, reason_against, tied_units, with_experts
 from dicer.decide.amounts.from_file import read_ratios
 from dicer.decide.amounts.prunable import TOLERANCE, Bounds, Prunable, most, total
 from dicer.decide.amounts.rounding import whole_units
@@ -74,16 +75,21 @@ def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
     count = len(next(iter(units.values())))
     chosen = select_layers(recipe.layers, count)
     owned, inside = sub_layer_parameters(family, infos), layer_parameters(family, infos)
-    places = {SubLayer(layer, axis): units[axis][layer] for layer in chosen for axis in method.axes}
+    axes = axes_of(method.axes, family.axes)
+    places = {SubLayer(layer, axis): units[axis][layer] for layer in chosen for axis in axes}
     sub_layers = tuple(Prunable(place, n, owned[place] // n) for place, n in places.items() if n)
+    sub_layers = with_experts(sub_layers, source, by_default=recipe.width_multiple == 1)
     blocks = {} if method.axes else {layer: inside.get(layer, 0) for layer in chosen}
     sizes, eligible = count_sizes(family, infos), total(sub_layers) + sum(blocks.values())
     whole = {"mlp": sizes.mlp, "decoder": sizes.decoder, "model": sizes.parameters, "chosen": eligible}[method.ratio_of]
     if not eligible:
-        raise RecipeError(f"the chosen layers have nothing left along --axis {method.axis}.")
+        why = reason_against(source, method.axis)
+        raise RecipeError(f"the chosen layers have nothing left along --axis {method.axis}{why}.")
     threshold = 1.0 if method.from_file else recipe.drop_threshold  # in a file, a ratio of 1 means whole
     bounds = Bounds(recipe.max_ratio, recipe.min_width, threshold, recipe.width_multiple)
     budget = Budget(sub_layers, blocks, whole, recipe.ratio * whole, bounds, count)
+    if method.ratio_of == "chosen" and not method.from_file:
+        check_least(source, sub_layers, recipe.ratio)
     _check_reach(budget, recipe, method, eligible)
     return budget
 
@@ -213,7 +219,8 @@ def amounts_by_rank(budget: Budget, scores: Mapping[SubLayer, Tensor]) -> Amount
 
 
 def _amounts(sub_layers: Sequence[Prunable], kept: Sequence[int], provenance: dict[str, Any] | None = None) -> Amounts:
-    keep = {sub_layer.place: units for sub_layer, units in zip(sub_layers, kept, strict=True)}
+    tied = tied_units(sub_layers, kept)
+    keep = {sub_layer.place: units for sub_layer, units in zip(sub_layers, tied, strict=True)}
     return Amounts(keep, provenance=provenance or {})
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import kind_of
 from dicer.ask.portable import portable
 from dicer.decide.budget import amounts_by_entropy, amounts_by_rank, lists_needed
 from dicer.decide.merging import Survivors
@@ -19,6 +19,7 @@ from dicer.decide.task import Asked, Decided, asked_groups, without_empty
 from dicer.errors import RecipeError
 from dicer.measure.batches import BATCH_TOKENS, own_batches
 from dicer.measure.entropy.cache import entropy_profile
+from dicer.measure.experts import FEW_TOKENS
 from dicer.measure.statistics import LayerStatistics, Sums, stream
 from dicer.measure.stores.store import LayerStore
 from dicer.measure.walk import Visit, walk
@@ -37,9 +38,10 @@ class Scores(NamedTuple):
 
 @dataclass
 class _Seen:
-    """What one walk gave one task: plans, or where it is not decided yet the scores."""
+    """What one walk gave one task: plans, or where it is not decided yet the scores; tokens that experts saw."""
 
     plans: dict[SubLayer, LayerPlan] = field(default_factory=dict)
+    tokens: dict[SubLayer, list[int]] = field(default_factory=dict)
     scores: dict[SubLayer, Scores] = field(default_factory=dict)
 
 
@@ -67,9 +69,9 @@ def score(tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent
     plans = []
     for task, seen in zip(tasks, _walk(tasks, store, progress), strict=True):
         if isinstance(task, Decided):
-            plans.append(_plan(task, seen.plans))
+            plans.append(_plan(task, seen))
         else:
-            plans.append(_by_rank(task, seen.scores, store, progress))
+            plans.append(_by_rank(task, seen, store, progress))
     return plans
 
 
@@ -93,12 +95,13 @@ def _by_entropy(task: Asked, store: LayerStore, progress: Progress) -> Asked:
     return task.decided(amounts_by_entropy(task.budget, task.recipe, profile))
 
 
-def _by_rank(task: Asked, scores: dict[SubLayer, Scores], store: LayerStore, progress: Progress) -> PrunePlan:
+def _by_rank(task: Asked, seen: _Seen, store: LayerStore, progress: Progress) -> PrunePlan:
     """Decide by the scores of all sub-layers; Gram matrices were not kept, so what needs them is another walk."""
-    decided = task.decided(amounts_by_rank(task.budget, {place: scored.values for place, scored in scores.items()}))
+    decided = task.decided(amounts_by_rank(task.budget, {p: scored.values for p, scored in seen.scores.items()}))
     if "gram" in {*task.parts.grouping.needs, *task.parts.merge.needs}:
-        return _plan(decided, _walk([decided], store, progress)[0].plans)
-    return _plan(decided, {place: _choose(decided, place, scored) for place, scored in scores.items()})
+        return _plan(decided, _walk([decided], store, progress)[0])
+    seen.plans = {place: _choose(decided, place, scored) for place, scored in seen.scores.items()}
+    return _plan(decided, seen)
 
 
 def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list[_Seen]:
@@ -111,7 +114,7 @@ def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list
         store,
         layers,
         _batches(tasks),
-        axes={axis for task in tasks for axis in task.method.axes},
+        axes={axis for task in tasks for axis in task.axes},
         needs=frozenset().union(*(task.needs for task in tasks)),
         gradient=any(task.needs_gradient for task in tasks),
         checkpointing=any(task.compute.gradient_checkpointing for task in tasks),
@@ -128,6 +131,9 @@ def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list
 def _see(task: Asked, seen: _Seen, visit: Visit) -> None:
     """Score one sub-layer, and choose at once where it is known how much stays."""
     scored = Scores(task.parts.criterion(visit.weights, _statistics(task, visit.place, "criterion", visit)), visit.sums)
+    if task.source.family.axes[visit.place.axis].routed and visit.sums.needs:
+        tokens = visit.sums.get("tokens", "mod").tolist() if kind_of(visit.place.axis).routed else [visit.sums.count]
+        seen.tokens[visit.place] = [int(count) for count in tokens]
     if isinstance(task, Decided):
         seen.plans[visit.place] = _choose(task, visit.place, scored)
     else:  # of Gram matrices only one layer at a time may have one
@@ -136,7 +142,7 @@ def _see(task: Asked, seen: _Seen, visit: Visit) -> None:
 
 def _statistics(task: Asked, place: SubLayer, part: str, seen: Visit | Scores) -> LayerStatistics:
     """What a part of the method reads of a sub-layer: the criterion the recipe's activation, a merge what is merged."""
-    kind, method = AXES[place.axis], task.method
+    kind, method = kind_of(place.axis), task.method
     activation = {"criterion": method.activation, "grouping": method.grouped_by or method.activation}.get(part, "mod")
     rng = stream(task.recipe.seed, place.layer, kind.stream_name(part))
     gradient = seen.gradient if isinstance(seen, Visit) else None
@@ -153,10 +159,10 @@ def _batches(tasks: Sequence[Asked]) -> Sequence[Tensor]:
     return own_batches(text.tokens, size, most, text.mask)
 
 
-def _plan(task: Decided, layers: dict[SubLayer, LayerPlan]) -> PrunePlan:
+def _plan(task: Decided, seen: _Seen) -> PrunePlan:
     source, amounts = task.source, task.amounts
-    notes = [*amounts.provenance.get("notes", ()), *_groups_note(task)]
-    axes, empty = without_empty(task, layers)
+    notes = [*amounts.provenance.get("notes", ()), *_groups_note(task), *_tokens_note(seen.tokens)]
+    axes, empty = without_empty(task, seen.plans)
     return PrunePlan(
         model={"name": source.name, "model_type": str(source.config.model_type), "fingerprint": source.fingerprint},
         recipe=portable(task.recipe, task.method, task.compute),
@@ -166,6 +172,18 @@ def _plan(task: Decided, layers: dict[SubLayer, LayerPlan]) -> PrunePlan:
         blocks=tuple(sorted({*amounts.blocks, *empty})),
         allocation={"target": task.budget.target, "whole": task.budget.whole, **amounts.provenance, "notes": notes},
     )
+
+
+def _tokens_note(tokens: Mapping[SubLayer, Sequence[int]]) -> list[str]:
+    """A note where experts saw so few tokens of the text that their scores say little."""
+    counts = [count for found in tokens.values() for count in found]
+    few = sum(count < FEW_TOKENS for count in counts)
+    if not few:
+        return []
+    return [
+        f"{few} of {len(counts)} experts saw fewer than {FEW_TOKENS} tokens (the least: {min(counts)}), so their scores "
+        "say little: give more text (--samples)"
+    ]
 
 
 def _groups_note(task: Decided) -> list[str]:
@@ -183,8 +201,7 @@ def _choose(task: Decided, place: SubLayer, scored: Scores) -> LayerPlan:
     if keep in (0, units):
         survivors = Survivors(torch.arange(keep))
     else:
-        labels = task.parts.grouping(scored.values, keep, _statistics(task, place, "grouping", scored))
-        survivors = task.parts.merge(scored.values, labels, keep, _statistics(task, place, "merge", scored))
+        survivors = _survivors(task, place, scored, keep)
     means = None
     if task.recipe.compensate == "bias" and (keep < units or survivors.merge is not None):
         means = (scored.sums.get("channel_sum", "mod") / scored.sums.count).float().cpu()
@@ -193,3 +210,18 @@ def _choose(task: Decided, place: SubLayer, scored: Scores) -> LayerPlan:
                 f"the mean activations of {place} are not finite, so no bias can make up for them: try --dtype float32."
             )
     return LayerPlan(units, survivors.keep, scored.values, survivors.merge, means)
+
+
+def _survivors(task: Decided, place: SubLayer, scored: Scores, keep: int) -> Survivors:
+    """What groups leave; where the units lie in parts that must stay alike, each part by itself."""
+    parts = task.source.family.axes[place.axis].parts
+    size, found = len(scored.values) // parts, []
+    for part in range(parts):
+        own = slice(part * size, (part + 1) * size)
+        values, sums = scored.values[own], scored.sums if parts == 1 else scored.sums.part(own)
+        grouped, merged = (_statistics(task, place, what, Scores(values, sums)) for what in ("grouping", "merge"))
+        labels = task.parts.grouping(values, keep // parts, grouped)
+        found.append(task.parts.merge(values, labels, keep // parts, merged))
+    if parts == 1:
+        return found[0]
+    return Survivors(torch.cat([survivors.keep + part * size for part, survivors in enumerate(found)]))

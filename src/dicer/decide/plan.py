@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import kind_of
 from dicer.decide.plan_file import FORMAT, PlanFile, Widths, first_fault
 from dicer.decide.plan_file import TENSORS as TENSORS
 from dicer.errors import PlanError
@@ -285,6 +285,6 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -
     if len(found) < len(_MERGE):
         raise fault("has a part of a merge only")
     merge = Merge(*found)
-    if not AXES[axis].can_merge or not merge.fits(units, len(keep)):
+    if not kind_of(axis).can_merge or not merge.fits(units, len(keep)):
         raise fault(f"has a merge that does not fit its {units} units")
     return LayerPlan(units, keep, scores, merge, means)

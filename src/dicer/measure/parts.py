@@ -22,7 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from dicer.errors import DicerError, RecipeError, unknown
 
 SUMS = ("square_sum", "sum", "gram")  # over tokens
-NEEDS = (*SUMS, "gradient")
+ROUTED = ("tokens", "routed_norm")  # of what tokens are sent to: experts
+NEEDS = (*SUMS, *ROUTED, "gradient")
 
 
 class Parameter(NamedTuple):
@@ -52,8 +53,8 @@ class Part:
     Attributes:
         name: what users type.
         function: what it does.
-        needs: statistics of a layer that must be collected for it, of ``square_sum``, ``sum``, ``gram`` and
-            ``gradient``.
+        needs: statistics of a layer that must be collected for it, of ``square_sum``, ``sum``, ``gram``, ``gradient``,
+            and of experts ``tokens`` and ``routed_norm``.
         source: paper and equation.
         link: where to read it; empty for one's own.
         settings: values of its parameters that are not the defaults.

@@ -14,7 +14,7 @@ from dicer.errors import RecipeError
 from dicer.model.units import UnitWeights
 from dicer.processes import all_reduce, sum_of, world_size
 
-Kind = Literal["square_sum", "sum", "gram", "channel_sum"]
+Kind = Literal["square_sum", "sum", "gram", "channel_sum", "tokens", "routed_norm"]
 
 
 class Need(NamedTuple):
@@ -35,7 +35,8 @@ class Sums:
 
     ``square_sum`` and ``sum`` are float64 [U] (float32 within a batch), over all channels of a unit; ``channel_sum`` is
     float64 [U * C], for each channel by itself; ``gram`` is float32 [U, U], as at 18,944 neurons it already takes
-    1.4 GB.
+    1.4 GB. Of experts, ``tokens`` are those sent to each, ``routed_norm`` is the sum of their outputs' norms times the
+    router's weights (both float64 [E]), and ``gram`` is of the outputs of all of them, over all tokens.
 
     Args:
         needs: what is asked for.
@@ -76,6 +77,60 @@ class Sums:
                 batch = batch.reshape(-1, self.channels).sum(1)  # [U]
             self._totals[need] = self._totals.get(need, 0.0) + batch.to(widest(batch.device))
 
+    def start(self, units: int, device: torch.device) -> None:
+        """Begin with zeros: where tokens are sent to units, some may see none.
+
+        Args:
+            units: U.
+            device: where the sums are made.
+        """
+        for need in self.needs:
+            shape, dtype = self._form(need, units, device)
+            if need not in self._totals:
+                self._totals[need] = torch.zeros(shape, dtype=dtype, device=device)
+
+    def counts(self, tokens: Tensor) -> Tensor:
+        """Which of the tokens, by their place in the batch, count: bool [N]."""
+        if self._counted is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        return self._counted.reshape(-1).to(tokens.device)[tokens]
+
+    def add_rows(self, activation: str, values: Tensor) -> None:
+        """Take in an activation of tokens that all count, [N, U]."""
+        before, self._counted = self._counted, None
+        self.add(activation, values)
+        self._counted = before
+
+    def add_to(self, unit: int, activation: str, values: Tensor) -> None:
+        """Take in an activation of one unit's own tokens, over all its channels, [N, C]."""
+        flat = values.detach().float()
+        for need in self.needs:
+            if need.activation == activation and need.kind in ("square_sum", "sum"):
+                self._totals[need][unit] += (flat.square() if need.kind == "square_sum" else flat).sum()
+
+    def routed(self, unit: int, tokens: int, norms: Tensor) -> None:
+        """Take in how many tokens were sent to one unit, and the sum of what came of them."""
+        for need in self.needs:
+            if need.kind in ("tokens", "routed_norm"):
+                self._totals[need][unit] += tokens if need.kind == "tokens" else norms
+
+    def add_gram(self, products: Tensor) -> None:
+        """Take in inner products of units, [U, U]."""
+        for need in self.needs:
+            if need.kind == "gram":
+                self._totals[need] += products
+
+    def part(self, units: slice) -> Sums:
+        """The same sums of some of the units only."""
+        own = Sums(self.needs, self.channels)
+        own.count = self.count
+        own._totals = {n: t[units, units] if n.kind == "gram" else t[units] for n, t in self._totals.items()}
+        return own
+
+    def _form(self, need: Need, units: int, device: torch.device) -> tuple[tuple[int, ...], torch.dtype]:
+        shapes = {"gram": (units, units), "channel_sum": (units * self.channels,)}
+        return shapes.get(need.kind, (units,)), torch.float32 if need.kind == "gram" else widest(device)
+
     def all_reduce(self, units: int, device: torch.device) -> None:
         """Make these the sums over all processes' tokens; a process without tokens takes part with zeros.
 
@@ -87,8 +142,7 @@ class Sums:
             return
         self.count = sum_of(self.count)
         for need in sorted(self.needs):
-            shapes = {"gram": (units, units), "channel_sum": (units * self.channels,)}
-            shape, dtype = shapes.get(need.kind, (units,)), torch.float32 if need.kind == "gram" else widest(device)
+            shape, dtype = self._form(need, units, device)
             all_reduce(self._totals.setdefault(need, torch.zeros(shape, dtype=dtype, device=device)))
 
     def without(self, kind: Kind) -> Sums:
@@ -157,6 +211,16 @@ class LayerStatistics:
     def gram(self) -> Tensor:
         """sum_t a_i(t) a_j(t), float32 [U, U]; of a unit with many channels over all of them."""
         return self.sums.get("gram", self.activation)
+
+    @property
+    def tokens(self) -> Tensor:
+        """How many tokens were sent to each expert, float64 [U]."""
+        return self.sums.get("tokens", "mod")
+
+    @property
+    def routed_norm(self) -> Tensor:
+        """sum_t g_i(t) ||f_i(x_t)|| over the tokens sent to each expert, g the router's weights, float64 [U]."""
+        return self.sums.get("routed_norm", "mod")
 
     @property
     def gradient(self) -> UnitWeights:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dicer.measure.batches import counted_of
+from dicer.measure.experts import Experts, listening
 from dicer.measure.statistics import Need, Sums
-from dicer.measure.stores.resident import axis_weights
+from dicer.measure.stores.resident import axis_weights, weights_of
 from dicer.measure.stores.store import LayerStore, Recording
-from dicer.model.units import Axis, SubLayer, UnitWeights, unit_weights
+from dicer.model.units import Axis, SubLayer, UnitWeights
 from dicer.progress import Progress, silent
 
 
@@ -74,7 +75,12 @@ def walk(
             sums = {n: Sums([need for need in needs if need.axis == n], axis.channels) for n, axis in found.items()}
             with torch.no_grad(), ExitStack() as stack:
                 for name, axis in found.items():
-                    stack.enter_context(_listening(layer, axis, sums[name]))
+                    if not axis.routed:
+                        stack.enter_context(_listening(layer, axis, sums[name]))
+                for routed in {axis.routed for axis in found.values() if axis.routed}:
+                    own_axes = {name: axis for name, axis in found.items() if axis.routed == routed}
+                    experts = Experts(layer.get_submodule(routed), routed)
+                    stack.enter_context(listening(experts, own_axes, sums))
                 for number, (hidden, counts) in enumerate(zip(recording.hidden, counted, strict=True)):
                     for own_sums in sums.values():
                         own_sums.begin(counts)
@@ -89,7 +95,7 @@ def walk(
 
 
 def _visit(place: SubLayer, layer: nn.Module, axis: Axis, sums: Sums, gradient: UnitWeights | None) -> Visit:
-    weights = unit_weights(axis, {name: weight.detach() for name, weight in axis_weights(axis, layer).items()})
+    weights = weights_of(axis, layer, {name: weight.detach() for name, weight in axis_weights(axis, layer).items()})
     sums.all_reduce(weights.units, weights.up.device)
     return Visit(place, weights, sums, gradient)
 

@@ -17,6 +17,7 @@ from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis, Slice
+from dicer.write.experts import ExpertCut, expert_cuts
 from dicer.write.forms import form_of
 
 Read = Callable[[], Tensor]
@@ -39,9 +40,11 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
         return tensor.index_select(piece.dim, piece.rows(layer.keep, layer.units).to(tensor.device))
     matrix = matrices[1] if piece.is_output else matrices[0]  # [K, N]
     by_unit = tensor.movedim(piece.dim, 0).float()
-    segments = by_unit.split(layer.units)  # blocks are 1 wherever units can be merged
+    turns = len(piece.blocks)  # which are 1 wherever units can be merged
+    segments = [by_unit[i::turns] for i in range(turns)] if piece.interleaved else by_unit.split(layer.units)
     merged = [torch.sparse.mm(matrix, segment.reshape(layer.units, -1).cpu()) for segment in segments]
-    shaped = torch.cat(merged).reshape(-1, *by_unit.shape[1:])
+    joined = torch.stack(merged, 1) if piece.interleaved else torch.cat(merged)
+    shaped = joined.reshape(-1, *by_unit.shape[1:])
     return shaped.movedim(0, piece.dim).to(tensor.dtype)
 
 
@@ -115,10 +118,13 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
     after = [_shape_after(plan, i, shapes[i], _native_biases(family, axes, shapes[i], before, i)) for i in kept]
     cut, form = Cut({}, {}, {}, {}, before, source), form_of(family)
     number = {old: new for new, old in enumerate(kept)}
+    of_experts = expert_cuts(axes, plan)
     for name, info in before.items():
         place = family.locate(name)
         if place is None:
             cut.infos[name], cut.origin[name] = info, name
+        elif place[0] in number and (own := of_experts(*place)) is not None:
+            _of_experts(cut, own, name, number[place[0]])
         elif place[0] in number:
             _inside(cut, axes, plan, name, number[place[0]])
     for name in form.idle_norms(source, cut.infos, after):
@@ -203,6 +209,20 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
         cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
     elif inner == _bias_name(axis) and layer.means is not None:
         cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
+
+
+def _of_experts(cut: Cut, own: ExpertCut, name: str, new: int) -> None:
+    """Drop, rename or cut one tensor of experts in a decoder layer that stays."""
+    family, info = cut.source.family, cut.before[name]
+    if own.name is None:
+        return
+    index, _ = family.locate(name) or (0, "")
+    target = family.renumbered(family.tensor_name(index, own.name), new)
+    cut.infos[target] = TensorInfo(own.shape(info.shape), info.dtype)
+    if not own.inside and own.whole is None:
+        cut.origin[target] = name
+        return
+    cut.made[target] = lambda: own.apply(cut.source.tensors.read(name), slice_tensor)
 
 
 def _biased(source: ModelSource, axis: Axis, layer: LayerPlan, bias_name: str) -> Tensor:

@@ -53,7 +53,8 @@ def criterion(
 
     Args:
         name: what users type.
-        needs: ``square_sum``, ``sum``, ``gram``, ``gradient``; empty for weights alone.
+        needs: ``square_sum``, ``sum``, ``gram``, ``gradient``, of experts ``tokens`` and
+            ``routed_norm``; empty for weights alone.
         source: paper and equation.
         link: where to read it.
     """

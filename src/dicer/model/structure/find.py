@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from dicer.model.families import Family
+from dicer.model.structure.experts import expert_axes, units_in
 from dicer.model.structure.family_file import FamilyRow, exception_for, read_family
 from dicer.model.structure.heads import HeadKeys, find_heads, is_output
 from dicer.model.structure.layers import Layers, find_layers, sample
@@ -117,8 +119,12 @@ def find_family(
     heads = find_heads(some, kind, inner)
     for axis in _head_axes(some, inner, heads):
         rows[axis.name] = axis, Fraction(1)
-    for axis, share in _neuron_axes(some, inner, find_groups(some, kind, inner), calls):
+    groups = find_groups(some, kind, inner)
+    for axis, share in _neuron_axes(some, inner, groups, calls):
         rows[axis.name] = axis, share
+    memory = cache(partial(_inner_memory, some, inner))
+    of_experts, no_experts = expert_axes(some, kind, inner, groups, _neuron_slices, memory)
+    rows |= {axis.name: (axis, share) for axis, share in of_experts}
     inside = layers.inside(whole.shapes if shapes is None else shapes)
     if row is not None:
         row.check(inside, str(file or f"the built-in exception for {config.model_type}"))
@@ -144,7 +150,7 @@ def find_family(
         factors={name: share for name, (_, share) in rows.items()},
         heads=heads[0] if heads else None,
         sets={name: own.set for name, own in row.axes.items()} if row else {},
-        refused=_refused(row) if row else {},
+        refused=no_experts | (_refused(row) if row else {}),
     )
 
 
@@ -155,9 +161,7 @@ def _refused(row: FamilyRow) -> dict[str, str]:
 
 def _count(axis: Axis, tensors: Mapping[str, Shape]) -> int:
     """Units of an axis in a layer; 0 where one of its maps is not there, or they are of another make."""
-    if not all(piece.name in tensors for piece in axis.required):
-        return 0
-    counts = {Fraction(tensors[p.name][p.dim], sum(p.blocks)) for p in axis.slices if p.name in tensors}
+    counts = {count for piece in axis.slices if (count := units_in(piece, tensors)) or not piece.optional}
     count = counts.pop()
     return int(count) if not counts and count.denominator == 1 else 0
 
