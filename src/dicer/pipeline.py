@@ -239,6 +239,8 @@ def prune(
         dense = _loaded(found) if source.live is None else source.live
     with _timed(seconds, "score"):
         plan = score([task], _store(dense, source), progress)[0]
+    for proof in found.proofs:
+        proof.check_plan(plan)
     cut = plan_cut(source, plan)
     result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*task.notes, *plan.notes])
     if windows is not None:

@@ -46,6 +46,7 @@ class Proof:
         moved: largest difference of the logits of the cut and of the dense model, likewise.
         why_not: the reason where it is not proven; empty where it is.
         differing: why layers cannot differ in width; empty where they can.
+        but_first: why the first layer has to stay, where whole layers can go; empty where it can go, too.
     """
 
     axis: str
@@ -53,6 +54,7 @@ class Proof:
     moved: float = 0.0
     why_not: str = ""
     differing: str = ""
+    but_first: str = ""
 
     @property
     def holds(self) -> bool:
@@ -63,13 +65,32 @@ class Proof:
         if not self.holds:
             return f"{self.axis}: not proven, {self.why_not}"
         apart = "" if not self.differing else f"; the same width in every layer only: {self.differing}"
+        apart += "" if not self.but_first else f"; all but the first layer: {self.but_first}"
         return (
             f"{self.axis}: proven (cut and masked differ by {self.error:.1e}, the cut moves by {self.moved:.1e}){apart}"
         )
 
     def record(self) -> dict[str, Any]:
         """As it stands in a plan."""
-        return {"axis": self.axis, "error": self.error, "moved": self.moved, "differing": not self.differing}
+        found = {"axis": self.axis, "error": self.error, "moved": self.moved, "differing": not self.differing}
+        return found | ({"first_layer_stays": True} if self.but_first else {})
+
+    def check_plan(self, plan: PrunePlan) -> None:
+        """Refuse what of a plan is not proven though the axis is.
+
+        Raises:
+            UnknownFamily: the first layer would go, or layers would differ, and neither is proven.
+        """
+        if self.axis == "block" and self.but_first and 0 in plan.blocks:
+            raise UnknownFamily(
+                f"the first layer cannot go whole: {self.but_first}. Leave it out with --layers 1-, or prune another --axis."
+            )
+        kept = {len(layer.keep) / layer.units for layer in plan.axes.get(self.axis, {}).values()}
+        if self.differing and len(kept) > 1:
+            raise UnknownFamily(
+                f"layers of this model cannot differ in width along {self.axis}: {self.differing}. Use --allocate uniform "
+                "on all layers, or another --axis."
+            )
 
 
 def check_proofs(source: ModelSource, proofs: Sequence[Proof]) -> None:
@@ -340,21 +361,30 @@ def _stays(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
 def _blocks(source: ModelSource) -> Proof:
     """Whole layers: a twin with two of each kind, without each of them in turn."""
     try:
-        twin, worst, least = Twin(source, each=2), 0.0, math.inf
-        count = twin.family.where.count
-        for index in range(count if count > 1 else 0):
-            cut = build_model(plan_cut(twin.source, PrunePlan({}, {}, {}, {}, {}, (index,))), torch.float32)
-            without = twin.logits(cut)
-            passed = twin.logits(_passing(twin.loaded(twin.tensors), twin.family.layers, index))
-            worst = max(worst, twin.apart(without, passed))
-            least = min(least, twin.apart(without, twin.dense))
+        twin = Twin(source, each=2)
+        found = [_without(twin, index) for index in range(twin.family.where.count)]
     except DicerError as error:
         return Proof("block", why_not=str(error))
     except Exception as error:
         return Proof("block", why_not=f"what is cut cannot be built ({_line(error)})")
-    if not _agrees(worst, least):
-        return Proof("block", worst, least, why_not=_of_blocks(worst, least))
-    return Proof("block", worst, least)
+    bad = [i for i, proof in enumerate(found) if not proof.holds]
+    worst = found[bad[-1]] if bad else max(found, key=lambda proof: proof.error)
+    if bad == [0] and len(found) > 2:  # some classes make the first layer otherwise
+        worst = max(found[1:], key=lambda proof: proof.error)
+        return replace(worst, but_first=found[0].why_not)
+    return worst
+
+
+def _without(twin: Twin, index: int) -> Proof:
+    """One layer of a twin goes whole."""
+    try:
+        cut = build_model(plan_cut(twin.source, PrunePlan({}, {}, {}, {}, {}, (index,))), torch.float32)
+        without = twin.logits(cut)
+    except Exception as error:
+        return Proof("block", why_not=f"what is cut cannot be built ({_line(error)})")
+    passed = twin.logits(_passing(twin.loaded(twin.tensors), twin.family.layers, index))
+    apart, moved = twin.apart(without, passed), twin.apart(without, twin.dense)
+    return Proof("block", apart, moved, why_not="" if _agrees(apart, moved) else _of_blocks(apart, moved))
 
 
 def _of_blocks(worst: float, least: float) -> str:
@@ -449,7 +479,7 @@ def _shrunk(config: Any, family: FoundFamily) -> list[dict[str, Any]]:
         key = family.axes[axis].width_keys[-1]
         value = values.get(key)
         if axis.startswith("mlp") and isinstance(value, int) and value * share > _WIDTH:
-            changes.append({key: max(1, int(_WIDTH / share))})
+            changes.append({key: max(2, int(_WIDTH / share))})
     if family.heads is not None and family.heads.count > _GROUPS:
         changes.append(family.heads.of(_GROUPS))
     if (experts := family.axes.get("experts")) is not None:
