@@ -252,7 +252,7 @@ def test_let_llm_joins_the_rows_and_takes_acc_norm_where_there_is_one(tiny, text
     monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: {"text": rows})
     hub = Evaluation(perplexity="wikitext2", window=64)
     assert evaluate(model, tokenizer, hub)["perplexity"]["value"] == result["perplexity"]["value"]
-    assert Evaluation(protocol="let-llm").text() == "wikitext2"
+    assert Evaluation(protocol="let-llm").perplexity_text() == "wikitext2"
 
 
 def test_randomness_takes_acc_and_word_perplexity(tiny, tmp_path):

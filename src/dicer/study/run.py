@@ -182,7 +182,7 @@ def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path) 
 
 def _check_evaluation(evaluation: Evaluation) -> None:
     """See to it that the perplexity text is there, before any model is loaded."""
-    if (text := evaluation.text()) is not None:
+    if (text := evaluation.perplexity_text()) is not None:
         with _as_experiment_error():
             check_source(text, ("builtin", "wikitext2"), "perplexity text")
 
