@@ -20,7 +20,7 @@ from dicer.decide.plan import PrunePlan, load_plan
 from dicer.decide.task import Asked, Decided, prepare, with_text
 from dicer.errors import ModelError, RecipeError
 from dicer.evaluate.dense import held_dense
-from dicer.evaluate.fidelity import Reference, fidelity, prepare
+from dicer.evaluate.fidelity import Reference, fidelity, reference_of
 from dicer.evaluate.quality import perplexity
 from dicer.evaluate.texts import check_texts
 from dicer.machine import pick_device
@@ -276,7 +276,7 @@ def _reference(
 ) -> Reference:
     """The dense model's answers; the model is not held by them."""
     held = held_dense(dense, tokenizer or source.tokenizer(), source.name, source.fingerprint, nbytes)
-    return prepare(_fidelity(text), held, progress=progress)
+    return reference_of(_fidelity(text), held, progress=progress)
 
 
 def _note_same_text(result: Result, task: Asked, perplexity_text: str | None) -> None:

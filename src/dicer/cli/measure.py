@@ -143,7 +143,7 @@ def _load(models: list[str], machine: Mapping[str, Any]) -> list[tuple[str, Any,
 def _reference(asked: Evaluation, machine: Mapping[str, Any], progress: Progress) -> Any:
     """The dense model's answers: before MODEL is loaded, so that the two are never in memory together."""
     from dicer.evaluate.dense import open_dense
-    from dicer.evaluate.fidelity import prepare
+    from dicer.evaluate.fidelity import reference_of
     from dicer.machine import pick_device
     from dicer.processes import rank
 
@@ -151,7 +151,7 @@ def _reference(asked: Evaluation, machine: Mapping[str, Any], progress: Progress
     if asked.against is None or rank() > 0:  # only the first process compares
         return None
     compute = Compute(**machine)
-    return prepare(asked, open_dense(asked.against, compute.dtype, pick_device(compute.device)), progress=progress)
+    return reference_of(asked, open_dense(asked.against, compute.dtype, pick_device(compute.device)), progress=progress)
 
 
 def _numbers(text: str) -> list[int]:

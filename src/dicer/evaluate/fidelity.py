@@ -61,7 +61,7 @@ class Reference:
     questions: Asked | None = None
 
 
-def prepare(evaluation: Evaluation, dense: Dense, *, progress: Progress = silent) -> Reference:
+def reference_of(evaluation: Evaluation, dense: Dense, *, progress: Progress = silent) -> Reference:
     """Ask a dense model all that others will be asked, or take its answers from the cache.
 
     Args:
@@ -212,8 +212,8 @@ def _check_tokenizer(tokenizer: Any, reference: Reference, name: str) -> None:
     assert other is not None
     if tokenizer.get_vocab() != reference.tokenizer.get_vocab() or own(sample) != other(sample):
         raise EvaluationError(
-            f"{name} and {reference.name} have different tokenizers, so their tokens cannot be compared; name the dense "
-            "model that this one was made of."
+            f"{name} and {reference.name} have different tokenizers, so their tokens cannot be compared; name the "
+            "dense model that this one was made of."
         )
 
 

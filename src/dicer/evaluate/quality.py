@@ -16,7 +16,7 @@ from dicer.ask.evaluation import Evaluation as Evaluation
 from dicer.ask.evaluation import Protocol
 from dicer.errors import CalibrationError, ModelError, RecipeError
 from dicer.evaluate.dense import open_dense
-from dicer.evaluate.fidelity import Reference, fidelity, prepare
+from dicer.evaluate.fidelity import Reference, fidelity, reference_of
 from dicer.evaluate.harness import load_tasks, run_tasks
 from dicer.measure.documents import HUB_TEXTS
 from dicer.measure.stores.resident import evaluating
@@ -44,8 +44,8 @@ def evaluate(
         model: a causal language model; evaluated without dropout, whatever its mode.
         tokenizer: its tokenizer.
         evaluation: what to measure.
-        reference: the answers of ``evaluation.against`` (:func:`dicer.evaluate.fidelity.prepare`); without, they are
-            had here, with both models in memory where they are not kept yet.
+        reference: the answers of ``evaluation.against`` (:func:`dicer.evaluate.fidelity.reference_of`); without, they
+            are had here, with both models in memory where they are not kept yet.
         name: the model's, for people.
         progress: called with (stage, done, total).
 
@@ -87,7 +87,7 @@ def evaluate(
             result["perplexity"] = {**measured[0], **({"also": measured[1]} if len(measured) > 1 else {})}
         if reference is None and evaluation.against is not None:
             dense = open_dense(evaluation.against, str(model.dtype).removeprefix("torch."), str(model.device))
-            reference = prepare(evaluation, dense, progress=progress)
+            reference = reference_of(evaluation, dense, progress=progress)
         if reference is not None:
             size = evaluation.batch_size
             result["fidelity"] = fidelity(model, tokenizer, reference, name=name, batch_size=size, progress=progress)

@@ -72,9 +72,9 @@ def _code(value: object) -> str:
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
-def _score(score: Mapping[str, Any], digits: int = 3, error: str = "stderr") -> str:
+def _score(score: Mapping[str, Any], digits: int = 3) -> str:
     """A number and its standard error, where one is known."""
-    known = "" if score[error] is None else f" ± {score[error]:.{digits}f}"
+    known = "" if score["stderr"] is None else f" ± {score['stderr']:.{digits}f}"
     return f"{score['value']:.{digits}f}{known}"
 
 
