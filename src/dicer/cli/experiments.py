@@ -119,12 +119,13 @@ def run(
     from dicer.study.grid import read_experiment
 
     asked = read_experiment(experiment)
+    from dicer.evaluate.fidelity import refer
     from dicer.evaluate.quality import evaluate, load_all_tasks
     from dicer.study.run import run_experiment
 
     quiet_transformers()
     with Board() as board:
-        counts = run_experiment(asked, output, evaluate=evaluate, check=load_all_tasks, watch=board.watch)
+        counts = run_experiment(asked, output, evaluate=evaluate, check=load_all_tasks, watch=board.watch, refer=refer)
     say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
     say(f"Next: dicer report {output} -o FOLDER")
     if counts["failed"]:

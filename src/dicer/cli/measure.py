@@ -142,16 +142,11 @@ def _load(models: list[str], machine: Mapping[str, Any]) -> list[tuple[str, Any,
 
 def _reference(asked: Evaluation, machine: Mapping[str, Any], progress: Progress) -> Any:
     """The dense model's answers: before MODEL is loaded, so that the two are never in memory together."""
-    from dicer.evaluate.dense import open_dense
-    from dicer.evaluate.fidelity import reference_of
-    from dicer.machine import pick_device
+    from dicer.evaluate.fidelity import refer
     from dicer.processes import rank
 
     quiet_transformers()
-    if asked.against is None or rank() > 0:  # only the first process compares
-        return None
-    compute = Compute(**machine)
-    return reference_of(asked, open_dense(asked.against, compute.dtype, pick_device(compute.device)), progress=progress)
+    return None if rank() > 0 else refer(asked, Compute(**machine), progress=progress)  # only the first compares
 
 
 def _numbers(text: str) -> list[int]:

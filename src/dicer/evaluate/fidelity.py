@@ -13,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dicer.ask.compute import Compute
 from dicer.ask.evaluation import Evaluation
 from dicer.errors import EvaluationError, RecipeError
 from dicer.evaluate.answers import TOP, Answers, Compared, answers, compare
-from dicer.evaluate.dense import Dense
+from dicer.evaluate.dense import Dense, held_dense, open_dense
 from dicer.evaluate.greedy import TOKENS, ends_of, judge, looping, prompts_of, write_on
 from dicer.evaluate.kept import kept
 from dicer.evaluate.questions import Asked, ask, judge_questions, read_questions
 from dicer.evaluate.shares import share_of
 from dicer.evaluate.texts import check_texts, text_windows
-from dicer.model.source import tokenize_with
+from dicer.machine import pick_device
+from dicer.model.source import ModelSource, tokenize_with
 from dicer.progress import Progress, silent
 
 _WORST = 0.2  # the share of tokens whose part of the whole divergence is told
@@ -107,6 +109,34 @@ def reference_of(evaluation: Evaluation, dense: Dense, *, progress: Progress = s
         greedy=written["text"],
         questions=questions,
     )
+
+
+def refer(
+    evaluation: Evaluation,
+    compute: Compute,
+    held: tuple[Any, Any, ModelSource] | None = None,
+    *,
+    progress: Progress = silent,
+) -> Reference:
+    """The answers of the dense model that an evaluation names, or of one that is held.
+
+    Args:
+        evaluation: what is measured.
+        compute: device and dtype to load with.
+        held: a model in memory, its tokenizer and where it is from, instead of the one that is named.
+        progress: called with (stage, done, total).
+
+    Raises:
+        DicerError: as :func:`reference_of`; or the model cannot be found.
+    """
+    if held is None:
+        assert evaluation.against is not None
+        dense = open_dense(evaluation.against, compute.dtype, pick_device(compute.device))
+    else:
+        model, tokenizer, source = held
+        nbytes = sum(info.nbytes for info in source.tensors.infos().values())
+        dense = held_dense(model, tokenizer, source.name, source.fingerprint, nbytes)
+    return reference_of(evaluation, dense, progress=progress)
 
 
 def _length(evaluation: Evaluation, positions: float) -> int:

@@ -96,10 +96,15 @@ def _originals(records: Iterable[Done], setting: Setting) -> list[Done]:
         record
         for record in records
         if isinstance(record, Original)
-        and _model(record) == setting.model
+        and (_model(record) == setting.model or _compared_with(record) == setting.model[1])
         and json.loads(_common({}, record))["evaluation"] == setting.evaluation
         and record.recipe.dtype == dtype
     ]
+
+
+def _compared_with(record: Done) -> str | None:
+    """The fingerprint of the dense model that a record's was held against."""
+    return record.metrics.fidelity.against.fingerprint if record.metrics.fidelity else None
 
 
 def describe(groups: Sequence[Setting]) -> tuple[str, list[str]]:
