@@ -166,12 +166,13 @@ def _show_evaluation(name: str, result: Mapping[str, Any]) -> None:
     if found := result.get("fidelity"):
         show_fidelity(name, found)
     if result["tasks"]:
-        table = Table("task", "version", "n", "shots", "metric", "value", "stderr", title=name)
+        table = Table("task", "version", "n", "shots", "metric", "value", "stderr", "floor", title=name)
         for task, record in {**result["groups"], **result["tasks"]}.items():
             about = (task, str(record["version"]), f"{record['n']:,}", str(record["num_fewshot"]))
             for metric, value in record["metrics"].items():
                 error = "" if value["stderr"] is None else f"± {value['stderr']:.4f}"
-                table.add_row(*about, metric, f"{value['value']:.4f}", error)
+                floor = "" if record["floor"] is None else f"{record['floor']:.4f}"
+                table.add_row(*about, metric, f"{value['value']:.4f}", error, floor)
                 about = ("", "", "", "")
         show(table)
     if result["summary"]:
