@@ -12,7 +12,11 @@ from dicer.errors import CalibrationError, EvaluationError
 from dicer.evaluate.questions import Asked, ask, judge_questions, normalised, read_questions
 
 ROWS = [
-    {"question": f"What is {i}?", "choices": {"text": [f"a{i}", "two words", "b"], "label": ["A", "B", "C"]}, "answerKey": k}
+    {
+        "question": f"What is {i}?",
+        "choices": {"text": [f"a{i}", "two words", "b"], "label": ["A", "B", "C"]},
+        "answerKey": k,
+    }
     for i, k in enumerate("ABCABBC")
 ]
 
@@ -108,7 +112,7 @@ def test_normalised():
 def test_file_without_questions(tmp_path, rows, says):
     path = tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(EvaluationError, match="q.jsonl") as caught:
+    with pytest.raises(EvaluationError, match=r"q\.jsonl") as caught:
         read_questions(path, tiny_tokenizer())
     assert says in str(caught.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 from collections.abc import Sequence
@@ -131,11 +132,14 @@ def refer(
     """
     if held is None:
         assert evaluation.against is not None
-        dense = open_dense(evaluation.against, compute.dtype, pick_device(compute.device))
-    else:
-        model, tokenizer, source = held
-        nbytes = sum(info.nbytes for info in source.tensors.infos().values())
-        dense = held_dense(model, tokenizer, source.name, source.fingerprint, nbytes)
+        named = open_dense(evaluation.against, compute.dtype, pick_device(compute.device))
+        reference = reference_of(evaluation, named, progress=progress)
+        del named
+        gc.collect()  # a model that is gone but not collected would be in memory with the next
+        return reference
+    model, tokenizer, source = held
+    nbytes = sum(info.nbytes for info in source.tensors.infos().values())
+    dense = held_dense(model, tokenizer, source.name, source.fingerprint, nbytes)
     return reference_of(evaluation, dense, progress=progress)
 
 

@@ -207,13 +207,15 @@ def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path, 
 
 
 def _check_evaluation(evaluation: Evaluation) -> None:
-    """See to it that the perplexity text is there, before any model is loaded."""
+    """See to it that the texts and questions are there, before any model is loaded."""
     if (text := evaluation.perplexity_text()) is not None:
         with _as_experiment_error():
             check_source(text, ("builtin", "wikitext2"), "perplexity text")
     for text in evaluation.text:
         with _as_experiment_error():
             check_source(text, FIDELITY_TEXTS, "text")
+    if evaluation.questions is not None and not Path(evaluation.questions).is_file():
+        raise ExperimentError(f"questions: there is no file {evaluation.questions}.")
 
 
 def _check_runs(tasks: list[Task]) -> None:
