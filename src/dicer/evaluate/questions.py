@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
 import string
 from collections import Counter
@@ -141,9 +142,11 @@ def ask(model: Any, questions: Questions, ends: Sequence[int], step: Step = lamb
         model's own answer, greedily, int64 [Q, N], -1 behind its end.
     """
     chosen, written = [], torch.full((len(questions.prompts), _ANSWER), -1)
+    shared = os.path.commonprefix(questions.prompts)[: min(map(len, questions.prompts)) - 1]  # the examples, read once
     with evaluating(model):
+        before = _read_on(model, shared, None).past_key_values if shared else None
         for place, (prompt, choices) in enumerate(zip(questions.prompts, questions.choices, strict=True)):
-            read = model(input_ids=torch.tensor([prompt]).to(model.device), use_cache=True)
+            read = _read_on(model, prompt[len(shared) :], copy.deepcopy(before))
             first, seen = read.logits[0, -1].float().log_softmax(0), read.past_key_values
             scores = _scores(model, choices, first, copy.deepcopy(seen))
             chosen.append(int(scores.argmax()))
@@ -151,6 +154,11 @@ def ask(model: Any, questions: Questions, ends: Sequence[int], step: Step = lamb
             written[place, : len(answer)] = torch.tensor(answer)
             step(place + 1, len(questions.prompts))
     return {"choice": torch.tensor(chosen), "open": written}
+
+
+def _read_on(model: Any, ids: Sequence[int], seen: Any) -> Any:
+    """What a model makes of tokens behind those that it has seen, with its cache."""
+    return model(input_ids=torch.tensor([ids]).to(model.device), past_key_values=seen, use_cache=True)
 
 
 def _scores(model: Any, choices: Sequence[Sequence[int]], first: Tensor, seen: Any) -> Tensor:
@@ -171,8 +179,7 @@ def _own_words(model: Any, token: int, seen: Any, ends: Sequence[int]) -> list[i
     """The most likely token each time, until an end or as many as an answer may have."""
     found = [token]
     while found[-1] not in ends and len(found) < _ANSWER:
-        made = model(input_ids=torch.tensor([[found[-1]]]).to(model.device), past_key_values=seen, use_cache=True)
-        found.append(int(made.logits[0, -1].argmax()))
+        found.append(int(_read_on(model, [found[-1]], seen).logits[0, -1].argmax()))
     return [token for token in found if token not in ends]
 
 
