@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
-import os
 import re
 import string
 from collections import Counter
@@ -142,7 +142,8 @@ def ask(model: Any, questions: Questions, ends: Sequence[int], step: Step = lamb
         model's own answer, greedily, int64 [Q, N], -1 behind its end.
     """
     chosen, written = [], torch.full((len(questions.prompts), _ANSWER), -1)
-    shared = os.path.commonprefix(questions.prompts)[: min(map(len, questions.prompts)) - 1]  # the examples, read once
+    alike = itertools.takewhile(lambda column: len({*column}) == 1, zip(*questions.prompts, strict=False))
+    shared = [column[0] for column in alike][: min(map(len, questions.prompts)) - 1]  # the examples, read once
     with evaluating(model):
         before = _read_on(model, shared, None).past_key_values if shared else None
         for place, (prompt, choices) in enumerate(zip(questions.prompts, questions.choices, strict=True)):
