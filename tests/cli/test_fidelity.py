@@ -6,8 +6,11 @@ import json
 import re
 
 import pytest
-from tiny import save_tiny
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 
+import dicer
+from dicer.cli.main import main
+from dicer.errors import ModelError
 from dicer.study.records import read_records
 from dicer.study.report.pages import write_report
 
@@ -22,8 +25,6 @@ def cache(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory, model):
-    from dicer.cli.main import main
-
     out = tmp_path_factory.mktemp("pruned") / "out"
     words = ["prune", str(model), "-o", str(out), "--method", "weight-l2", "--ratio", "0.5"]
     assert main(words) == 0
@@ -88,6 +89,16 @@ def test_prune_says_what_was_lost(run, model, text, tmp_path):
     assert "| | text.txt | builtin:code |" in card
     assert "Not measured" not in card
     assert re.search(r"is the same for the first [\d.]+ ± [\d.]+ of 64 tokens", card)
+
+
+def test_model_in_memory(text):
+    recipe = dicer.Recipe(method="weight-l2", ratio=0.5)
+    result = dicer.prune(tiny_model("llama"), recipe, tokenizer=tiny_tokenizer(), fidelity_text=str(text))
+    assert result.model is not None
+    assert result.fidelity["bytes"] == result.after.nbytes
+    assert result.fidelity["texts"][0]["kl"]["mean"] > 0
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        dicer.prune(tiny_model("llama"), recipe, fidelity_text=str(text))
 
 
 @pytest.fixture
