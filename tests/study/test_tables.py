@@ -10,7 +10,7 @@ from recorded import METHODS, grid, record, scored
 
 from dicer.study.columns import Measure, clear, floors, lower_is_better, measures
 from dicer.study.report.paper import PERPLEXITY, TABLES, TITLES
-from dicer.study.report.settings import describe, settings
+from dicer.study.report.settings import describe, of_its_model, settings
 from dicer.study.report.tables import (
     Cell,
     Row,
@@ -318,4 +318,5 @@ def test_model_beside_and_floors_are_rows():
     place = view.columns.index("KL, t")
     assert [row.cells[place].mean for row in view.groups[""]] == [0.0, 0.1, None]
     assert view.groups[""][2].cells[view.columns.index("mmlu")].mean == 0.3
+    assert {record.model.name for record in of_its_model(members)} == {"Qwen/Qwen2.5-7B-Instruct"}
     assert "one answer for all" not in [r.title for r in full_table([record("rc-a", 0.25)]).groups["25%"]]

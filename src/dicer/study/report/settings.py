@@ -102,6 +102,12 @@ def _originals(records: Iterable[Done], setting: Setting) -> list[Done]:
     ]
 
 
+def of_its_model(records: Sequence[Done]) -> list[Done]:
+    """The records of a setting without those of other models, such as quantized ones, that were measured beside it."""
+    models = {_model(record) for record in pruned(records)}
+    return [record for record in records if not models or _model(record) in models]
+
+
 def _compared_with(record: Done) -> str | None:
     """The fingerprint of the dense model that a record's was held against."""
     return record.metrics.fidelity.against.fingerprint if record.metrics.fidelity else None

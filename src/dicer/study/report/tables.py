@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from dicer.study.columns import Measure, clear, floors, lower_is_better, measures
 from dicer.study.record import ORIGINAL, Done, Original, Pruned
 from dicer.study.report.paper import TABLES, TITLES, PaperRow, PaperTable
-from dicer.study.report.settings import Setting, pruned
+from dicer.study.report.settings import Setting, of_its_model, pruned
 
 FLOOR = "one answer for all"
 _SIDE_BY_SIDE = 6  # columns of ratios beside one another; more do not fit a laptop's width
@@ -131,6 +131,7 @@ def _mark(cells: Sequence[Cell], column: str) -> list[Literal["", "best", "unsur
 
 def paper_tables(setting: Setting, records: Sequence[Done]) -> list[TableView]:
     """Those of the paper's tables of one text that these records have two pruned rows of."""
+    records = of_its_model(records)
     views = [_paper_table(table, setting, records) for table in TABLES if not table.texts]
     return [view for view in views if view is not None]
 
@@ -153,7 +154,7 @@ def _joined(groups: Mapping[Setting, Sequence[Done]], table: PaperTable) -> Iter
             alike.setdefault(setting._replace(text=""), {}).setdefault(text, []).append(setting)
     for common, texts in alike.items():
         for chosen in itertools.product(*texts.values()):
-            members = [record for setting in chosen for record in groups[setting]]
+            members = [record for setting in chosen for record in of_its_model(groups[setting])]
             yield common._replace(text=" and ".join(setting.text for setting in chosen)), members
 
 
@@ -209,20 +210,14 @@ def full_table(records: Sequence[Done]) -> TableView:
     runs: dict[tuple[float, str], list[Pruned]] = {}
     for record in pruned(records):
         runs.setdefault((record.recipe.ratio, record.method), []).append(record)
-    first = _own_name(records)
-    groups = {"": [_row(ORIGINAL if name == first else name, own, columns) for name, own in originals.items()]}
+    first = {record.model.name for record in of_its_model(records)}
+    groups = {"": [_row(ORIGINAL if name in first else name, own, columns) for name, own in originals.items()]}
     groups[""] += _floor_rows(records, columns)
     groups = {head: rows for head, rows in groups.items() if rows}
     for ratio in sorted({ratio for ratio, _ in runs}):
         rows = [_row(method, members, columns) for (own, method), members in sorted(runs.items()) if own == ratio]
         groups[f"{ratio * 100:g}%"] = mark_best(rows, columns)
     return TableView("All runs", columns, groups)
-
-
-def _own_name(records: Sequence[Done]) -> str:
-    """The model that a setting is about; others, such as quantized ones, were measured beside it."""
-    own = [record.model.name for record in pruned(records)] or [record.model.name for record in records]
-    return own[0] if own else ""
 
 
 def _floor_rows(records: Sequence[Done], columns: Sequence[str]) -> list[Row]:
