@@ -13,7 +13,9 @@ from dicer.errors import EvaluationError
 from dicer.measure.stores.resident import evaluating
 
 TOP = 64  # tokens of a place that are kept one by one
-_PLACES = 128  # of a window at a time: all logits of a long one would be gigabytes in float32
+# Logits at a time, 64 MiB of float32: all of a long window would be gigabytes, and what is smaller than 32 MiB the C
+# library takes from its heap, where small tensors that stay leave holes (4.4 GB instead of 1.9 for SmolLM2).
+_LOGITS = 2**24
 
 Step = Callable[[int, int], None]
 
@@ -163,7 +165,7 @@ def _log_probabilities(
                     f"{len(windows)}; load it with --dtype float32, and check its weights."
                 )
             for own, following in zip(logits, ids[:, 1:], strict=True):
-                for first in range(0, len(own), _PLACES):
-                    part = own[first : first + _PLACES].float()
-                    yield part.log_softmax(1), following[first : first + _PLACES]
+                places = max(1, _LOGITS // own.shape[1])
+                for part, tokens in zip(own.split(places), following.split(places), strict=True):
+                    yield part.float().log_softmax(1), tokens
             step(min(start + batch_size, len(windows)), len(windows))
