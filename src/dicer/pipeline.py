@@ -275,7 +275,7 @@ def _reference(
     text: str, dense: Any, source: ModelSource, tokenizer: Any | None, nbytes: int, progress: Progress
 ) -> Reference:
     """The dense model's answers; the model is not held by them."""
-    held = held_dense(dense, tokenizer or source.tokenizer(), source.name, source.fingerprint, nbytes)
+    held = held_dense(dense, tokenizer or source.tokenizer(), source.name, source.fingerprint, nbytes, source.folder)
     return reference_of(_fidelity(text), held, progress=progress)
 
 

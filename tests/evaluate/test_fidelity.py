@@ -376,6 +376,25 @@ def test_of_files(tmp_path, dense, text):
     assert weight_bytes(tmp_path / "x.gguf") == 5
 
 
+def test_weights_changed_in_the_middle(tmp_path):
+    """A fingerprint sees first and last rows alone; kept answers of another model would be wrong in silence."""
+    folder, model = save_tiny(tmp_path / "llama"), tiny_model("llama")
+    first = open_dense(folder), _held(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[5] += 1
+    model.save_pretrained(folder)
+    second = open_dense(folder), _held(model)
+    assert first[0].fingerprint == second[0].fingerprint
+    assert all(a.weights != b.weights for a, b in zip(first, second, strict=True))
+
+
+def test_fewer_positions(dense, text):
+    reference = reference_of(Evaluation(text=str(text), window=32), _held(dense))
+    short = tiny_model("llama", max_position_embeddings=80)
+    says = ("short sees 80 tokens", "has 96 in a row; use --window 16")
+    _refused(lambda: fidelity(short, tiny_tokenizer(), reference, name="short"), EvaluationError, *says)
+
+
 def test_dense_model_of_a_family_that_is_not_known(tmp_path, text):
     folder = save_tiny(tmp_path / "llama")
     config = json.loads((folder / "config.json").read_text())

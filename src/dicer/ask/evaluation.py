@@ -111,9 +111,11 @@ class Evaluation(Strict):
         json_schema_extra=TEXT,
     )
     windows: int | None = Field(
-        default=None, ge=1, description="how many windows, from the start (default: all)", json_schema_extra=TEXT
+        default=None,
+        ge=1,
+        description="how many windows, from the start (default: all; 8 of each text with --against)",
+        json_schema_extra=TEXT,
     )
-
     against: str | None = Field(
         default=None,
         description="dense model to compare with: hub id, folder, .gguf file or builtin:smollm2",

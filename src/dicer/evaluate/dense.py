@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dicer.errors import ModelError
 from dicer.model.families import FAMILIES
@@ -23,7 +26,8 @@ class Dense:
 
     Attributes:
         name: for people.
-        fingerprint: tells it from others.
+        fingerprint: tells it from others, as plans and records do.
+        weights: tells it from others where only some rows differ: size and time of its files, or their content.
         computes: what else decides its answers: dtype and device.
         tokenizer: its tokenizer.
         positions: how many tokens it can see; infinite where its config does not say.
@@ -33,6 +37,7 @@ class Dense:
 
     name: str
     fingerprint: str
+    weights: str
     computes: dict[str, str]
     tokenizer: Any
     positions: float
@@ -69,6 +74,7 @@ def open_dense(model: str | os.PathLike[str], dtype: str = "auto", device: str =
     return Dense(
         name,
         _fingerprint(model, config, folder),
+        _stamp(folder),
         {"dtype": own_dtype if dtype == "auto" else dtype, "device": device.partition(":")[0]},
         tokenizer,
         positions,
@@ -77,8 +83,18 @@ def open_dense(model: str | os.PathLike[str], dtype: str = "auto", device: str =
     )
 
 
-def held_dense(model: Any, tokenizer: Any, name: str, fingerprint: str, nbytes: int | None = None) -> Dense:
+def held_dense(
+    model: Any, tokenizer: Any, name: str, fingerprint: str, nbytes: int | None = None, folder: Path | None = None
+) -> Dense:
     """A dense model that is in memory already.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        name: for people.
+        fingerprint: as :attr:`dicer.model.source.ModelSource.fingerprint`.
+        nbytes: of its weights on disk.
+        folder: where its weights are, if they are what the files hold.
 
     Raises:
         ModelError: there is no tokenizer.
@@ -87,7 +103,8 @@ def held_dense(model: Any, tokenizer: Any, name: str, fingerprint: str, nbytes: 
         raise ModelError(f"{name} has no tokenizer, so nothing can be compared with it on text.")
     computes = {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    return Dense(name, fingerprint, computes, tokenizer, positions, nbytes, lambda: model)
+    weights = _content(model) if folder is None else _stamp(folder)
+    return Dense(name, fingerprint, weights, computes, tokenizer, positions, nbytes, lambda: model)
 
 
 def weight_bytes(model: str | os.PathLike[str]) -> int:
@@ -95,6 +112,20 @@ def weight_bytes(model: str | os.PathLike[str]) -> int:
     if Path(model).suffix == ".gguf":
         return Path(model).stat().st_size
     return sum(file.stat().st_size for file in find_model(os.fspath(model))[1].glob("*.safetensors"))
+
+
+def _stamp(folder: Path) -> str:
+    """Size and time of the files with weights: a fingerprint looks at the first and the last row of each alone."""
+    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    return json.dumps([(name, found.st_size, found.st_mtime_ns) for name, found in files])
+
+
+def _content(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(model: str | os.PathLike[str], config: dict[str, Any], folder: Path) -> str:

@@ -139,7 +139,7 @@ def refer(
         return reference
     model, tokenizer, source = held
     nbytes = sum(info.nbytes for info in source.tensors.infos().values())
-    dense = held_dense(model, tokenizer, source.name, source.fingerprint, nbytes)
+    dense = held_dense(model, tokenizer, source.name, source.fingerprint, nbytes, source.folder)
     return reference_of(evaluation, dense, progress=progress)
 
 
@@ -154,7 +154,7 @@ def _length(evaluation: Evaluation, positions: float) -> int:
 
 
 def _known(dense: Dense) -> dict[str, Any]:
-    return {"model": dense.fingerprint, **dense.computes}
+    return {"model": dense.fingerprint, "weights": dense.weights, **dense.computes}
 
 
 def _digest(tokens: Tensor) -> str:
@@ -216,6 +216,7 @@ def fidelity(
         EvaluationError: another tokenizer or vocabulary, or logits that are not finite.
     """
     _check_tokenizer(tokenizer, reference, name)
+    _check_positions(model, reference, name)
     size = 1 if batch_size == "auto" else int(batch_size)
     texts = [
         _text(model, reference, place, name, size, lambda done, total: progress("fidelity", done, total))
@@ -244,10 +245,21 @@ def _check_tokenizer(tokenizer: Any, reference: Reference, name: str) -> None:
     own, other = (tokenize_with(one) for one in (tokenizer, reference.tokenizer))
     assert own is not None
     assert other is not None
-    if tokenizer.get_vocab() != reference.tokenizer.get_vocab() or own(sample) != other(sample):
+    tokens, others = ({i: t for t, i in one.get_vocab().items()} for one in (tokenizer, reference.tokenizer))
+    if any(tokens[i] != others[i] for i in tokens.keys() & others.keys()) or own(sample) != other(sample):
         raise EvaluationError(
             f"{name} and {reference.name} have different tokenizers, so their tokens cannot be compared; name the "
             "dense model that this one was made of."
+        )
+
+
+def _check_positions(model: Any, reference: Reference, name: str) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = max(reference.windows[0].shape[1], reference.prompts.shape[1] + reference.greedy.shape[1])
+    if longest > positions:
+        raise EvaluationError(
+            f"{name} sees {positions} tokens, and the comparison with {reference.name} has {longest} in a row; use "
+            f"--window {max(2, positions - reference.greedy.shape[1])}."
         )
 
 
