@@ -20,8 +20,9 @@ from dicer.decide.plan import PrunePlan, load_plan
 from dicer.decide.task import Asked, Decided, prepare, with_text
 from dicer.errors import ModelError, RecipeError
 from dicer.evaluate.dense import held_dense
-from dicer.evaluate.fidelity import Reference, fidelity, reference_of
+from dicer.evaluate.fidelity import fidelity
 from dicer.evaluate.quality import perplexity
+from dicer.evaluate.reference import Reference, reference_of
 from dicer.evaluate.texts import check_texts
 from dicer.machine import pick_device
 from dicer.measure.documents import check_source, check_text

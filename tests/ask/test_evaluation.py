@@ -42,7 +42,7 @@ def test_every_field_is_a_flag_of_eval(command, model, monkeypatch, named):
         return {}
 
     monkeypatch.setattr("dicer.evaluate.quality.evaluate", evaluate)
-    monkeypatch.setattr("dicer.evaluate.fidelity.refer", lambda *_, **__: None)
+    monkeypatch.setattr("dicer.evaluate.reference.refer", lambda *_, **__: None)
     words = (word for name in named for word in ("--" + name.replace("_", "-"), OTHER[name]))
     assert command("eval", model, *words) == (0, "", "")
     asked = Evaluation(**{name: OTHER[name] for name in named})

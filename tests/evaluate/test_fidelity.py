@@ -19,9 +19,10 @@ from dicer.errors import CalibrationError, DicerError, EvaluationError, ModelErr
 from dicer.evaluate import answers as asking
 from dicer.evaluate.answers import answers, compare
 from dicer.evaluate.dense import held_dense, open_dense, weight_bytes
-from dicer.evaluate.fidelity import fidelity, refer, reference_of
+from dicer.evaluate.fidelity import fidelity
 from dicer.evaluate.greedy import judge, looping, prompts_of, write_on
 from dicer.evaluate.quality import evaluate, perplexity
+from dicer.evaluate.reference import refer, reference_of
 from dicer.evaluate.shares import share_of
 from dicer.evaluate.texts import text_windows
 from dicer.measure.text import load_windows

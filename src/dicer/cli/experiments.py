@@ -119,8 +119,8 @@ def run(
     from dicer.study.grid import read_experiment
 
     asked = read_experiment(experiment)
-    from dicer.evaluate.fidelity import refer
     from dicer.evaluate.quality import evaluate, load_all_tasks
+    from dicer.evaluate.reference import refer
     from dicer.study.run import run_experiment
 
     quiet_transformers()

@@ -142,7 +142,7 @@ def _load(models: list[str], machine: Mapping[str, Any]) -> list[tuple[str, Any,
 
 def _reference(asked: Evaluation, machine: Mapping[str, Any], progress: Progress) -> Any:
     """The dense model's answers: before MODEL is loaded, so that the two are never in memory together."""
-    from dicer.evaluate.fidelity import refer
+    from dicer.evaluate.reference import refer
     from dicer.processes import rank
 
     quiet_transformers()

@@ -16,8 +16,9 @@ from dicer.ask.evaluation import Evaluation as Evaluation
 from dicer.ask.evaluation import Protocol
 from dicer.errors import CalibrationError, ModelError, RecipeError
 from dicer.evaluate.dense import open_dense
-from dicer.evaluate.fidelity import Reference, fidelity, reference_of
+from dicer.evaluate.fidelity import fidelity
 from dicer.evaluate.harness import load_tasks, run_tasks
+from dicer.evaluate.reference import Reference, reference_of
 from dicer.measure.documents import HUB_TEXTS
 from dicer.measure.stores.resident import evaluating
 from dicer.measure.text import load_windows
@@ -44,7 +45,7 @@ def evaluate(
         model: a causal language model; evaluated without dropout, whatever its mode.
         tokenizer: its tokenizer.
         evaluation: what to measure.
-        reference: the answers of ``evaluation.against`` (:func:`dicer.evaluate.fidelity.reference_of`); without, they
+        reference: the answers of ``evaluation.against`` (:func:`dicer.evaluate.reference.reference_of`); without, they
             are had here, with both models in memory where they are not kept yet.
         name: the model's, for people.
         progress: called with (stage, done, total).

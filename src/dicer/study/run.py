@@ -53,7 +53,7 @@ class Evaluate(Protocol):
 
 
 class Refer(Protocol):
-    """:func:`dicer.evaluate.fidelity.refer`."""
+    """:func:`dicer.evaluate.reference.refer`."""
 
     def __call__(self, evaluation: Evaluation, compute: Compute, held: Any = None, *, progress: Progress) -> Any:
         """The dense model's answers: of the one that is named, or of the one that is held with tokenizer and source."""
