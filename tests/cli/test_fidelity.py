@@ -60,7 +60,7 @@ def test_eval_against(run, model, pruned, text, questions, tmp_path):
     assert [one["text"] for one in found["texts"]] == ["builtin", "text.txt"]
     assert found["bytes"] < found["against"]["bytes"]
     assert f"out ({found['bytes']:,} bytes) against llama ({found['against']['bytes']:,} bytes)" in out
-    assert _cells(out, "KL, mean")[1:] == [f"{o['kl']['mean']:.4f} ± {o['kl']['stderr']:.4f}" for o in (first, second)]
+    assert _cells(out, "KL, mean")[1:] == [f"{o['kl']['mean']:.6f} ± {o['kl']['stderr']:.6f}" for o in (first, second)]
     assert _cells(out, "same most likely")[1].startswith(f"{first['same_token']['value']:.3f} ± ")
     assert f"{found['leakage']['value']:+.3f} ± {found['leakage']['stderr']:.3f}." in out
     assert _cells(out, "tokens alike")[1].startswith(f"{found['greedy']['agreed']['value']:.1f} ± ")
@@ -72,7 +72,7 @@ def test_eval_against(run, model, pruned, text, questions, tmp_path):
 
 def test_model_against_itself_in_other_words(run, model):
     out = run("eval", model, "--against", model, "--text", "builtin:code", "--windows", 1)
-    assert _cells(out, "KL, mean")[1] == "0.0000"
+    assert _cells(out, "KL, mean")[1] == "0.000000"
     assert _cells(out, "the worst fifth")[1] == "-"
     assert "Perplexity is" not in out  # of one text nothing can be told apart
 

@@ -44,9 +44,9 @@ def _texts(texts: list[dict[str, Any]]) -> Table:
     table = Table("a token", *(one["text"] for one in texts))
     rows = {
         "tokens": lambda one: f"{one['tokens']:,} in {one['windows']} windows",
-        "KL, mean (nats)": lambda one: f"{one['kl']['mean']:.4f}{_error(one['kl'], digits=4)}",
-        "KL, median": lambda one: f"{one['kl']['median']:.4f}",
-        "KL, 99th percentile": lambda one: f"{one['kl']['p99']:.4f}",
+        "KL, mean (nats)": lambda one: f"{one['kl']['mean']:.{_digits(one)}f}{_error(one['kl'], digits=_digits(one))}",
+        "KL, median": lambda one: f"{one['kl']['median']:.{_digits(one)}f}",
+        "KL, 99th percentile": lambda one: f"{one['kl']['p99']:.{_digits(one)}f}",
         "of it, the worst fifth": lambda one: _share(one["kl"]["worst_fifth"]),
         "same most likely token": lambda one: f"{one['same_token']['value']:.3f}{_error(one['same_token'])}",
         "perplexity": lambda one: f"{one['perplexity']['value']:.2f} (dense {one['perplexity']['dense']:.2f})",
@@ -58,6 +58,10 @@ def _texts(texts: list[dict[str, Any]]) -> Table:
     for title, cell in rows.items():
         table.add_row(title, *map(cell, texts))
     return table
+
+
+def _digits(one: Mapping[str, Any]) -> int:
+    return 4 if one["kl"]["mean"] >= 0.01 else 6
 
 
 def _share(value: float | None) -> str:
