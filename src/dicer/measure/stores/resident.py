@@ -34,7 +34,7 @@ class ResidentStore:
         self._model: Any = model
         self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
         self._axes = family.sized(model.config)
-        self._returns_tuple: bool | None = None
+        self._returned: int | None = None  # how many values a layer returns; 0 where it is no tuple
         self._units = {name: family.units(model.config, name) for name in self._axes}
 
     @property
@@ -97,9 +97,10 @@ class ResidentStore:
         """Hidden states in the form in which a layer hands them on: some return a tuple; one is run to see it."""
         if not isinstance(self._family, FoundFamily):
             return hidden
-        if self._returns_tuple is None:
-            self._returns_tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
-        return (hidden,) if self._returns_tuple else hidden
+        if self._returned is None:
+            returned = forward(hidden, *args, **kwargs)
+            self._returned = len(returned) if isinstance(returned, tuple) else 0
+        return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
     def gradients(
         self,

@@ -140,7 +140,9 @@ def find_experts(sample: Skeleton, kind: Any, layers: Layers, keys: ExpertKeys) 
         placed.setdefault(place[0], {})[piece.name] = piece
     for name in sample.whole_numbers:
         if (place := layers.locate(name)) and place[0] in placed:
-            raise UnknownFamily(f"'{name}' is a table of whole numbers, which may have experts by their number.")
+            raise UnknownFamily(
+                f"'{name}' is a table of whole numbers, in which tokens may have experts by their number."
+            )
     for layer, pieces in placed.items():
         if not any(piece.roles[0].startswith("router") for piece in pieces.values()):
             raise UnknownFamily(f"no router has a row for each expert of layer {layer}.")
