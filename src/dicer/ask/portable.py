@@ -27,7 +27,11 @@ def portable(recipe: Recipe, method: Method, compute: Compute) -> dict[str, Any]
     }
     if recipe.entropy_profile:
         named["entropy_profile"] = _by_content(recipe.entropy_profile)
-    return {**recipe.flat(), **compute.flat(), "method": choices.pop("preset"), **choices, **named}
+    found = {**recipe.flat(), **compute.flat(), "method": choices.pop("preset"), **choices, **named}
+    later = (
+        {"repair": "none", "propagate": "dense"} if not method.walks_alone else {}
+    )  # recipes did not say them before
+    return {name: value for name, value in found.items() if name not in later}
 
 
 def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:

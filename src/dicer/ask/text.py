@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
 from dicer.ask.panels import TEXT
@@ -41,6 +43,11 @@ class Text(Strict):
         description="seed of the choice of calibration samples, apart from --seed",
         json_schema_extra=TEXT,
     )
+
+    def with_defaults(self, values: Mapping[str, int]) -> Text:
+        """The same with other defaults: they count where nothing else was said, and as not said themselves."""
+        unsaid = {name: value for name, value in values.items() if name not in self.model_fields_set}
+        return self.model_construct(self.model_fields_set, **{**self.model_dump(), **unsaid})
 
 
 TEXT_KEYS = tuple(Text.keys())

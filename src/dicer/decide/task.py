@@ -82,7 +82,14 @@ class Asked:
             for kind in kinds
             if kind in part.needs
         }
+        needs |= {Need("channel_gram", "mod", axis)} if self.recipe.rolls > 1 else set()
         return needs | ({Need("channel_sum", "mod", axis)} if self.recipe.compensate == "bias" else set())
+
+    @property
+    def walked_needs(self) -> frozenset[Need]:
+        """The same with what repair reads; where the cuts go along, something is always read."""
+        kind: Kind = "channel_sum" if self.method.repair == "none" else "channel_gram"
+        return self.needs | {Need(kind, "mod", axis) for axis in self.method.axes}
 
     @property
     def needs_gradient(self) -> bool:
@@ -92,8 +99,10 @@ class Asked:
     @property
     def runs_model(self) -> bool:
         """Whether tokens have to go through the model."""
-        measures = self.method.allocate == "transfer-entropy" and self.recipe.entropy_profile is None
-        return bool(self.needs) or self.needs_gradient or measures
+        measures = self.method.allocate == "cosine" or (
+            self.method.allocate == "transfer-entropy" and self.recipe.entropy_profile is None
+        )
+        return bool(self.needs) or self.needs_gradient or self.method.walks_alone or measures
 
     @property
     def notes(self) -> list[str]:

@@ -74,7 +74,7 @@ def walk(
             sums = {n: Sums([need for need in needs if need.axis == n], axis.channels) for n, axis in found.items()}
             with torch.no_grad(), ExitStack() as stack:
                 for name, axis in found.items():
-                    stack.enter_context(_listening(layer, axis, sums[name]))
+                    stack.enter_context(listening(layer, axis, sums[name]))
                 for number, (hidden, counts) in enumerate(zip(recording.hidden, counted, strict=True)):
                     for own_sums in sums.values():
                         own_sums.begin(counts)
@@ -94,7 +94,7 @@ def _visit(place: SubLayer, layer: nn.Module, axis: Axis, sums: Sums, gradient: 
 
 
 @contextmanager
-def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
+def listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
     """Feed the sub-layer's activations to the sums while it runs; nothing is kept of them."""
     wanted = {need.activation for need in sums.needs}
     with ExitStack() as stack:

@@ -1,0 +1,42 @@
+"""Systems of equations of a Gram matrix: made safe by a ridge, solved by Cholesky, refused where they have no answer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dicer.errors import RecipeError
+from dicer.measure.statistics import exact_products
+
+
+def factor(gram: Tensor, ridge: float, what: str) -> Tensor:
+    """The Cholesky factor of ``gram + ridge * mean(diag) I``, lower [N, N].
+
+    Args:
+        gram: [N, N], symmetric.
+        ridge: relative to the mean of the diagonal.
+        what: the matrix is of, for the message.
+
+    Raises:
+        RecipeError: it is not finite, or singular also with the ridge.
+    """
+    diagonal = gram.diagonal()
+    if not diagonal.isfinite().all():
+        raise RecipeError(f"the Gram matrix of {what} is not finite: its activations overflow; try --dtype float32.")
+    mean = float(diagonal.mean()) or 1.0
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * mean)
+    with exact_products():
+        lower, fault = torch.linalg.cholesky_ex(damped)
+    if int(fault):
+        raise RecipeError(
+            f"the Gram matrix of {what} is singular at ridge {ridge:g}: ask for a larger --ridge, or more calibration "
+            "tokens."
+        )
+    return lower
+
+
+def inverse(gram: Tensor, ridge: float, what: str) -> Tensor:
+    """``(gram + ridge * mean(diag) I)^-1``, [N, N]."""
+    with exact_products():
+        return torch.cholesky_inverse(factor(gram, ridge, what))
