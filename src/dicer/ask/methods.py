@@ -26,8 +26,8 @@ ALLOCATIONS: Mapping[str, str] = MappingProxyType(
 )
 
 
-# The activation that a criterion reads where none is named; of the others it is post, as in Xu et al. Those that weigh an
-# activation by the weights that read it mean the one that these weights read.
+# The activation that a criterion reads where none is named; of the others it is post, as in Xu et al. These weigh an
+# activation by the weights that read it, so they mean the one that is read.
 READS: Mapping[str, Activation] = MappingProxyType(
     dict.fromkeys(("output-l2", "act-weight", "fluctuation", "cfsp", "leverage", "obs"), "mod")
 )

@@ -75,7 +75,8 @@ class Recipe(Strict):
     )
     allocate: str | None = Field(
         default=None,
-        description="how the ratio is shared out: uniform, cosine, transfer-entropy, global, or FILE.json (default: uniform)",
+        description="how the ratio is shared out: uniform, cosine, transfer-entropy, global, or FILE.json "
+        "(default: uniform)",
     )
     max_ratio: float = Field(
         default=1.0, description="no module loses more than this fraction", gt=0, le=1, json_schema_extra=WHAT
@@ -310,8 +311,8 @@ def _check_repair(recipe: Recipe, method: Method) -> None:
             raise RecipeError(f"--{name} {getattr(recipe, name)} needs --repair least-squares.")
     if recipe.rolls > 1 and (method.grouping != "random" or method.merge != "prune"):
         raise RecipeError(
-            f"--rolls {recipe.rolls} tries random partitions, which needs --grouping random and --merge prune; these are "
-            f"'{method.grouping}' and '{method.merge}'."
+            f"--rolls {recipe.rolls} tries random partitions, which needs --grouping random and --merge prune; these "
+            f"are '{method.grouping}' and '{method.merge}'."
         )
 
 

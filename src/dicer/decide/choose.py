@@ -68,10 +68,7 @@ def own_batches_of(task: Asked, text: Calibration, rows: Tensor) -> Sequence[Ten
 def choose(task: Decided, place: SubLayer, scored: Scores) -> LayerPlan:
     """Groups and survivors of one sub-layer, and the means that a bias will make up for."""
     units, keep = len(scored.values), task.amounts.keep[place]
-    if keep in (0, units):
-        survivors = Survivors(torch.arange(keep))
-    else:
-        survivors = _survivors(task, place, scored, keep)
+    survivors = Survivors(torch.arange(keep)) if keep in (0, units) else _survivors(task, place, scored, keep)
     means = None
     if task.recipe.compensate == "bias" and (keep < units or survivors.merge is not None):
         means = (scored.sums.get("channel_sum", "mod") / scored.sums.count).float().cpu()

@@ -144,7 +144,8 @@ class LayerPlan:
         if self.repair is not None:
             return self.repair.weight.T
         if (matrices := self.merge_matrices()) is not None:
-            return torch.sparse.mm(matrices[1], by_channel.float().cpu())
+            merged: Tensor = torch.sparse.mm(matrices[1], by_channel.float().cpu())
+            return merged
         return by_channel[self.rows(len(by_channel) // self.units).to(by_channel.device)].float()
 
     def lost(self, by_channel: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dicer.ask.axes import AXES
-from dicer.decide.layer_plan import MERGE, REPAIR, Merge, Repair
+from dicer.decide.layer_plan import MERGE, REPAIR, Repair
 from dicer.decide.layer_plan import LayerPlan as LayerPlan
+from dicer.decide.layer_plan import Merge as Merge
 from dicer.decide.plan_file import FORMAT, TENSORS, WITHOUT_REPAIR, PlanFile, Widths, first_fault
 from dicer.errors import PlanError
 from dicer.files import as_output_error, write_whole

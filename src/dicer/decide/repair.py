@@ -1,8 +1,8 @@
 """The kept columns of an output projection solved anew, so that the sub-layer's output stays what it was.
 
 With H the Gram matrix of the projection's inputs that stay, W' their columns and r what the output lacks with them,
-``W = W' + (H + ridge I)^-1 sum_t a(t) r(t)^T``: least squares with a ridge that holds on to W', so that the error on the
-calibration tokens is never above that of W' (OSSCAR, Meng et al. 2024, eq. 5; MoDeGPT, Lin et al. 2025, algorithm 1).
+``W = W' + (H + ridge I)^-1 sum_t a(t) r(t)^T``: least squares with a ridge that holds on to W', so that the error on
+the calibration tokens is never above that of W' (OSSCAR, Meng et al. 2024; MoDeGPT, Lin et al. 2025).
 """
 
 from __future__ import annotations

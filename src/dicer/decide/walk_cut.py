@@ -46,9 +46,13 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLa
 
     gradients = None
     if task.needs_gradient:
-        checkpointing = task.compute.gradient_checkpointing
-        options = {"checkpointing": checkpointing, "progress": progress}
-        gradients = store.gradients(batches_of([task]), task.layers, task.method.axes, **options)
+        gradients = store.gradients(
+            batches_of([task]),
+            task.layers,
+            task.method.axes,
+            checkpointing=task.compute.gradient_checkpointing,
+            progress=progress,
+        )
     propagate(
         store,
         task.layers,

@@ -1,4 +1,4 @@
-"""Systems of equations of a Gram matrix: made safe by a ridge, solved by Cholesky, refused where they have no answer."""
+"""Systems of equations of a Gram matrix: solved by Cholesky with a ridge, refused where they have no answer."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ def factor(gram: Tensor, ridge: float, what: str) -> Tensor:
             f"the Gram matrix of {what} is singular at ridge {ridge:g}: ask for a larger --ridge, or more calibration "
             "tokens."
         )
-    return lower
+    found: Tensor = lower
+    return found
 
 
 def inverse(gram: Tensor, ridge: float, what: str) -> Tensor:
     """``(gram + ridge * mean(diag) I)^-1``, [N, N]."""
     with exact_products():
-        return torch.cholesky_inverse(factor(gram, ridge, what))
+        found: Tensor = torch.cholesky_inverse(factor(gram, ridge, what))
+    return found

@@ -191,8 +191,9 @@ class _Layer:
                 swap(False)
                 lacks = values.float() @ rows.float() - changed.float() @ new.float()
                 values, missing = changed, lacks if missing is None else lacks + missing
-            for one in sums if missing is not None else ():
-                one.add_missing(values, missing)
+            if missing is not None:
+                for one in sums:
+                    one.add_missing(values, missing)
         for one in (total, held):
             one.all_reduce(weights.units, weights.up.device)
             if self.beside is not None or swap is not None:
@@ -276,8 +277,8 @@ class _Layer:
             self.recording.hidden[number] = output = self._through(hidden)
             if not output.isfinite().all():
                 raise RecipeError(
-                    f"the hidden states behind layer {self.index} are not finite on this text (batch {number + 1}), with "
-                    "what was cut so far: try --dtype float32."
+                    f"the hidden states behind layer {self.index} are not finite on this text (batch {number + 1}), "
+                    "with what was cut so far: try --dtype float32."
                 )
         if self.beside is not None:
             self.beside[:] = self.outputs

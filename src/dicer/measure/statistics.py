@@ -59,9 +59,9 @@ def new_gram(inputs: int, device: torch.device) -> Tensor:
     size, free = inputs * inputs * dtype.itemsize, free_memory(device)
     if free is not None and 3 * size > free:
         raise RecipeError(
-            f"the Gram matrix of {inputs:,} inputs takes {size / 1e9:.1f} GB ({str(dtype).removeprefix('torch.')}), and "
-            f"solving it as much again twice, but {device} has {free / 1e9:.1f} GB free: use another --device, or a "
-            "criterion, grouping and repair that need none."
+            f"the Gram matrix of {inputs:,} inputs takes {size / 1e9:.1f} GB ({str(dtype).removeprefix('torch.')}), "
+            f"and solving it as much again twice, but {device} has {free / 1e9:.1f} GB free: use another --device, or "
+            "a criterion and no repair that needs none."
         )
     return torch.zeros(inputs, inputs, dtype=dtype, device=device)
 
@@ -72,8 +72,8 @@ _BLOCK = 256
 class Sums:
     """The sums of one axis of one layer, filled batch by batch.
 
-    ``square_sum`` and ``sum`` are float64 [U] (float32 within a batch), over all channels of a unit; ``channel_sum`` and
-    ``channel_square_sum`` are float64 [U * C], for each channel by itself; ``gram`` is float32 [U, U], as at 18,944
+    ``square_sum`` and ``sum`` are float64 [U] (float32 within a batch), over all channels of a unit; ``channel_sum``
+    and ``channel_square_sum`` are float64 [U * C], for each channel by itself; ``gram`` is float32 [U, U], as at 18,944
     neurons it already takes 1.4 GB; ``channel_gram`` is [U * C, U * C], in float64 up to 12,000 of them.
 
     Where a target other than the activations themselves is pursued, ``cross`` [U * C, d] and ``missing`` [d] hold what

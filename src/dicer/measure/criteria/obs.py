@@ -86,7 +86,8 @@ def _saliency(left: Tensor, weight: Tensor, channels: int) -> Tensor:
     count = len(left) // channels
     blocks = left.reshape(count, channels, count, channels).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [U, C, C]
     own = weight.reshape(count, channels, -1)
-    return (own * torch.linalg.solve(blocks, own)).sum((1, 2))
+    solved: Tensor = torch.linalg.solve(blocks, own)
+    return (own * solved).sum((1, 2))
 
 
 def _without(left: Tensor, weight: Tensor, gone: Tensor, channels: int) -> tuple[Tensor, Tensor]:
