@@ -23,6 +23,7 @@ from dicer.model.units import Axis
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 ENOUGH, LEAST = 10, 2  # calibration tokens for each input that stays: below, it is said; and below, factors are solved
+_TRIED = 64  # outputs that a ridge is tried on; one ridge serves all
 Form = Literal["least-squares", "factors"]
 
 
@@ -68,7 +69,12 @@ class Equations:
             left = (change * (self.gram @ change - 2 * self.right)).sum()
         if bias is not None and self.inputs is not None and self.missing is not None:
             left += self.count * bias.square().sum() - 2 * bias @ (self.missing - change.T @ self.inputs)
-        return max(self.lacking + float(left), 0.0)
+        return self.lacking + float(left)
+
+    def some(self, step: int) -> Equations:
+        """Of every so manieth output; what is lacking is that of all."""
+        missing = None if self.missing is None else self.missing[::step]
+        return replace(self, right=self.right[:, ::step], missing=missing)
 
     def minus(self, other: Equations) -> Equations:
         """Over the tokens that the other does not have."""
@@ -122,7 +128,7 @@ def repaired(visit: CutVisit, layer: LayerPlan, ridge: float | Literal["auto"]) 
         raise RecipeError(f"the repair of {visit.place} is not finite: ask for a larger --ridge.")
     before = _significant(whole.centred().lacking)
     about: dict[str, Any] = {"form": solved.form, "ridge": solved.ridge, "tokens": whole.count}
-    about |= {"error": [before, _significant(whole.error(solved.change, solved.bias))]}
+    about |= {"error": [before, _significant(max(whole.error(solved.change, solved.bias), 0.0))]}
     bias = None if solved.bias is None else solved.bias.float().cpu()
     return replace(layer, repair=Repair(weight.T.float().contiguous().cpu(), bias, about))
 
@@ -181,9 +187,10 @@ def _solve(
     form: Form = "factors" if few else "least-squares"
     if ridge != "auto" or held is None:
         return _solved(whole, columns, form, RIDGES[-2] if ridge == "auto" else float(ridge), place)
-    rest = whole.minus(held)
-    tried = [_solved(rest, columns, form, one, place) for one in RIDGES]
-    best = min(tried, key=lambda one: held.error(one.change, one.bias))
+    step = max(columns.shape[1] // _TRIED, 1)
+    rest, seen, some = whole.minus(held).some(step), held.some(step), columns[:, ::step]
+    tried = [_solved(rest, some, form, one, place) for one in RIDGES]
+    best = min(tried, key=lambda one: seen.error(one.change, one.bias))
     return _solved(whole, columns, form, best.ridge, place)
 
 
