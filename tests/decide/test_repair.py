@@ -53,7 +53,9 @@ def output_of(layer, family, axis):
 def seen(model, module):
     """Inputs of a module over all tokens, float64 [T, ...]."""
     found = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach().double().flatten(0, 1)))
+    handle = module.register_forward_pre_hook(
+        lambda _, inputs: found.append(inputs[0].detach().double().flatten(0, -2))
+    )
     with torch.no_grad():
         model(input_ids=TOKENS, use_cache=False)
     handle.remove()
@@ -115,7 +117,7 @@ def test_least_squares_of_numpy(family, recipe, repaired):
         near(kept @ new, kept.numpy() @ wanted)
 
 
-def near(found, wanted, tolerance=2e-6):
+def near(found, wanted, tolerance=1e-5):
     """Outputs, as their size goes: the columns themselves are as sure as the inputs differ."""
     assert np.linalg.norm(found.numpy() - wanted) <= tolerance * np.linalg.norm(wanted)
 
@@ -159,8 +161,8 @@ def test_factors_where_tokens_are_few(repaired, tmp_path):
     result = repaired(tiny_model("llama"), axis="mlp", calib=str(rows))
     note = next(note for note in result.notes if "calibration tokens" in note)
     assert note == (
-        "48 calibration tokens are 1.7 for each of the 28 inputs that stay of a layer's neurons, so one factor a column "
-        "is solved for, not the columns; 10 for each would be --samples 12 --seq-len 24"
+        "48 calibration tokens are 1.7 for each of the 28 inputs that stay of a layer's neurons, so one factor a "
+        "column is solved for, not the columns; 10 for each would be --samples 12 --seq-len 24"
     )
     for index, layer in result.plan.mlp.items():
         assert layer.repair.about["form"] == "factors"
@@ -333,13 +335,11 @@ def test_plan_with_repaired_tensors(many, tmp_path):
     one = said["axes"]["mlp"]["0"]["repair"]
     assert one.keys() == {"form", "ridge", "tokens", "error", "sha256"}
     plain = dicer.make_plan(model, dicer.Recipe(axis="all", ratio=0.5, compensate="bias", calib=many))
-    assert "mlp: the same kept, repaired differently" in " ".join(plain.diff(made)) or plain.diff(made)
+    assert "layer 0 mlp: the same kept, repaired differently" in plain.diff(made)
     assert dicer.load_plan(tmp_path / "pruned").diff(pruned.plan) == []
     one["sha256"] = "0" * 64
     (tmp_path / "plan" / "dicer_plan.json").write_text(json.dumps(said))
-    with pytest.raises(
-        dicer.DicerError, match="layer 0 has another repaired output projection than its JSON file says"
-    ):
+    with pytest.raises(dicer.DicerError, match="layer 0 has another repaired output projection than its"):
         dicer.load_plan(tmp_path / "plan")
     del said["axes"]["mlp"]["0"]["repair"]
     (tmp_path / "plan" / "dicer_plan.json").write_text(json.dumps(said))
