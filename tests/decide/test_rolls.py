@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,8 @@ UNITS, CHANNELS, KEEP, WIDTH = 8, 2, 5, 7
 
 def draws(count):
     generator = np.random.default_rng(0)
-    return [torch.from_numpy(np.sort(generator.permutation(UNITS)[:KEEP])) for _ in range(count)]
+    every = [torch.tensor(keep) for keep in itertools.combinations(range(UNITS), KEEP)]
+    return [every[i] for i in generator.permutation(len(every))[:count]]
 
 
 @pytest.mark.parametrize("ridge", [None, 1e-12])
@@ -61,7 +64,7 @@ def test_rolls_of_a_recipe(calib):
             model(input_ids=tiny_tokens())
         handle.remove()
         gone = [unit for unit in range(40) if unit not in plan.mlp[index].keep.tolist()]
-        return float((inputs[0][:, gone] @ down.weight[:, gone].T).square().sum())
+        return float((inputs[0][:, gone] @ down.weight[:, gone].detach().T).square().sum())
 
     for index in range(LAYERS):
         assert lost(errors[32], index) <= lost(errors[2], index) <= lost(errors[1], index)
@@ -75,7 +78,7 @@ def test_turning_of_the_hidden_states(family):
     layers = model.model.layers if family == "llama" else model.transformer.h
     for index, layer in enumerate(layers):
         layer.register_forward_hook(
-            lambda _, args, out, i=index: (inputs.update({i: args[0]}), outputs.update({i: out})) and None
+            lambda _, args, out, i=index: [inputs.update({i: args[0]}), outputs.update({i: out})][0]
         )
     store = ResidentStore(model, family_of(family))
     found = turning(store, LAYERS - 1, tokens.split(4))
@@ -92,7 +95,7 @@ def some(units=100):
 
 
 def test_ratios_by_cosine():
-    """In proportion to 1 / (1 - cos), the mean 0.2; the first would give more than 1.5 of it, the last less than 0.5."""
+    """In proportion to 1 / (1 - cos), the mean 0.2: the first would give more than 1.5x, the last less than 0.5."""
     turned = {0: 0.1, 1: 0.4, 2: 0.5, 3: 5.0}
     ratios = cosine_ratios(some(), turned, 0.2 * 4000, Bounds())
     assert ratios[0] == pytest.approx(0.3)

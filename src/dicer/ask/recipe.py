@@ -27,7 +27,7 @@ from dicer.ask.methods import (
 )
 from dicer.ask.panels import ENTROPY, HOW, REPAIR, WHAT
 from dicer.ask.strict import Strict
-from dicer.ask.text import TEXT_KEYS, Text
+from dicer.ask.text import TEXT_KEYS, Text, sources_of
 from dicer.errors import RecipeError, unknown
 
 # What recipes did not say before: said in files only where it is not what was then, so that what was is the same.
@@ -216,7 +216,7 @@ class Recipe(Strict):
     def files(self) -> list[str]:
         """What it may name on the disk: text, ratios, a profile, and the files of parts of one's own."""
         parts = (part.rpartition(":")[0] for part in (self.criterion, self.grouping, self.merge) if part)
-        named = (self.text.source, self.allocate, self.entropy_profile, *parts)
+        named = (*sources_of(self.text.source), self.allocate, self.entropy_profile, *parts)
         return [name for name in named if name]
 
     def flat(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dicer.measure.gram import inverse
 from dicer.measure.statistics import LayerStatistics, exact_products, widest
 from dicer.model.units import UnitWeights
 
+_BLOCKS = 64
 _GRAM = "the output projection's inputs"
 
 
@@ -53,7 +54,7 @@ def removal(gram: Tensor, rows: Tensor, channels: int, *, keep: int, ridge: floa
         channels: C.
         keep: where to stop.
         ridge: added to the diagonal, relative to its mean.
-        block: units that go at once; heads, which are few, go one by one.
+        block: units that go at once, at most one of 64 of those that are left; heads, which are few, go one by one.
 
     Returns:
         float64 [U]: all that is lost up to and with a unit; of those that stay, what each would add. So one order
@@ -62,7 +63,6 @@ def removal(gram: Tensor, rows: Tensor, channels: int, *, keep: int, ridge: floa
     left, weight = inverse(gram, ridge, _GRAM), rows.clone()
     units = torch.arange(len(gram) // channels, device=gram.device)  # those that are left, by their number
     scores, lost = torch.zeros(len(units), dtype=widest(gram.device), device=gram.device), 0.0
-    step = block if channels == 1 else 1
     while True:
         saliency = _saliency(left, weight, channels)
         if not saliency.isfinite().all():
@@ -70,10 +70,12 @@ def removal(gram: Tensor, rows: Tensor, channels: int, *, keep: int, ridge: floa
         if len(units) <= keep:
             scores[units] = lost + saliency.to(scores.dtype)
             return scores
-        value, gone = saliency.topk(min(step, len(units) - keep), largest=False)
-        totals = lost + value.to(scores.dtype).cumsum(0)
-        scores[units[gone]], lost = totals, float(totals[-1])
-        left, weight = _without(left, weight, gone, channels)
+        step = min(block, len(units) // _BLOCKS) if channels == 1 else 1
+        value, gone = saliency.topk(min(max(step, 1), len(units) - keep), largest=False)
+        left, weight, loss = _without(left, weight, gone, channels)
+        each = value.to(scores.dtype).cumsum(0)
+        scores[units[gone]] = lost + each / each[-1].clamp(min=1e-300) * loss
+        lost += loss
         stays = torch.ones(len(units), dtype=torch.bool, device=gram.device)
         stays[gone] = False
         units = units[stays]
@@ -90,15 +92,15 @@ def _saliency(left: Tensor, weight: Tensor, channels: int) -> Tensor:
     return (own * solved).sum((1, 2))
 
 
-def _without(left: Tensor, weight: Tensor, gone: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """H^-1 and W of the units that stay, once the others have gone."""
+def _without(left: Tensor, weight: Tensor, gone: Tensor, channels: int) -> tuple[Tensor, Tensor, float]:
+    """H^-1 and W of the units that stay, once the others have gone, and what the output loses by that."""
     rows = (gone[:, None] * channels + torch.arange(channels, device=gone.device)).reshape(-1)
     stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
     stays[rows] = False
     column = left[stays][:, rows]  # [R, B]
     with exact_products():
         share = torch.linalg.solve(left[rows][:, rows], torch.cat([weight[rows], column.T], 1))
-        return (
-            torch.addmm(left[stays][:, stays], column, share[:, weight.shape[1] :], alpha=-1),
-            torch.addmm(weight[stays], column, share[:, : weight.shape[1]], alpha=-1),
-        )
+        mine, theirs = share[:, : weight.shape[1]], share[:, weight.shape[1] :]
+        loss = float((weight[rows] * mine).sum())
+        rest = torch.addmm(left[stays][:, stays], column, theirs, alpha=-1)
+        return rest, torch.addmm(weight[stays], column, mine, alpha=-1), loss
