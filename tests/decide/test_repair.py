@@ -13,11 +13,16 @@ from by_hand import logits_of
 from tiny import LAYERS, PLACES, save_tiny, tiny_model, tiny_tokens
 
 import dicer
+from dicer.ask.spelling import Wanted
 from dicer.decide import walk_cut
+from dicer.decide.together import score_all
 from dicer.decide.walk_cut import held_out
 from dicer.errors import RecipeError
 from dicer.measure import propagate, statistics
+from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import Calibration
+from dicer.model.source import from_memory, open_model
+from dicer.write.verify.masked import masked_model
 
 AXES = ("attention", "mlp")
 TOKENS = tiny_tokens(24, 24)
@@ -345,6 +350,53 @@ def test_plan_with_repaired_tensors(many, tmp_path):
     (tmp_path / "plan" / "dicer_plan.json").write_text(json.dumps(said))
     with pytest.raises(dicer.DicerError, match="stands in one of its files only"):
         dicer.load_plan(tmp_path / "plan")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+def test_cut_as_the_walk_had_it(family, many, tmp_path):
+    """What was written computes what the dense model of full size does with the repaired columns and zeros."""
+    model = save_tiny(tmp_path / "model", family)
+    recipe = dicer.Recipe(axis="all", ratio=0.5, repair="least-squares", compensate="bias", calib=many)
+    dicer.prune(model, recipe, output=tmp_path / "pruned")
+    plan = dicer.load_plan(tmp_path / "pruned")
+    assert all(layer.repair for layer in plan.mlp.values())
+    expected = logits_of(masked_model(open_model(model), plan))
+    torch.testing.assert_close(logits_of(dicer.load(tmp_path / "pruned")), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, repaired):
+    result = repaired(tiny_model("llama", dtype=dtype), target="dense")
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    for layers in result.plan.axes.values():
+        for layer in layers.values():
+            assert layer.repair.weight.dtype == torch.float32
+            assert layer.repair.about["error"][1] < layer.repair.about["error"][0]
+
+
+def test_cut_without_repair_goes_along(many):
+    """Propagation alone: the second layer's scores are those of the hidden states that the first cut has left."""
+    dense = tiny_model("llama")
+    recipe = dicer.Recipe(criterion="act-l2", activation="mod", propagate="pruned", calib=many, ratio=0.5)
+    result = dicer.prune(dense, recipe)
+    assert result.plan.recipe["propagate"] == "pruned"
+    mixed = before_cut(dense, result.model, "llama", 1, "attention")
+    expected = seen(mixed, mixed.model.layers[1].mlp.down_proj).square().sum(0).sqrt()
+    torch.testing.assert_close(result.plan.mlp[1].scores.double(), expected, rtol=1e-5, atol=1e-5)
+    plain = dicer.prune(dense, dicer.Recipe(criterion="act-l2", activation="mod", calib=many, ratio=0.5)).plan
+    assert torch.equal(plain.mlp[0].scores, result.plan.mlp[0].scores)
+    assert not torch.equal(plain.mlp[1].scores, result.plan.mlp[1].scores)
+
+
+def test_one_of_many_recipes_in_a_study(many):
+    """A recipe that walks alone gets the plan that it would have had by itself."""
+    model = tiny_model("llama")
+    source = from_memory(model)
+    asked = [dicer.Recipe(method="act-l2", calib=many), dicer.Recipe(method="best", calib=many)]
+    wanted = [Wanted(recipe, dicer.Compute(dtype="float32", device="cpu")) for recipe in asked]
+    found = score_all(source, ResidentStore(model, source.family), wanted, None)
+    for recipe, one in zip(asked, found, strict=True):
+        assert one.plan.diff(dicer.prune(model, recipe).plan) == []
 
 
 def test_more_text_by_default():

@@ -163,6 +163,8 @@ class Sums:
 
     def all_reduce_missing(self, units: int, outputs: int, device: torch.device) -> None:
         """The same for ``cross`` and ``missing``; ``outputs`` is d."""
+        if world_size() == 1:
+            return
         inputs = units * self.channels
         dtype = gram_dtype(inputs, device)
         if self.cross is None or self.missing is None or self.lacking is None:
