@@ -374,6 +374,17 @@ def test_half_precision(dtype, repaired):
             assert layer.repair.about["error"][1] < layer.repair.about["error"][0]
 
 
+def test_float32_above_so_many_inputs(repaired, monkeypatch):
+    wide = repaired(tiny_model("llama"), ridge=1e-3).plan
+    monkeypatch.setattr(statistics, "GRAM_FLOAT64", 8)
+    narrow = repaired(tiny_model("llama"), ridge=1e-3).plan
+    for axis, layers in wide.axes.items():
+        for index, layer in layers.items():
+            weight = narrow.axes[axis][index].repair.weight
+            assert not torch.equal(weight, layer.repair.weight)
+            torch.testing.assert_close(weight, layer.repair.weight, rtol=0, atol=1e-3 * float(weight.abs().max()))
+
+
 def test_cut_without_repair_goes_along(many):
     """Propagation alone: the second layer's scores are those of the hidden states that the first cut has left."""
     dense = tiny_model("llama")

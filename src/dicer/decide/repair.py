@@ -161,7 +161,7 @@ def _equations(visit: CutVisit, layer: LayerPlan, columns: Tensor, sums: Sums, *
             f"the Gram matrix of {visit.place} is not finite: its activations overflow; try --dtype float32."
         )
     rows = layer.rows(visit.axis.channels).to(gram.device)
-    kept = gram[rows][:, rows]
+    kept = gram[rows[:, None], rows]
     change = torch.zeros_like(gram[:, : columns.shape[1]])
     if not moved:
         change = _rows(visit).to(gram.device, gram.dtype).clone()

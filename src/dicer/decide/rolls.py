@@ -38,7 +38,7 @@ def best_roll(
         gone = torch.ones(units, dtype=torch.bool)
         gone[survivors.keep] = False
         inputs = gone.repeat_interleave(len(gram) // units).nonzero()[:, 0].to(gram.device)
-        error = _error(metric[inputs][:, inputs], weight[inputs], solved=ridge is not None)
+        error = _error(metric[inputs[:, None], inputs], weight[inputs], solved=ridge is not None)
         if best is None or error < best[0]:
             best = (error, survivors)
     assert best is not None  # at least one roll

@@ -95,12 +95,13 @@ def _saliency(left: Tensor, weight: Tensor, channels: int) -> Tensor:
 def _without(left: Tensor, weight: Tensor, gone: Tensor, channels: int) -> tuple[Tensor, Tensor, float]:
     """H^-1 and W of the units that stay, once the others have gone, and what the output loses by that."""
     rows = (gone[:, None] * channels + torch.arange(channels, device=gone.device)).reshape(-1)
-    stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
-    stays[rows] = False
-    column = left[stays][:, rows]  # [R, B]
+    mask = torch.ones(len(left), dtype=torch.bool, device=left.device)
+    mask[rows] = False
+    stays = mask.nonzero()[:, 0]
+    column = left[stays[:, None], rows]  # [R, B]
     with exact_products():
-        share = torch.linalg.solve(left[rows][:, rows], torch.cat([weight[rows], column.T], 1))
+        share = torch.linalg.solve(left[rows[:, None], rows], torch.cat([weight[rows], column.T], 1))
         mine, theirs = share[:, : weight.shape[1]], share[:, weight.shape[1] :]
         loss = float((weight[rows] * mine).sum())
-        rest = torch.addmm(left[stays][:, stays], column, theirs, alpha=-1)
+        rest = left[stays[:, None], stays].addmm_(column, theirs, alpha=-1)  # of such matrices no more than two
         return rest, torch.addmm(weight[stays], column, mine, alpha=-1), loss
