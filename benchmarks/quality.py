@@ -1,33 +1,36 @@
 """What each recipe loses at the same size, beside the criteria of its peers: perplexity and KL to the dense model.
 
-    python benchmarks/quality.py --model DIR --device cuda --json quality.json
-    python benchmarks/quality.py --only dense,obs,flap --layers 5-28 --ratios 0.25 --sizes 10x128 --draws 1
+    python benchmarks/quality.py --model DIR --device cuda --json quality.json [--parts main,ablation] [--seconds 330]
+    python benchmarks/quality.py --only "obs solved,flap" --layers 5-28 --ratios 0.25 --sizes 10x128 --draws 1
 
 Calibration is windows of wikitext2's train text, as token ids; the loss is measured on 8 windows of 1,024 tokens of its
 test text, raw, and on as many of another domain (a book), all under $DICER_DATA. ``kl`` is the mean over tokens of
-KL(dense || pruned) over the whole vocabulary. Every recipe stands by itself. `FIXED` recipes have one size of
-calibration; of those that depend on nothing but the weights one draw is run.
+KL(dense || pruned) over the whole vocabulary. Every run stands by itself: what the JSON file has is not run again, and
+after ``--seconds`` none is begun, so that a long list is done in several calls.
 
-Needs dicer's source on PYTHONPATH, torch, transformers, safetensors, numpy and pydantic; without scipy everything but
-clustering runs.
+Needs dicer's source on PYTHONPATH, torch, transformers, safetensors, numpy, and pydantic;
+without scipy everything but clustering runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import types
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 try:
     import scipy  # noqa: F401
@@ -61,6 +64,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # criteria of others, as they use them
     "weight-l2": {"criterion": "weight-l2"},
     "taylor": {"criterion": "taylor"},
+    "optipfair-static": {"criterion": f"{__file__}:optipfair_static"},
     "optipfair-data": {"criterion": "cfsp"},
     "act-weight": {"criterion": "act-weight"},
     "flap": {"criterion": "fluctuation", "allocate": "global", "compensate": "bias"},
@@ -70,7 +74,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "act-l2": {"criterion": "act-l2", **MOD},
     "rc-a": {"method": "rc-a"},
     "rc-a rolls": {"method": "rc-a", "rolls": 64},
-    # one step after the other
+    # one step after the other; "first": whether the first token of a sample counts
     "output-l2": {"criterion": "output-l2"},
     "output-l2 propagated": {"criterion": "output-l2", "propagate": "pruned"},
     "output-l2 solved": {"criterion": "output-l2", **SOLVED},
@@ -91,9 +95,38 @@ RECIPES: dict[str, dict[str, Any]] = {
     "obs solved cosine": {"criterion": "obs", **SOLVED, "allocate": "cosine"},
     "obs solved global": {"criterion": "obs", **SOLVED, "allocate": "global"},
     "obs solved cosine bias": {"criterion": "obs", **SOLVED, "allocate": "cosine", "compensate": "bias"},
+    "obs solved, not the first": {"criterion": "obs", **SOLVED, "first": False},
+    "obs solved target dense, not the first": {"criterion": "obs", **SOLVED, "target": "dense", "first": False},
     "best": {"method": "best"},
 }
-NO_TEXT = ("weight-l2",)
+NO_TEXT = ("weight-l2", "optipfair-static")
+PEERS = ("taylor", "optipfair-static", "optipfair-data", "act-weight", "flap", "modegpt", "blocks")
+OURS = ("rc-a", "rc-a rolls solved", "output-l2 solved", "obs solved", "obs solved cosine", "obs solved, not the first")
+
+
+class Part(NamedTuple):
+    """Settings that are run for each of some recipes."""
+
+    names: tuple[str, ...]
+    layers: tuple[str, ...]
+    ratios: tuple[float, ...]
+    sizes: tuple[str, ...]
+    draws: int
+
+
+PARTS = {
+    "main": Part((*PEERS, *OURS), ("5-28",), (0.25, 0.5), ("32x512",), 3),
+    "ablation": Part(tuple(RECIPES), ("5-28",), (0.25, 0.5), ("32x512",), 1),
+    "sizes": Part((*PEERS, *OURS), ("5-28",), (0.25, 0.5), ("10x128", "128x512"), 1),
+    "layers": Part((*PEERS, *OURS), ("all",), (0.25, 0.5), ("32x512",), 1),
+}
+
+
+@dicer.criterion("optipfair-static", source="optipfair 0.4.2, static mode (MAW)")
+def optipfair_static(weights: Any, _: Any) -> Tensor:
+    """Max + abs(min) of a neuron's row of the gate and of up, [U]."""
+    parts = [part.float() for part in (weights.gate, weights.up) if part is not None]
+    return sum(part.amax(1) + part.amin(1).abs() for part in parts)
 
 
 class Bench:
@@ -122,12 +155,16 @@ class Bench:
         ids = self._ids("\n\n".join(path.read_text(encoding="utf-8")[: self.windows * 12_000].split("\n")))
         return ids[: self.windows * 1024].reshape(self.windows, 1, 1024).to(self.device)
 
-    def rows(self, samples: int, length: int, draw: int, folder: Path) -> Path:
+    def rows(self, size: str, draw: int, *, first: bool, folder: Path) -> Path:
         """Ready calibration rows: windows side by side, in another order for every draw."""
+        samples, length = map(int, size.split("x"))
         windows = self.train[: len(self.train) // length * length].reshape(-1, length)
         chosen = np.random.default_rng(draw).permutation(len(windows))[:samples]
-        path = folder / f"{samples}x{length}-{draw}.jsonl"
-        path.write_text("".join(json.dumps({"input_ids": windows[i].tolist()}) + "\n" for i in chosen))
+        rows = [{"input_ids": windows[i].tolist()} for i in chosen]
+        if not first:  # its activations are larger than all others together
+            rows = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in rows]
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
 
     def loss(self, model: Any) -> dict[str, float]:
@@ -143,18 +180,21 @@ class Bench:
             found[f"{name} kl"] = divergence / len(windows)
         return found
 
-    def run(self, name: str, rows: Path, layers: str, ratio: float, seed: int) -> dict[str, Any]:
+    def run(self, name: str, layers: str, ratio: float, size: str, draw: int) -> dict[str, Any]:
         """One recipe: its loss, and the seconds that deciding took."""
-        start = time.perf_counter()
-        recipe = dicer.Recipe(**{"calib": str(rows), "layers": layers, "ratio": ratio, "seed": seed, **RECIPES[name]})
-        task = with_text(prepare(self.source, recipe, dicer.Compute(dtype="float32", device=self.device)))
-        plan = self._blocks(task) if name == "blocks" else score([task], self.store)[0]
-        seconds = time.perf_counter() - start
+        asked = dict(RECIPES[name])
+        with tempfile.TemporaryDirectory() as folder:
+            rows = self.rows(size, draw, first=asked.pop("first", True), folder=Path(folder))
+            start = time.perf_counter()
+            recipe = dicer.Recipe(calib=str(rows), layers=layers, ratio=ratio, seed=42 + draw, **asked)
+            task = with_text(prepare(self.source, recipe, dicer.Compute(dtype="float32", device=self.device)))
+            plan = self._blocks(task) if name == "blocks" else score([task], self.store)[0]
+            seconds = time.perf_counter() - start
         pruned = build_model(plan_cut(self.source, plan), torch.float32, self.device)
         solved = [layer.repair.about for axis in plan.axes.values() for layer in axis.values() if layer.repair]
         about = {"ridges": [one["ridge"] for one in solved], "forms": sorted({one["form"] for one in solved})}
-        size = sum(parameter.numel() for parameter in pruned.parameters())
-        return {**self.loss(pruned), "seconds": seconds, "parameters": size, **(about if solved else {})}
+        size_after = sum(parameter.numel() for parameter in pruned.parameters())
+        return {**self.loss(pruned), "seconds": seconds, "parameters": size_after, **(about if solved else {})}
 
     def _blocks(self, task: Any) -> PrunePlan:
         """Whole layers, those that turn the hidden state least, to the nearest number of the same parameters."""
@@ -171,16 +211,20 @@ def _log_probs(model: Any, window: Tensor) -> Tensor:
     return model(window, use_cache=False).logits[0].float().log_softmax(-1)
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: a row a recipe, mean and spread over the draws."""
-    keys = [key for key in found[0] if key.endswith((" ppl", " kl"))]
-    lines = ["| recipe | " + " | ".join(keys) + " | s |", "| --- |" + " --- |" * (len(keys) + 1)]
-    for name in dict.fromkeys(one["recipe"] for one in found):
-        own = [one for one in found if one["recipe"] == name]
-        cells = [_cell([one[key] for one in own], 3 if key.endswith("kl") else 2) for key in keys]
-        lines.append(
-            f"| {name} | " + " | ".join([*cells, f"{statistics.median(o['seconds'] for o in own):.1f}"]) + " |"
-        )
+def tables(found: list[dict[str, Any]]) -> str:
+    """Markdown: a table a setting, a row a recipe, mean and spread over the draws."""
+    settings = dict.fromkeys((one["layers"], one["ratio"], one["size"]) for one in found)
+    keys = [key for key in found[0] if key.endswith((" ppl", " kl"))] if found else []
+    lines = []
+    for layers, ratio, size in settings:
+        mine = [one for one in found if (one["layers"], one["ratio"], one["size"]) == (layers, ratio, size)]
+        lines += [f"\nlayers {layers}, {ratio:.0%}, {size}\n", "| recipe | " + " | ".join(keys) + " | draws | s |"]
+        lines.append("| --- |" + " --- |" * (len(keys) + 2))
+        for name in dict.fromkeys(one["recipe"] for one in mine):
+            own = [one for one in mine if one["recipe"] == name]
+            cells = [_cell([one[key] for one in own], 3 if key.endswith("kl") else 2) for key in keys]
+            cells += [str(len(own)), f"{statistics.median(one['seconds'] for one in own):.1f}"]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -189,44 +233,63 @@ def _cell(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every run that is asked for, each once."""
+    parts = [PARTS[name] for name in options.parts.split(",")]
+    only = tuple(name.strip() for name in options.only.split(";") if name.strip())
+    if options.layers or options.ratios or options.sizes or options.draws:
+        layers, sizes = (options.layers or "5-28").split(";"), (options.sizes or "32x512").split(",")
+        ratios = tuple(map(float, (options.ratios or "0.25").split(",")))
+        parts = [Part(only or tuple(RECIPES), tuple(layers), ratios, tuple(sizes), options.draws or 1)]
+    every = [
+        {"recipe": name, "layers": layers, "ratio": ratio, "size": size, "draw": draw}
+        for part in parts
+        for layers, ratio, size in itertools.product(part.layers, part.ratios, part.sizes)
+        for name in part.names
+        for draw in range(1 if name in NO_TEXT else part.draws)
+        if not only or name in only
+    ]
+    return [one for place, one in enumerate(every) if one not in every[:place]]
+
+
 def main() -> None:
+    start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:smollm2", help="a folder, or what dicer opens")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", default=os.environ.get("DICER_DATA", "../shared/data"))
     parser.add_argument("--other", default="books/carroll-alice.txt", help="the text of another domain; empty for none")
-    parser.add_argument("--layers", default="5-28,all", help="with commas between; ranges by themselves")
-    parser.add_argument("--ratios", default="0.25,0.5")
-    parser.add_argument("--sizes", default="10x128,32x512,128x512")
-    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--parts", default=",".join(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--only", default="", help="recipes, with ; between")
+    parser.add_argument("--layers", default="", help="instead of the parts' own, with ; between; so the next three")
+    parser.add_argument("--ratios", default="")
+    parser.add_argument("--sizes", default="")
+    parser.add_argument("--draws", type=int, default=0)
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--only", default="", help="recipes, with commas between")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
-    names = [name.strip() for name in options.only.split(",") if name.strip()] or list(RECIPES)
-    bench, found, folder = Bench(options), [], Path(options.json or "quality.json").parent
-    print(f"{options.model} on {options.device}; dense: {bench.loss(bench.model)}", flush=True)
-    for layers in options.layers.split(","):
-        for ratio in map(float, options.ratios.split(",")):
-            for size in options.sizes.split(","):
-                samples, length = map(int, size.split("x"))
-                setting = {"layers": layers, "ratio": ratio, "size": size}
-                own: list[dict[str, Any]] = []
-                for name in names:
-                    for draw in range(1 if name in NO_TEXT else options.draws):
-                        rows = bench.rows(samples, length, draw, folder)
-                        try:
-                            got = bench.run(name, rows, layers, ratio, 42 + draw)
-                        except dicer.DicerError as error:
-                            print(f"{name}: {error}", flush=True)
-                            continue
-                        own.append({"recipe": name, **setting, "draw": draw, **got})
-                        rows.unlink()
-                        print(json.dumps(own[-1]), file=sys.stderr, flush=True)
-                found += own
-                print(f"\nlayers {layers}, {ratio:.0%}, {size}\n\n{table(own)}", flush=True)
-                if options.json:
-                    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    logging.disable_progress_bar()
+    found = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
+    known = [{key: one[key] for key in ("recipe", "layers", "ratio", "size", "draw")} for one in found]
+    runs = [one for one in runs_of(options) if one not in known]
+    bench = Bench(options)
+    dense = bench.loss(bench.model)
+    print(f"{options.model} on {options.device}, {len(runs)} runs to do; dense: {dense}", flush=True)
+    for done, one in enumerate(runs):
+        if time.perf_counter() - start > options.seconds:
+            print(f"{len(runs) - done} runs are left: call it again.")
+            break
+        try:
+            setting = {key: value for key, value in one.items() if key != "recipe"}
+            found.append({**one, **bench.run(one["recipe"], **setting), "dense": dense})
+        except dicer.DicerError as error:
+            print(f"{one}: {error}", flush=True)
+            continue
+        print(f"{time.perf_counter() - start:.0f} s: {json.dumps(found[-1])}", file=sys.stderr, flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(tables(found))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def criterion(
 
     Args:
         name: what users type.
-        needs: names of :data:`dicer.measure.parts.NEEDS`, read as properties of the statistics; empty for weights alone.
+        needs: names of :data:`dicer.measure.parts.NEEDS`, properties of the statistics; empty for weights alone.
         source: paper and equation.
         link: where to read it.
     """
