@@ -26,7 +26,7 @@ test: install
 # vLLM and llama.cpp on what dicer writes. They get an environment of their own, as vLLM asks for another transformers.
 test-serving: install $(SERVING)/.installed
 	DICER_VLLM_PYTHON=$(SERVING)/bin/python DICER_LLAMA_CPP_PYTHON=$(SERVING)/bin/python OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -m serving tests/serving $(ARGS)
+		$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m serving tests/serving $(ARGS)
 
 $(SERVING)/.installed: constraints-serving.txt
 	$(PYTHON) -m venv $(SERVING)

@@ -1,7 +1,7 @@
-"""What it costs to hold a loaded model against its files, as a part of the whole of ``dicer prune``.
+"""What it costs to hold a loaded model against its files and to open what is written, as a part of ``dicer prune``.
 
-One model of Qwen2.5-1.5B's shape with random weights, bfloat16. Rounds with and without the comparison take turns.
-Prints ``guard / prune: X`` (of medians) on a line of its own.
+One model of Qwen2.5-1.5B's shape with random weights, bfloat16. Rounds with and without the checks take turns. Prints
+``guard / prune: X`` (of medians) and ``guard and opening / prune: X`` on lines of their own.
 
     python benchmarks/guard.py [--layers 28] [--rounds 5] [--folder FOLDER]
 """
@@ -13,7 +13,10 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -22,8 +25,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import dicer
+from dicer import pipeline
 from dicer.model import source
-from dicer.model.same import check_same
+from dicer.model.find import find_model
+from dicer.write import checkpoint
+from dicer.write.side_files import copy_side_files
+
+# Each where it is called: of what was loaded, of what would be written, of what was.
+CHECKS: tuple[tuple[ModuleType, str], ...] = (
+    (source, "check_same"),
+    (pipeline, "check_cut"),
+    (checkpoint, "check_written"),
+)
 
 SHAPE = {
     "vocab_size": 151_936,
@@ -40,6 +53,7 @@ def make(folder: Path, layers: int) -> None:
     torch.set_default_dtype(torch.bfloat16)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
+    copy_side_files(find_model("builtin:smollm2")[1], folder)  # a tokenizer to open, of 49,152 tokens
     rows = "".join(f'{{"input_ids": {torch.randint(0, 150_000, (128,)).tolist()}}}\n' for _ in range(10))
     (folder / "rows.jsonl").write_text(rows)
 
@@ -56,28 +70,37 @@ def main() -> None:
         make(model, options.layers)
         recipe = dicer.Recipe(calib=str(model / "rows.jsonl"))
         whole: dict[bool, list[float]] = {True: [], False: []}
-        alone: list[float] = []
-
-        def guarded(*arguments: Any) -> None:
-            start = time.perf_counter()
-            check_same(*arguments)
-            alone.append(time.perf_counter() - start)
-
+        alone: dict[str, list[float]] = {name: [] for _, name in CHECKS}
         for number in range(options.rounds + 1):
             for guard in (True, False):
-                with patch.object(source, "check_same", guarded if guard else lambda *_: None):
+                with ExitStack() as stack:
+                    for module, check in CHECKS:
+                        put = _timed(getattr(module, check), alone[check]) if guard else lambda *_: None
+                        stack.enter_context(patch.object(module, check, put))
                     start = time.perf_counter()
                     dicer.prune(model, recipe, output=out)
-                if number:  # the first round warms up
-                    whole[guard].append(time.perf_counter() - start)
+                    if number:  # the first round warms up
+                        whole[guard].append(time.perf_counter() - start)
                 shutil.rmtree(out)
     with_it, without = (statistics.median(whole[guard]) for guard in (True, False))
-    part = statistics.median(alone[1:])
+    parts = {name: statistics.median(times[1:]) for name, times in alone.items()}
     print(f"qwen2, {options.layers} layers of 1.5B's shape, bfloat16, 10 x 128 tokens, {options.rounds} rounds")
     print(f"   with: median {with_it:.2f} s, {min(whole[True]):.2f} to {max(whole[True]):.2f}")
     print(f"without: median {without:.2f} s, {min(whole[False]):.2f} to {max(whole[False]):.2f}")
-    print(f"the comparison alone: median {part:.3f} s")
-    print(f"guard / prune: {part / without:.4f}")
+    for name, part in parts.items():
+        least, most = min(alone[name][1:]), max(alone[name][1:])
+        print(f"{name} alone: median {part:.3f} s, {least:.3f} to {most:.3f} ({part / without:.2%} of prune)")
+    print(f"guard / prune: {parts['check_same'] / without:.4f}")
+    print(f"guard and opening / prune: {sum(parts.values()) / without:.4f}")
+
+
+def _timed(check: Callable[..., None], times: list[float]) -> Callable[..., None]:
+    def run(*arguments: Any) -> None:
+        start = time.perf_counter()
+        check(*arguments)
+        times.append(time.perf_counter() - start)
+
+    return run
 
 
 if __name__ == "__main__":

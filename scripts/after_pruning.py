@@ -118,6 +118,26 @@ def lm_eval(folder: Path, _: Path) -> str:
     return f"log-likelihood of ' Paris' and whether it is the greedy answer: {model.loglikelihood([asked])[0]}"
 
 
+def lm_eval_task(folder: Path, scratch: Path) -> str:
+    """A whole task by its own command; LM_EVAL_TASKS names a folder with local_openbookqa.yaml (docs/evaluation.md)."""
+    if not (tasks := os.environ.get("LM_EVAL_TASKS")):
+        return "not run, LM_EVAL_TASKS names no folder of task files"
+    arguments = f"pretrained={folder},trust_remote_code=True,dtype=float32"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--include_path", tasks]
+    command += ["--tasks", "local_openbookqa", "--device", "cpu", "--batch_size", "16", "--output_path", str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return ", ".join(line for line in done.stdout.splitlines() if "acc" in line)
+
+
+def push(folder: Path, _: Path) -> str:
+    """What would go to the hub."""
+    command = [sys.executable, "-m", "dicer", "push", folder, "owner/name", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    return next(line for line in done.stdout.splitlines() if "nothing was sent" in line)
+
+
 def gguf(folder: Path, scratch: Path) -> str:
     """A q8_0 file by dicer export."""
     out = scratch / "model.gguf"
@@ -135,6 +155,8 @@ RECIPES: dict[str, tuple[Callable[[Path, Path], str], tuple[str, ...]]] = {
     "torchao": (torchao, ("torchao",)),
     "bitsandbytes": (bitsandbytes, ("bitsandbytes",)),
     "lm_eval": (lm_eval, ("lm_eval",)),
+    "lm_eval_task": (lm_eval_task, ("lm_eval",)),
+    "push": (push, ()),
     "gguf": (gguf, ("dicer.write.export.llama_cpp",)),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from dicer.progress import Progress, silent
 from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
-from dicer.write.opened import check_cut
+from dicer.write.opened import as_source, check_cut
+from dicer.write.prove import Proof, check_proofs, prove
 from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line
@@ -49,6 +50,7 @@ class Look:
         after: sizes of what it will be; the same as before where only a run of the model can tell.
         device: to compute on.
         targets: what will load the result, in one line; empty where only a run of the model can tell.
+        proofs: of the structure, where it was found.
     """
 
     task: Asked
@@ -56,6 +58,7 @@ class Look:
     after: Sizes
     device: str
     targets: str = ""
+    proofs: Sequence[Proof] = ()
 
 
 def look(
@@ -88,20 +91,32 @@ def look(
     if output is not None:
         read = [*recipe.files(), perplexity_text, None if in_memory else model, *inputs]
         check_output(Path(output), overwrite=overwrite, inputs=read)
-    source = from_memory(model) if in_memory else open_model(model)
+    source = from_memory(model, recipe.family) if in_memory else open_model(model, recipe.family)
     task = prepare(source, recipe, _as_it_is(model, compute) if in_memory else compute)
     if task.runs_model:
         check_text(recipe.text)
     if perplexity_text is not None:
         check_source(perplexity_text, ("builtin",), "perplexity text")
+    check_proofs(source, proofs := prove(source, proven_axes(task)))
     before, after = foreseen(task)
     targets = ""
     if isinstance(task, Decided):
         check_cut(cut := plan_cut(source, task.outline()))
-        targets = targets_line(source.family, cut.config)
+        if recipe.stock and "auto_map" in cut.config:
+            raise RecipeError(
+                f"{source.name}: transformers' own {source.family.causal_lm} does not take the config that this would "
+                "have (fewer heads with longrope, say): use --axis mlp, or leave --stock out."
+            )
+        targets = targets_line(as_source(cut))
     if output is not None:
         check_space(Path(output), after.nbytes)
-    return Look(task, before, after, pick_device(task.compute.device), targets)
+    return Look(task, before, after, pick_device(task.compute.device), targets, proofs)
+
+
+def proven_axes(task: Asked) -> list[str]:
+    """The axes that a run would cut; ``block`` where whole layers may go."""
+    axes = sorted({place.axis for place in task.places})
+    return axes + (["block"] if task.method.axis == "block" else [])
 
 
 def foreseen(task: Asked) -> tuple[Sizes, Sizes]:
@@ -275,7 +290,9 @@ def perplexity_windows(text: str, source: ModelSource, tokenizer: Any | None) ->
     tokenize = tokenize_with(tokenizer or source.tokenizer())
     if tokenize is None:
         raise ModelError(f"{source.name} has no tokenizer, so perplexity on text cannot be measured.")
-    length = min(PERPLEXITY_LENGTH, int(source.config.max_position_embeddings))
+    length = min(
+        PERPLEXITY_LENGTH, int(getattr(source.text_config, "max_position_embeddings", None) or PERPLEXITY_LENGTH)
+    )
     return load_windows(text, tokenize, length, PERPLEXITY_WINDOWS)
 
 

@@ -184,7 +184,8 @@ def test_typed_settings(typed, value):
 
 def test_axes_of_an_axis():
     axes = {axis: Recipe(axis=axis).resolve().axes for axis in CHOSEN}
-    assert axes == {"mlp": ("mlp",), "attention": ("attention",), "all": ("attention", "mlp"), "block": ()}
+    one = {name: (name,) for name in ("mlp", "attention", "experts")}
+    assert axes == {**one, "all": ("attention", "mlp"), "block": ()}
 
 
 def test_help_of_choices():

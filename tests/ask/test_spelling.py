@@ -38,6 +38,7 @@ OTHER = {
     "entropy_profile": "profile.json",
     "layers": "1,2-3",
     "width_multiple": 16,
+    "stock": True,
     "calib": "owner/name",
     "calib_config": "en",
     "calib_split": "test",

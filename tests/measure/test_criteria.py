@@ -22,6 +22,8 @@ PAPERS = {  # of the criteria that are not Xu et al.'s
     "cfsp": "CFSP (Wang et al. 2025",
     "leverage": "MoDeGPT",
     "obs": "OSSCAR",
+    "reap": "Lasby et al. 2025",
+    "frequency": "Lasby et al. 2025",
 }
 
 
@@ -174,13 +176,13 @@ def test_progressive_removal_of_heads():
 
 def test_default_activations():
     assert {name: dicer.Recipe(criterion=name).resolve().activation for name in CRITERIA} == {
-        name: "mod" if name in PAPERS else "post" for name in CRITERIA
+        name: "mod" if name in PAPERS and name not in ("reap", "frequency") else "post" for name in CRITERIA
     }
     assert dicer.Recipe(criterion="obs", activation="pre").resolve().activation == "pre"
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", FORMULAS)
 def test_formulas(name, gated):
     weights, gradient = random_weights(gated), random_weights(gated, seed=1)
     draw = torch.Generator().manual_seed(0)

@@ -24,8 +24,8 @@ def model_of(family):
 def test_tiny_models_of_all_families():
     assert set(FAMILIES) == set(TINY) == modeling_pruned.FAMILIES.keys()
     assert not {NEURONS, 2 * NEURONS} & {HIDDEN, 3 * HIDDEN, VOCABULARY, 8, 16}, "the width is told from other sizes"
-    with pytest.raises(AttributeError, match="PrunedMambaForCausalLM"):
-        _ = modeling_pruned.PrunedMambaForCausalLM
+    with pytest.raises(AttributeError, match="PrunedNothingForCausalLM"):
+        _ = modeling_pruned.PrunedNothingForCausalLM
 
 
 @every_family

@@ -203,7 +203,24 @@ REFUSED = {
     "last layers gone": (on_weights(without("layers.2.", "layers.3.")), ["last 2 of 4 layers", "must say 2"]),
     # code of its own
     "own code": (own_code(), ["modelling code of its own (modeling_own.OwnForCausalLM", "take auto_map out"]),
-    "own code, stock name": (own_code("LlamaForCausalLM"), ["modelling code of its own"]),
+    "own config, stock model": (
+        lambda f: config(f, auto_map={"AutoConfig": "c.OwnConfig", "AutoModelForCausalLM": "m.LlamaForCausalLM"}),
+        ["modelling code of its own (c.OwnConfig"],
+    ),
+    "another family's class": (own_code("MistralForCausalLM"), ["modelling code of its own"]),
+    "another task, own class": (
+        own_code("LlamaForCausalLM", AutoModelForSequenceClassification="m.OwnClassifier"),
+        ["modelling code of its own (m.OwnClassifier"],
+    ),
+    "named without a class for each": (lambda f: config(f, auto_map="m.LlamaForCausalLM"), ["modelling code"]),
+    "stock name, other tensors": (
+        both(own_code("LlamaForCausalLM"), on_weights(more(extra__weight=torch.ones(3)))),
+        ["does not read 'extra.weight'", "it is another model"],
+    ),
+    "stock name, other tensors in a layer": (
+        both(own_code("LlamaForCausalLM"), on_weights(lambda t: t | {f"{ATTENTION_2}.scale": torch.ones(1)})),
+        ["has no such tensor"],
+    ),
     "own config": (lambda f: config(f, auto_map={"AutoConfig": "configuration_own.OwnConfig"}), ["configuration_own"]),
     "own code of a repository": (
         lambda f: config(f, auto_map={"AutoModelForCausalLM": "owner/name--modeling_own.Own"}),
@@ -251,6 +268,56 @@ def test_fetched_again_where_nothing_else_explains_it(copy):
     edit(folder, without("layers.1.mlp.up_proj"))
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight' is missing .* Fetch the model again\."):
         open_model(folder)
+
+
+# Code of a model's own, by the names that transformers has itself
+
+STOCK = {"AutoConfig": "configuration_x.{}Config", "AutoModelForCausalLM": "modeling_x.{}ForCausalLM"}
+NAMED = {
+    "config and model": ("Llama", STOCK),
+    "phi3": ("Phi3", STOCK),
+    "of a repository": ("Llama", {"AutoModelForCausalLM": "owner/name--modeling_llama.LlamaForCausalLM"}),
+    "gpt2": ("GPT2", {"AutoModelForCausalLM": "modeling_x.GPT2LMHeadModel", "AutoModel": "modeling_x.GPT2Model"}),
+    "tokenizer and other tasks": (
+        "Llama",
+        STOCK
+        | {
+            "AutoTokenizer": ["x.OwnTokenizer", None],
+            "AutoModelForSequenceClassification": "m.{}ForTokenClassification",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_code_by_stock_names(tmp_path, kind):
+    """As transformers without the flag, so dicer: its own class, and a note; what is written is the same as without."""
+    stem, named = NAMED[kind]
+    plain = save_tiny(tmp_path / "plain", stem.lower())
+    folder = shutil.copytree(plain, tmp_path / "named")
+    auto_map = {auto: name.format(stem) if isinstance(name, str) else name for auto, name in named.items()}
+    config(folder, auto_map=auto_map, attention_scale=0.0, unknown_switch=False, rope_theta=1e4)
+    (folder / "modeling_x.py").write_text("raise RuntimeError")
+    results = [dicer.prune(f, WEIGHT_ONLY, output=f.with_suffix(".out")) for f in (plain, folder)]
+    (note,) = (note for note in results[1].notes if "code of the model's own" in note)
+    assert "is not taken along; transformers knows nothing of attention_scale in config.json" in note
+    assert not any("own" in note for note in results[0].notes)
+    out = [f.with_suffix(".out") for f in (plain, folder)]
+    assert (out[0] / WEIGHTS).read_bytes() == (out[1] / WEIGHTS).read_bytes()
+    assert [f.name for f in out[1].glob("*.py")] == ["modeling_pruned.py"]
+    said = [json.loads((f / "config.json").read_text()) for f in out]
+    assert said[0]["auto_map"] == said[1]["auto_map"]
+
+
+def test_code_by_stock_names_in_memory(copy, tmp_path, monkeypatch):
+    """There it has run already, and a name says nothing of what it does."""
+    folder = copy()
+    config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    named = type("LlamaForCausalLM", (type(model),), {"__module__": "transformers_modules.x.modeling_llama"})
+    model.__class__ = named
+    with pytest.raises(ModelError, match="modelling code of its own"):
+        from_memory(model)
 
 
 # Tied tensors, and copies

@@ -17,6 +17,7 @@ import dicer
 from dicer.ask.recipe import Recipe
 from dicer.model.source import open_model
 from dicer.write.export.llama_cpp.file import export_gguf
+from dicer.write.verify.verify import verify
 
 pytestmark = [
     pytest.mark.serving,
@@ -87,6 +88,18 @@ def test_smollm2(tmp_path, case):
     assert outcome.same + len(outcome.margins) == outcome.prompts
     assert outcome.difference < 2e-3
     assert outcome.ends <= {0, 2}  # the ends of text and of a turn
+
+
+@needs_smollm2
+@pytest.mark.smollm2
+def test_verify(tmp_path):
+    """What ``dicer verify`` says of a checkpoint."""
+    folder = pruned("attention gone", tmp_path / "out")
+    *others, last = verify(folder, ("transformers", "gguf"), llama_cpp_python=python())
+    assert all(checked.good for checked in (*others, last))
+    assert last.what.startswith("llama.cpp (xllamacpp 20")
+    assert last.found.startswith("10 of 10 greedy texts the same as in transformers, ")
+    assert float(last.found.split("log-probability ")[1]) < 1e-3  # with a cache of half floats 8e-3
 
 
 @needs_smollm2

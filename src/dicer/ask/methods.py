@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from dicer.ask.axes import CHOSEN
 
 Activation = Literal["pre", "post", "mod"]
-AxisName = Literal["mlp", "attention", "block", "all"]
+AxisName = Literal["mlp", "attention", "experts", "block", "all"]
 RatioOf = Literal["chosen", "mlp", "decoder", "model"]
 Repairs = Literal["none", "least-squares"]
 Propagate = Literal["dense", "pruned"]

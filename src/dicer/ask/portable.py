@@ -28,6 +28,8 @@ def portable(recipe: Recipe, method: Method, compute: Compute) -> dict[str, Any]
     }
     if recipe.entropy_profile:
         named["entropy_profile"] = _by_content(recipe.entropy_profile)
+    if recipe.family:
+        named["family"] = _by_content(recipe.family)
     found = {**recipe.flat(), **compute.flat(), "method": choices.pop("preset"), **choices, **named}
     unsaid = () if method.walks_alone else ("repair", "propagate")  # so that what was recorded before is the same
     return {name: value for name, value in found.items() if name not in unsaid}

@@ -63,8 +63,8 @@ class Recipe(Strict):
     )
     axis: AxisName | None = Field(
         default=None,
-        description="what is pruned: mlp (neurons), attention (heads; key-value heads with all their query heads), "
-        "all (both), block (whole layers) (default: mlp)",
+        description="what is pruned: mlp (neurons, also those inside experts), attention (heads; key-value heads with "
+        "all their query heads), all (both), experts (whole ones), block (whole layers) (default: mlp)",
     )
     ratio: float = Field(default=0.25, description="fraction of the parameters that goes, between 0 and 1")
     ratio_of: RatioOf | None = Field(
@@ -157,6 +157,18 @@ class Recipe(Strict):
     width_multiple: int = Field(
         default=1, ge=1, description="round the kept width to a multiple of this", json_schema_extra=WHAT
     )
+    stock: bool = Field(
+        default=False,
+        description="every layer keeps the same number, one that transformers' own class can have, so that what is "
+        "written needs no code",
+        json_schema_extra=WHAT,
+    )
+    family: str | None = Field(
+        default=None,
+        description="FILE.toml that says the model's structure, where it cannot be found ('dicer info MODEL "
+        "--family-row' prints the form)",
+        json_schema_extra=WHAT,
+    )
     seed: int = Field(
         default=42, ge=0, lt=2**63, description="seed of random criteria and groupings", json_schema_extra=HOW
     )
@@ -216,12 +228,12 @@ class Recipe(Strict):
     def files(self) -> list[str]:
         """What it may name on the disk: text, ratios, a profile, and the files of parts of one's own."""
         parts = (part.rpartition(":")[0] for part in (self.criterion, self.grouping, self.merge) if part)
-        named = (*sources_of(self.text.source), self.allocate, self.entropy_profile, *parts)
+        named = (*sources_of(self.text.source), self.allocate, self.entropy_profile, self.family, *parts)
         return [name for name in named if name]
 
     def flat(self) -> dict[str, Any]:
-        """Every value by the name that users spell; ``set`` as a table, and only where there is one."""
-        values = self.model_dump(exclude={"text", "set"})
+        """Every value by the name that users spell; ``stock``, and ``set`` as a table, where they say something."""
+        values = self.model_dump(exclude={"text", "set", *(() if self.stock else ("stock",))})
         values = {name: value for name, value in values.items() if name not in _ADDED or value != _ADDED[name]}
         return {**values, **self.text.flat(), **({"set": dict(self.set)} if self.set else {})}
 
@@ -384,6 +396,11 @@ def _check_allocation(recipe: Recipe, method: Method) -> None:
         )
     if method.allocate.endswith(".json") and "ratio" in recipe.model_fields_set:
         raise RecipeError(f"{method.allocate} says the ratios; leave --ratio out.")
+    if recipe.stock and method.axes and method.allocate != "uniform":
+        raise RecipeError(
+            f"--stock keeps the same number in every layer, and --allocate {method.allocate} does not. Leave one out; "
+            "'dicer export OUT --to stock' pads layers that differ."
+        )
 
 
 def _number(text: str) -> float | str:

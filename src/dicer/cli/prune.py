@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import kind_of
 from dicer.ask.spelling import FIELDS, Wanted, make_wanted, read_recipe
 from dicer.cli.flags import with_flags
 from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, output_path, quiet_transformers, say, show
@@ -176,13 +176,13 @@ def _show_widths(plan: Any) -> None:
         if len(widths) > 4:
             kept = [keep for _, keep in widths]
             units = max(units for units, _ in widths)
-            say(f"{len(layers)} layers: {units} -> {min(kept)} to {max(kept)} {AXES[axis].units}")
+            say(f"{len(layers)} layers: {units} -> {min(kept)} to {max(kept)} {kind_of(axis).units}")
             continue
         for units, keep in widths:
             members = [i for i, layer in layers.items() if (layer.units, len(layer.keep)) == (units, keep)]
             whole = members == list(range(members[0], members[-1] + 1))
             which = f"{members[0]} to {members[-1]}" if whole else ", ".join(map(str, members))
-            say(f"{len(members)} layers ({which}): {units} -> {keep} {AXES[axis].units}")
+            say(f"{len(members)} layers ({which}): {units} -> {keep} {kind_of(axis).units}")
 
 
 def _show_ratio(result: Any) -> None:

@@ -26,6 +26,9 @@ def verify(
     vllm_python: Annotated[
         str | None, typer.Option(metavar="FILE", help="Python of an environment that has vLLM, if it is another.")
     ] = None,
+    llama_cpp_python: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Likewise of one that has xllamacpp (llama.cpp).")
+    ] = None,
 ) -> None:
     """Check a checkpoint in a fresh process: against the masked original, its cache, and what shall serve it.
 
@@ -40,8 +43,9 @@ def verify(
         if name not in TARGETS:
             raise RecipeError(unknown("target", name, TARGETS))
     quiet_transformers()
+    pythons = {"vllm_python": vllm_python, "llama_cpp_python": llama_cpp_python}
     bad = []
-    for checked in check(folder, asked, against=against, vllm_python=vllm_python):
+    for checked in check(folder, asked, against=against, **pythons):
         say(f"{'good' if checked.good else 'BAD '}  {checked.what}: {checked.found}.")
         bad += [] if checked.good else [checked.what]
     if bad:

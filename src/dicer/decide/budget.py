@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import AXES, axes_of
 from dicer.ask.layers import select_layers
 from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
 from dicer.decide.amounts.by_cosine import cosine_ratios
 from dicer.decide.amounts.by_entropy import entropy_ratios
 from dicer.decide.amounts.by_rank import block_removal, global_units
+from dicer.decide.amounts.equal import PAD, equal_units, stock_numbers
+from dicer.decide.amounts.experts import check_least, reason_against, tied_units, with_experts
 from dicer.decide.amounts.from_file import read_ratios
 from dicer.decide.amounts.prunable import TOLERANCE, Bounds, Prunable, most, total
 from dicer.decide.amounts.rounding import whole_units
@@ -71,19 +73,24 @@ def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
     """
     infos, family = source.tensors.infos(), source.family
     units = {axis: family.units(source.config, axis) for axis in family.axes}
-    count = len(source.config.per_layer_config)
+    count = len(next(iter(units.values())))
     chosen = select_layers(recipe.layers, count)
     owned, inside = sub_layer_parameters(family, infos), layer_parameters(family, infos)
-    places = {SubLayer(layer, axis): units[axis][layer] for layer in chosen for axis in method.axes}
+    axes = axes_of(method.axes, family.axes)
+    places = {SubLayer(layer, axis): units[axis][layer] for layer in chosen for axis in axes}
     sub_layers = tuple(Prunable(place, n, owned[place] // n) for place, n in places.items() if n)
+    sub_layers = with_experts(sub_layers, source, by_default=recipe.width_multiple == 1)
     blocks = {} if method.axes else {layer: inside.get(layer, 0) for layer in chosen}
     sizes, eligible = count_sizes(family, infos), total(sub_layers) + sum(blocks.values())
     whole = {"mlp": sizes.mlp, "decoder": sizes.decoder, "model": sizes.parameters, "chosen": eligible}[method.ratio_of]
     if not eligible:
-        raise RecipeError(f"the chosen layers have nothing left along --axis {method.axis}.")
+        why = reason_against(source, method.axis)
+        raise RecipeError(f"the chosen layers have nothing left along --axis {method.axis}{why}.")
     threshold = 1.0 if method.from_file else recipe.drop_threshold  # in a file, a ratio of 1 means whole
     bounds = Bounds(recipe.max_ratio, recipe.min_width, threshold, recipe.width_multiple)
     budget = Budget(sub_layers, blocks, whole, recipe.ratio * whole, bounds, count)
+    if method.ratio_of == "chosen" and not method.from_file:
+        check_least(source, sub_layers, recipe.ratio)
     _check_reach(budget, recipe, method, eligible)
     return budget
 
@@ -111,8 +118,9 @@ def known_beforehand(source: ModelSource, budget: Budget, method: Method, recipe
     """What can be said before anything is computed: uniform ratios, and those of a file or a profile; else None.
 
     Raises:
-        RecipeError: a ratio that leaves nothing, or a file that does not fit the model.
+        RecipeError: a ratio that leaves nothing, a file that does not fit the model, or no stock model that it can be.
     """
+    legal = _stock_numbers(source, budget, method, recipe) if recipe.stock else None
     if recipe.entropy_profile is not None:
         lists = lists_needed(method, recipe.split)
         profile = _read_profile(Path(recipe.entropy_profile), source, lists, budget.layers)
@@ -122,7 +130,19 @@ def known_beforehand(source: ModelSource, budget: Budget, method: Method, recipe
     if method.allocate != "uniform":
         return None
     ratio = recipe.ratio if method.ratio_of == "chosen" else budget.target / total(budget.sub_layers)
+    if legal is not None:
+        return _amounts(budget.sub_layers, equal_units(budget.sub_layers, ratio, budget.bounds, legal))
     return _amounts(budget.sub_layers, uniform_units(budget.sub_layers, ratio, budget.bounds))
+
+
+def _stock_numbers(source: ModelSource, budget: Budget, method: Method, recipe: Recipe) -> dict[str, list[int]]:
+    """As :func:`.equal.stock_numbers`, where all layers were chosen."""
+    if method.axes and len(select_layers(recipe.layers, budget.layers)) < budget.layers:
+        raise RecipeError(
+            f"--stock cuts all layers alike, and --layers {recipe.layers} leaves others as they are: leave --layers "
+            f"out, or {PAD}."
+        )
+    return stock_numbers(source, method.axes, biased=recipe.compensate == "bias")
 
 
 def _read_profile(path: Path, source: ModelSource, lists: Sequence[str], layers: int) -> Profile:
@@ -215,7 +235,8 @@ def amounts_by_rank(budget: Budget, scores: Mapping[SubLayer, Tensor]) -> Amount
 
 
 def _amounts(sub_layers: Sequence[Prunable], kept: Sequence[int], provenance: dict[str, Any] | None = None) -> Amounts:
-    keep = {sub_layer.place: units for sub_layer, units in zip(sub_layers, kept, strict=True)}
+    tied = tied_units(sub_layers, kept)
+    keep = {sub_layer.place: units for sub_layer, units in zip(sub_layers, tied, strict=True)}
     return Amounts(keep, provenance=provenance or {})
 
 

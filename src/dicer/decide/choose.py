@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import kind_of
 from dicer.decide.layer_plan import LayerPlan
 from dicer.decide.merging import Survivors
 from dicer.decide.rolls import RIDGE, best_roll
@@ -41,7 +41,7 @@ def scores_of(task: Asked, visit: Visit) -> Scores:
 
 def _statistics(task: Asked, place: SubLayer, part: str, seen: Visit | Scores) -> LayerStatistics:
     """What a part of the method reads of a sub-layer: the criterion the recipe's activation, a merge what is merged."""
-    kind, method = AXES[place.axis], task.method
+    kind, method = kind_of(place.axis), task.method
     activation = {"criterion": method.activation, "grouping": method.grouped_by or method.activation}.get(part, "mod")
     rng = stream(task.recipe.seed, place.layer, kind.stream_name(part))
     gradient = seen.gradient if isinstance(seen, Visit) else None
@@ -80,8 +80,21 @@ def choose(task: Decided, place: SubLayer, scored: Scores) -> LayerPlan:
 
 
 def _survivors(task: Decided, place: SubLayer, scored: Scores, keep: int) -> Survivors:
+    """What groups leave; where the units lie in parts that must stay alike, each part by itself."""
+    parts = task.source.family.axes[place.axis].parts
+    if parts == 1:
+        return _survivors_of_part(task, place, scored, keep)
+    size, found = len(scored.values) // parts, []
+    for part in range(parts):
+        own = slice(part * size, (part + 1) * size)
+        scores = Scores(scored.values[own], scored.sums.part(own))
+        found.append(_survivors_of_part(task, place, scores, keep // parts))
+    return Survivors(torch.cat([survivors.keep + part * size for part, survivors in enumerate(found)]))
+
+
+def _survivors_of_part(task: Decided, place: SubLayer, scored: Scores, keep: int) -> Survivors:
     """Groups, and what each leaves; of several rolls the best."""
-    groups, merged = (_statistics(task, place, part, scored) for part in ("grouping", "merge"))
+    groups, merged = (_statistics(task, place, what, scored) for what in ("grouping", "merge"))
 
     def draw() -> Survivors:
         labels = task.parts.grouping(scored.values, keep, groups)

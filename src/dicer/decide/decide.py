@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dicer.ask.axes import kind_of
 from dicer.ask.portable import portable
 from dicer.decide.budget import amounts_by_cosine, amounts_by_entropy, amounts_by_rank, lists_needed
 from dicer.decide.choose import Scores, batches_of, choose, scores_of
@@ -14,6 +15,7 @@ from dicer.decide.task import Asked, Decided, asked_groups, without_empty
 from dicer.decide.walk_cut import evidence_notes, walk_cut
 from dicer.errors import RecipeError
 from dicer.measure.entropy.cache import entropy_profile
+from dicer.measure.experts import FEW_TOKENS
 from dicer.measure.stores.store import LayerStore
 from dicer.measure.turning import turning
 from dicer.measure.walk import Visit, walk
@@ -23,9 +25,10 @@ from dicer.progress import Progress, silent
 
 @dataclass
 class _Seen:
-    """What one walk gave one task: plans, or where it is not decided yet the scores."""
+    """What one walk gave one task: plans, or where it is not decided yet the scores; tokens that experts saw."""
 
     plans: dict[SubLayer, LayerPlan] = field(default_factory=dict)
+    tokens: dict[SubLayer, list[int]] = field(default_factory=dict)
     scores: dict[SubLayer, Scores] = field(default_factory=dict)
 
 
@@ -55,11 +58,11 @@ def score(tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent
     plans = []
     for task in tasks:
         if not isinstance(task, Decided):
-            plans.append(_by_rank(task, next(walked).scores, store, progress))
+            plans.append(_by_rank(task, next(walked), store, progress))
         elif task.method.walks_alone:
-            plans.append(_plan(task, walk_cut(task, store, progress)))
+            plans.append(_plan(task, _Seen(walk_cut(task, store, progress))))
         else:
-            plans.append(_plan(task, next(walked).plans))
+            plans.append(_plan(task, next(walked)))
     return plans
 
 
@@ -86,14 +89,15 @@ def _measured(task: Asked, store: LayerStore, progress: Progress) -> Asked:
     return task.decided(amounts_by_entropy(task.budget, task.recipe, profile))
 
 
-def _by_rank(task: Asked, scores: dict[SubLayer, Scores], store: LayerStore, progress: Progress) -> PrunePlan:
+def _by_rank(task: Asked, seen: _Seen, store: LayerStore, progress: Progress) -> PrunePlan:
     """Decide by the scores of all sub-layers; Gram matrices were not kept, so what needs them is another walk."""
-    decided = task.decided(amounts_by_rank(task.budget, {place: scored.values for place, scored in scores.items()}))
+    decided = task.decided(amounts_by_rank(task.budget, {p: scored.values for p, scored in seen.scores.items()}))
     if task.method.walks_alone:
-        return _plan(decided, walk_cut(decided, store, progress))
+        return _plan(decided, _Seen(walk_cut(decided, store, progress)))
     if task.recipe.rolls > 1 or any("gram" in n for n in (*task.parts.grouping.needs, *task.parts.merge.needs)):
-        return _plan(decided, _walk([decided], store, progress)[0].plans)
-    return _plan(decided, {place: choose(decided, place, scored) for place, scored in scores.items()})
+        return _plan(decided, _walk([decided], store, progress)[0])
+    seen.plans = {place: choose(decided, place, scored) for place, scored in seen.scores.items()}
+    return _plan(decided, seen)
 
 
 def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list[_Seen]:
@@ -106,7 +110,7 @@ def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list
         store,
         layers,
         batches_of(tasks),
-        axes={axis for task in tasks for axis in task.method.axes},
+        axes={axis for task in tasks for axis in task.axes},
         needs=frozenset().union(*(task.needs for task in tasks)),
         gradient=any(task.needs_gradient for task in tasks),
         checkpointing=any(task.compute.gradient_checkpointing for task in tasks),
@@ -123,16 +127,20 @@ def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list
 def _see(task: Asked, seen: _Seen, visit: Visit) -> None:
     """Score one sub-layer, and choose at once where it is known how much stays."""
     scored = scores_of(task, visit)
+    if task.source.family.axes[visit.place.axis].routed and visit.sums.needs:
+        tokens = visit.sums.get("tokens", "mod").tolist() if kind_of(visit.place.axis).routed else [visit.sums.count]
+        seen.tokens[visit.place] = [int(count) for count in tokens]
     if isinstance(task, Decided):
         seen.plans[visit.place] = choose(task, visit.place, scored)
     else:  # of Gram matrices only one layer at a time may have one
         seen.scores[visit.place] = Scores(scored.values, visit.sums.without_grams())
 
 
-def _plan(task: Decided, layers: dict[SubLayer, LayerPlan]) -> PrunePlan:
+def _plan(task: Decided, seen: _Seen) -> PrunePlan:
     source, amounts = task.source, task.amounts
-    notes = [*amounts.provenance.get("notes", ()), *_groups_note(task), *evidence_notes(task)]
-    axes, empty = without_empty(task, layers)
+    notes = [*amounts.provenance.get("notes", ()), *_groups_note(task), *_tokens_note(seen.tokens)]
+    notes += evidence_notes(task)
+    axes, empty = without_empty(task, seen.plans)
     return PrunePlan(
         model={"name": source.name, "model_type": str(source.config.model_type), "fingerprint": source.fingerprint},
         recipe=portable(task.recipe, task.method, task.compute),
@@ -142,6 +150,18 @@ def _plan(task: Decided, layers: dict[SubLayer, LayerPlan]) -> PrunePlan:
         blocks=tuple(sorted({*amounts.blocks, *empty})),
         allocation={"target": task.budget.target, "whole": task.budget.whole, **amounts.provenance, "notes": notes},
     )
+
+
+def _tokens_note(tokens: Mapping[SubLayer, Sequence[int]]) -> list[str]:
+    """A note where experts saw so few tokens of the text that their scores say little."""
+    counts = [count for found in tokens.values() for count in found]
+    few = sum(count < FEW_TOKENS for count in counts)
+    if not few:
+        return []
+    return [
+        f"{few} of {len(counts)} experts saw fewer than {FEW_TOKENS} tokens (the least: {min(counts)}), so their scores "
+        "say little: give more text (--samples)"
+    ]
 
 
 def _groups_note(task: Decided) -> list[str]:

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import kind_of
 from dicer.decide.layer_plan import MERGE, REPAIR, Repair
 from dicer.decide.layer_plan import LayerPlan as LayerPlan
 from dicer.decide.layer_plan import Merge as Merge
-from dicer.decide.plan_file import FORMAT, TENSORS, WITHOUT_REPAIR, PlanFile, Widths, first_fault
+from dicer.decide.plan_file import FORMAT, WITHOUT_REPAIR, PlanFile, Widths, first_fault
+from dicer.decide.plan_file import TENSORS as TENSORS
 from dicer.errors import PlanError
 from dicer.files import as_output_error, write_whole
 
@@ -212,7 +213,7 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -
     merge = Merge(*found) if len(found) == len(MERGE) else None
     if found and merge is None:
         raise fault("has a part of a merge only")
-    if merge is not None and not (AXES[axis].can_merge and merge.fits(units, len(keep))):
+    if merge is not None and not (kind_of(axis).can_merge and merge.fits(units, len(keep))):
         raise fault(f"has a merge that does not fit its {units} units")
     layer = LayerPlan(units, keep, scores, merge, means, _repair(own, said))
     if layer.repair is not None and not layer.repair.fits(len(keep)):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import AXES, kind_name
 
 # 1 knew neurons alone, and of 1 and 2 the tensors had another name; all are still read. 4 is written where output
 # projections were solved anew, so that a dicer that does not know that refuses it.
@@ -70,7 +70,7 @@ class PlanFile(BaseModel):
             raise ValueError("its recipe does not say 'ratio_of'")
         if self.blocks != sorted(set(self.blocks)):
             raise ValueError("'blocks' is no sorted list of layers")
-        if not self.axes.keys() <= AXES.keys() or not (self.blocks or any(self.axes.values())):
+        if not {kind_name(axis) for axis in self.axes} <= AXES.keys() or not (self.blocks or any(self.axes.values())):
             raise ValueError(f"its axes are {sorted(self.axes)}, expected layers of {' or '.join(AXES)}")
         if any(str(index) in layers for index in self.blocks for layers in self.axes.values()):
             raise ValueError("a layer that goes whole is also cut")

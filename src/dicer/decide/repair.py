@@ -150,7 +150,7 @@ def _both(evidence: Evidence) -> Sequence[Sums]:
 
 def _rows(visit: CutVisit) -> Tensor:
     piece = visit.axis.output_slice
-    return visit.tensors[piece.name].movedim(piece.dim, 0)  # [N*C, d]
+    return visit.tensors[piece.memory or piece.name].movedim(piece.dim, 0)  # [N*C, d]
 
 
 def _equations(visit: CutVisit, layer: LayerPlan, columns: Tensor, sums: Sums, *, moved: bool) -> Equations:
@@ -219,19 +219,21 @@ def masked(axis: Axis, tensors: dict[str, Tensor] | Any, layer: LayerPlan) -> di
     found: dict[str, Tensor] = {}
     matrices = layer.merge_matrices()
     for piece in axis.slices if matrices is not None else ():
-        if not piece.is_output and piece.name in tensors:
-            own = tensors[piece.name].movedim(piece.dim, 0)  # [segments * N, ...]
+        name = piece.memory or piece.name
+        if not piece.is_output and name in tensors:
+            own = tensors[name].movedim(piece.dim, 0)  # [segments * N, ...]
             new = own.float().clone()
             for segment in range(len(piece.blocks)):  # of one row each, wherever units can be merged
                 part = own[segment * layer.units : (segment + 1) * layer.units].float().cpu()
                 merged = torch.sparse.mm(matrices[0], part.reshape(layer.units, -1)).reshape(-1, *part.shape[1:])  # type: ignore[index]
                 new[segment * layer.units + layer.keep.to(new.device)] = merged.to(new.device)
-            found[piece.name] = new.movedim(0, piece.dim).to(own.dtype)
+            found[name] = new.movedim(0, piece.dim).to(own.dtype)
     piece = axis.output_slice
-    own = tensors[piece.name].movedim(piece.dim, 0)  # [N*C, d]
+    name = piece.memory or piece.name
+    own = tensors[name].movedim(piece.dim, 0)  # [N*C, d]
     output = torch.zeros_like(own)
     output[layer.rows(axis.channels).to(own.device)] = layer.output(own).to(own.device, own.dtype)
-    found[piece.name] = output.movedim(0, piece.dim)
+    found[name] = output.movedim(0, piece.dim)
     bias = f"{axis.output}.bias"
     if layer.means is not None or (layer.repair is not None and layer.repair.bias is not None):
         lost = layer.lost(own).to(own.device)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import axes_of, kind_name, kind_of
 from dicer.ask.compute import Compute
 from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
@@ -19,11 +19,12 @@ from dicer.decide.merging import MERGES, Merging
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import RecipeError
 from dicer.measure.criteria import CRITERIA, Criterion
-from dicer.measure.parts import Part, bind, find_part
+from dicer.measure.parts import ROUTED, Part, bind, find_part
 from dicer.measure.statistics import Kind, Need
 from dicer.measure.text import Calibration, load_calibration
 from dicer.model.shapes import layer_shapes
 from dicer.model.source import ModelSource, tokenize_with
+from dicer.model.structure.find import FoundFamily
 from dicer.model.units import SubLayer
 
 
@@ -68,20 +69,27 @@ class Asked:
         return sorted({place.layer for place in self.places})
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the model whose units are scored; a layer may have several of one kind."""
+        return axes_of(self.method.axes, self.source.family.axes)
+
+    @property
     def needs(self) -> frozenset[Need]:
         """The sums over activations that the method reads."""
-        return frozenset(need for axis in self.method.axes for need in self._needs(axis))
+        return frozenset(need for axis in self.axes for need in self._needs(axis))
 
     def _needs(self, axis: str) -> set[Need]:
         read: list[tuple[Part, str]] = [(self.parts.criterion, self.method.activation), (self.parts.merge, "mod")]
         read.append((self.parts.grouping, self.method.grouped_by or self.method.activation))
         kinds: tuple[Kind, ...] = get_args(Kind)
         needs = {
-            Need(kind, AXES[axis].activation(activation), axis)
+            Need(kind, "mod" if kind in ROUTED else kind_of(axis).activation(activation), axis)
             for part, activation in read
             for kind in kinds
             if kind in part.needs
         }
+        if needs and kind_of(axis).routed:
+            needs.add(Need("tokens", "mod", axis))  # too few are warned of
         needs |= {Need("channel_gram", "mod", axis)} if self.recipe.rolls > 1 else set()
         return needs | ({Need("channel_sum", "mod", axis)} if self.recipe.compensate == "bias" else set())
 
@@ -89,7 +97,7 @@ class Asked:
     def walked_needs(self) -> frozenset[Need]:
         """The same with what repair reads; where the cuts go along, something is always read."""
         kind: Kind = "channel_sum" if self.method.repair == "none" else "channel_gram"
-        return self.needs | {Need(kind, "mod", axis) for axis in self.method.axes}
+        return self.needs | {Need(kind, "mod", axis) for axis in self.axes}
 
     @property
     def needs_gradient(self) -> bool:
@@ -117,6 +125,8 @@ class Asked:
     @property
     def goes_with_its_layer(self) -> bool:
         """Whether a layer without its sub-layers can go whole: nothing of it is left, nor hangs on its number."""
+        if isinstance(self.source.family, FoundFamily):
+            return False
         config = self.source.config
         stays = getattr(config, "scale_attn_by_inverse_layer_idx", False) or self.recipe.compensate == "bias"
         return not stays and getattr(config, "do_layer_norm_before", True)
@@ -148,11 +158,19 @@ class Decided(Asked):
         """What the user should know before the result surprises her; also where a ratio rounds to nothing."""
         notes = super().notes
         for axis in self.method.axes if not self.method.from_file else ():  # a file may ask for it
-            own = [sub_layer for sub_layer in self.budget.sub_layers if sub_layer.axis == axis]
-            whole = sum(self.amounts.keep[sub_layer.place] == sub_layer.units for sub_layer in own)
+            own = [sub_layer for sub_layer in self.budget.sub_layers if kind_name(sub_layer.axis) == axis]
+            whole = [s.layer for s in own if self.amounts.keep[s.place] == s.units]
             # Of the few heads of a layer all may stay, as rounding goes over all layers.
-            if whole and (AXES[axis].rounds_each_layer or whole == len(own)):
-                notes.append(f"{whole} layers keep all their {AXES[axis].units}: the ratio rounds to nothing there")
+            if whole and (kind_of(axis).rounds_each_layer or len(whole) == len(own)):
+                notes.append(
+                    f"{len({*whole})} layers keep all their {kind_of(axis).units}: the ratio rounds to nothing there"
+                )
+            few = self.recipe.stock and not kind_of(axis).rounds_each_layer
+            if few and (keep := self.amounts.keep[own[0].place]) != (units := own[0].units) * (1 - self.recipe.ratio):
+                notes.append(
+                    f"every layer keeps {keep} of {units} {kind_of(axis).units}, the number nearest to the ratio that a "
+                    f"stock {self.source.family.causal_lm} can have ({1 - keep / units:.1%} go)"
+                )
         return notes
 
     def outline(self) -> PrunePlan:
@@ -183,6 +201,8 @@ def prepare(source: ModelSource, recipe: Recipe, compute: Compute | None = None)
     parts = _parts(recipe, method)
     if method.axis == "block" and getattr(source.config, "scale_attn_by_inverse_layer_idx", False):
         raise RecipeError(f"{source.name} scales attention by the layer's number, so no layer can go whole.")
+    _check_routed(source, recipe, method, parts)
+    _check_second_order(source, recipe, method, parts)
     budget = make_budget(source, recipe, method)
     task = Asked(
         source=source,
@@ -198,10 +218,38 @@ def prepare(source: ModelSource, recipe: Recipe, compute: Compute | None = None)
     for (layer, axis), keep in amounts.keep.items():
         if asked_groups(parts) > keep > 0:
             raise RecipeError(
-                f"--groups {asked_groups(parts)} is more than the {keep} {AXES[axis].units} that layer {layer} keeps; "
+                f"--groups {asked_groups(parts)} is more than the {keep} {kind_of(axis).units} that layer {layer} keeps; "
                 f"ask for at most {keep}."
             )
     return task.decided(amounts)
+
+
+def _check_routed(source: ModelSource, recipe: Recipe, method: Method, parts: Parts) -> None:
+    """Refuse what cannot be asked of units that tokens are sent to, and of those to which none are."""
+    if any(need in ROUTED for need in parts.criterion.needs) and not all(kind_of(a).routed for a in method.axes):
+        raise RecipeError(
+            f"criterion '{parts.criterion.name}' is for experts, which tokens are sent to; use --axis experts."
+        )
+    inside = [a for a in axes_of(method.axes, source.family.axes) if source.family.axes[a].routed]
+    if inside and recipe.compensate == "bias":
+        raise RecipeError(f"experts of {source.name} have no bias to make up for what goes; leave --compensate out.")
+    if inside and method.allocate == "transfer-entropy":
+        raise RecipeError(
+            "transfer entropy is measured of attention, MLPs and blocks, and not of experts: use --allocate uniform "
+            "or global."
+        )
+
+
+def _check_second_order(source: ModelSource, recipe: Recipe, method: Method, parts: Parts) -> None:
+    """Refuse what reads the inputs of one output projection where units have several, or share the tokens out."""
+    axes = [source.family.axes[name] for name in axes_of(method.axes, source.family.axes)]
+    several = next((axis.name for axis in axes if axis.routed or axis.parts > 1), None)
+    needs = {need for need in parts.criterion.needs if need in ("channel_gram", "channel_square_sum")}
+    if several is not None and (method.walks_alone or recipe.rolls > 1 or needs):
+        raise RecipeError(
+            f"--repair, --propagate, --rolls and criteria such as '{parts.criterion.name if needs else 'obs'}' read one "
+            f"output projection, and {several} of {source.name} has several: leave them out, or use --axis attention."
+        )
 
 
 def asked_groups(parts: Parts) -> int:
@@ -252,7 +300,8 @@ def check_tokens(tokens: Tensor, source: ModelSource) -> None:
     Raises:
         RecipeError: ids that the model does not know, or more tokens in a row than it has positions.
     """
-    vocabulary, limit = int(source.config.vocab_size), int(source.config.max_position_embeddings)
+    text = source.text_config
+    vocabulary, limit = int(text.vocab_size), int(getattr(text, "max_position_embeddings", None) or 2**31)
     if int(tokens.max()) >= vocabulary:
         raise RecipeError(
             f"calibration has token id {int(tokens.max())}, and the model knows 0 to {vocabulary - 1}: these ids are "
@@ -276,7 +325,7 @@ def without_empty(
 
     places = {i: [SubLayer(i, axis) for axis in task.source.family.axes] for i in task.layers}
     empty = [i for i in task.layers if task.goes_with_its_layer and not any(map(keeps, places[i]))]
-    axes: dict[str, dict[int, LayerPlan]] = {axis: {} for axis in task.method.axes}
+    axes: dict[str, dict[int, LayerPlan]] = {axis: {} for axis in task.axes}
     for place, layer in sorted(layers.items()):
         if place.layer not in empty:
             axes[place.axis][place.layer] = layer

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import kind_of
 from dicer.decide.choose import batches_of, choose, own_batches_of, scores_of
 from dicer.decide.layer_plan import LayerPlan
 from dicer.decide.repair import ENOUGH, LEAST, masked, repaired
@@ -49,7 +49,7 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLa
         gradients = store.gradients(
             batches_of([task]),
             task.layers,
-            task.method.axes,
+            task.axes,
             checkpointing=task.compute.gradient_checkpointing,
             progress=progress,
         )
@@ -58,7 +58,7 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLa
         task.layers,
         _tokens(task, text),
         cut,
-        axes=task.method.axes,
+        axes=task.axes,
         needs=task.walked_needs,
         pruned=task.method.propagate == "pruned",
         dense=task.recipe.target == "dense",
@@ -109,15 +109,15 @@ def evidence_notes(task: Decided) -> list[str]:
     tokens = text.tokens.numel() if text.mask is None else int((text.mask == COUNTED).sum())
     length = text.tokens.shape[1] if text.mask is None else int((text.mask != ABSENT).sum(1).max())
     axes, notes = task.source.family.sized(task.source.config), []
-    for axis in task.method.axes:
+    for axis in task.axes:
         kept = [keep for place, keep in task.amounts.keep.items() if place.axis == axis]
         inputs = max(kept, default=0) * axes[axis].channels
         if tokens >= ENOUGH * inputs:
             continue
         what = "one factor a column is solved for, not the columns" if tokens < LEAST * inputs else "repair may overfit"
-        wanted = math.ceil(ENOUGH * inputs / length)
+        units, wanted = kind_of(axis).units, math.ceil(ENOUGH * inputs / length)
         notes.append(
             f"{tokens:,} calibration tokens are {tokens / inputs:.1f} for each of the {inputs:,} inputs that stay of a "
-            f"layer's {AXES[axis].units}, so {what}; {ENOUGH} for each would be --samples {wanted} --seq-len {length}"
+            f"layer's {units}, so {what}; {ENOUGH} for each would be --samples {wanted} --seq-len {length}"
         )
     return notes

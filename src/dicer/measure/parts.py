@@ -22,7 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from dicer.errors import DicerError, RecipeError, unknown
 
 SUMS = ("square_sum", "sum", "gram", "channel_sum", "channel_square_sum", "channel_gram")  # over tokens
-NEEDS = (*SUMS, "gradient")
+ROUTED = ("tokens", "routed_norm")  # of what tokens are sent to: experts
+NEEDS = (*SUMS, *ROUTED, "gradient")
 
 
 class Parameter(NamedTuple):

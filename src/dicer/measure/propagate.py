@@ -14,7 +14,7 @@ from dicer.measure.batches import counted_of
 from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import axis_weights
 from dicer.measure.stores.store import LayerStore, Recording
-from dicer.measure.walk import Visit, listening
+from dicer.measure.walk import Visit, listening_to
 from dicer.model.units import Axis, SubLayer, UnitWeights, unit_weights
 from dicer.processes import from_first
 from dicer.progress import Progress, silent
@@ -39,7 +39,7 @@ class CutVisit(Visit):
 
     Attributes:
         axis: where its units lie.
-        tensors: name inside the layer -> its weights and output bias, as they are.
+        tensors: name inside the layer, in memory -> its parameters, as they are.
         evidence: the sums, with what the output lacks where the dense model's is the target.
         again: tensors in place of its own -> the evidence with them: what the output lacks of the target counts too.
     """
@@ -158,7 +158,7 @@ class _Layer:
     ) -> CutVisit:
         tensors: dict[str, Tensor] = {name: weight.detach() for name, weight in axis_weights(axis, self.layer).items()}
         weights = unit_weights(axis, tensors)
-        own = {name: weight.detach() for name, weight in self.layer.named_parameters() if axis.owns(name)}
+        own = {name: weight.detach() for name, weight in self.layer.named_parameters()}
 
         def again(changed: Mapping[str, Tensor]) -> Evidence:
             before = {name: own[name] for name in changed}
@@ -208,7 +208,7 @@ class _Layer:
         whole = self.beside is not None and axis.name not in self.inputs and not stop
         with ExitStack() as stack:
             for one in sums:
-                stack.enter_context(listening(self.layer, axis, one))
+                stack.enter_context(listening_to(self.layer, axis, one))
             values, output = self._run(hidden, axis, whole=whole)
         if self.beside is None or stop:
             return values, None
@@ -258,11 +258,12 @@ class _Layer:
         if not (self.beside and "mlp" in axes):
             return
         piece = axes["mlp"].output_slice
-        weight = self.layer.get_parameter(piece.name).detach()
+        name = piece.memory or piece.name
+        weight = self.layer.get_parameter(name).detach()
         values, output = self._run(self.beside[0], axes["mlp"], whole=True)
-        swap({piece.name: torch.zeros_like(weight)})
+        swap({name: torch.zeros_like(weight)})
         without = self._through(self.beside[0])
-        swap({piece.name: weight})
+        swap({name: weight})
         added = values.float() @ weight.movedim(piece.dim, 0).float()
         found = (without if output is None else output).float() - without.float()
         if (found - added).norm() > 0.1 * added.norm():
@@ -287,7 +288,7 @@ class _Layer:
 def output_rows(axis: Axis, layer: nn.Module) -> Tensor:
     """The output projection by its inputs, [U * C, d]."""
     piece = axis.output_slice
-    return layer.get_parameter(piece.name).detach().movedim(piece.dim, 0)
+    return layer.get_parameter(piece.memory or piece.name).detach().movedim(piece.dim, 0)
 
 
 @contextmanager

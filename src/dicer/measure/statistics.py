@@ -16,7 +16,9 @@ from dicer.machine import free_memory
 from dicer.model.units import UnitWeights
 from dicer.processes import all_reduce, sum_of, world_size
 
-Kind = Literal["square_sum", "sum", "gram", "channel_sum", "channel_square_sum", "channel_gram"]
+Kind = Literal[
+    "square_sum", "sum", "gram", "channel_sum", "channel_square_sum", "channel_gram", "tokens", "routed_norm"
+]
 GRAM_FLOAT64 = 12_000  # inputs of an output projection, above which their Gram matrix is kept in float32
 
 
@@ -74,10 +76,12 @@ class Sums:
 
     ``square_sum`` and ``sum`` are float64 [U] (float32 within a batch), over all channels of a unit; ``channel_sum``
     and ``channel_square_sum`` are float64 [U * C], for each channel by itself; ``gram`` is float32 [U, U], as at 18,944
-    neurons it already takes 1.4 GB; ``channel_gram`` is [U * C, U * C], in float64 up to 12,000 of them.
+    neurons it already takes 1.4 GB; ``channel_gram`` is [U * C, U * C], in float64 up to 12,000 of them. Of experts,
+    ``tokens`` are those sent to each, ``routed_norm`` is the sum of their outputs' norms times the router's weights
+    (both float64 [E]), and ``gram`` is of the outputs of all of them, over all tokens.
 
     Where a target other than the activations themselves is pursued, ``cross`` [U * C, d] and ``missing`` [d] hold what
-    the output lacks: ``sum_t a(t) r(t)^T`` and ``sum_t r(t)``.
+    the output lacks: ``sum_t a(t) r(t)^T`` and ``sum_t r(t)``; ``lacking`` is ``sum_t |r(t)|^2``, [].
 
     Args:
         needs: what is asked for.
@@ -148,6 +152,62 @@ class Sums:
                 rows = slice(start, start + _BLOCK)
                 total[rows, : start + _BLOCK].addmm_(wide[:, rows].T, wide[:, : start + _BLOCK])
 
+    def start(self, units: int, device: torch.device) -> None:
+        """Begin with zeros: where tokens are sent to units, some may see none.
+
+        Args:
+            units: U.
+            device: where the sums are made.
+        """
+        for need in self.needs:
+            if need not in self._totals:
+                self._totals[need] = self._zeros(need, units, device)
+
+    def counts(self, tokens: Tensor) -> Tensor:
+        """Which of the tokens, by their place in the batch, count: bool [N]."""
+        if self._counted is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        return self._counted.reshape(-1).to(tokens.device)[tokens]
+
+    def add_rows(self, activation: str, values: Tensor) -> None:
+        """Take in an activation of tokens that all count, [N, U]."""
+        before, self._counted = self._counted, None
+        self.add(activation, values)
+        self._counted = before
+
+    def add_to(self, unit: int, activation: str, values: Tensor) -> None:
+        """Take in an activation of one unit's own tokens, over all its channels, [N, C]."""
+        flat = values.detach().float()
+        for need in self.needs:
+            if need.activation == activation and need.kind in ("square_sum", "sum"):
+                self._totals[need][unit] += (flat.square() if need.kind == "square_sum" else flat).sum()
+
+    def routed(self, unit: int, tokens: int, norms: Tensor) -> None:
+        """Take in how many tokens were sent to one unit, and the sum of what came of them."""
+        for need in self.needs:
+            if need.kind in ("tokens", "routed_norm"):
+                self._totals[need][unit] += tokens if need.kind == "tokens" else norms
+
+    def add_gram(self, products: Tensor) -> None:
+        """Take in inner products of units, [U, U]."""
+        for need in self.needs:
+            if need.kind == "gram":
+                self._totals[need] += products
+
+    def part(self, units: slice) -> Sums:
+        """The same sums of some of the units only."""
+        own = Sums(self.needs, self.channels)
+        own.count = self.count
+        own._totals = {n: t[units, units] if n.kind == "gram" else t[units] for n, t in self._totals.items()}
+        return own
+
+    def _zeros(self, need: Need, units: int, device: torch.device) -> Tensor:
+        inputs = units * self.channels
+        if need.kind == "channel_gram":
+            return new_gram(inputs, device)
+        shape = {"gram": (units, units)}.get(need.kind, (inputs if "channel" in need.kind else units,))
+        return torch.zeros(shape, dtype=torch.float32 if need.kind == "gram" else widest(device), device=device)
+
     def all_reduce(self, units: int, device: torch.device) -> None:
         """Make these the sums over all processes' tokens; a process without tokens takes part with zeros.
 
@@ -159,7 +219,9 @@ class Sums:
             return
         self.count = sum_of(self.count)
         for need in sorted(self.needs):
-            all_reduce(self._totals.setdefault(need, self._zeros(need.kind, units, device)))
+            if need not in self._totals:
+                self._totals[need] = self._zeros(need, units, device)
+            all_reduce(self._totals[need])
 
     def all_reduce_missing(self, units: int, outputs: int, device: torch.device) -> None:
         """The same for ``cross`` and ``missing``; ``outputs`` is d."""
@@ -172,12 +234,6 @@ class Sums:
             self.missing, self.lacking = torch.zeros_like(self.cross[0]), torch.zeros_like(self.cross[0, 0])
         for total in (self.cross, self.missing, self.lacking):
             all_reduce(total)
-
-    def _zeros(self, kind: Kind, units: int, device: torch.device) -> Tensor:
-        if kind == "channel_gram":
-            return new_gram(units * self.channels, device)
-        shape = {"gram": (units, units)}.get(kind, (units * self.channels if "channel" in kind else units,))
-        return torch.zeros(shape, dtype=torch.float32 if kind == "gram" else widest(device), device=device)
 
     def without_grams(self) -> Sums:
         """The same sums but for Gram matrices, of which no two layers may have one."""
@@ -269,6 +325,16 @@ class LayerStatistics:
     def gram(self) -> Tensor:
         """sum_t a_i(t) a_j(t), float32 [U, U]; of a unit with many channels over all of them."""
         return self.sums.get("gram", self.activation)
+
+    @property
+    def tokens(self) -> Tensor:
+        """How many tokens were sent to each expert, float64 [U]."""
+        return self.sums.get("tokens", "mod")
+
+    @property
+    def routed_norm(self) -> Tensor:
+        """sum_t g_i(t) ||f_i(x_t)|| over the tokens sent to each expert, g the router's weights, float64 [U]."""
+        return self.sums.get("routed_norm", "mod")
 
     @property
     def gradient(self) -> UnitWeights:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dicer.measure.batches import counted_of
+from dicer.measure.experts import Experts, listening
 from dicer.measure.statistics import Need, Sums
-from dicer.measure.stores.resident import axis_weights
+from dicer.measure.stores.resident import axis_weights, weights_of
 from dicer.measure.stores.store import LayerStore, Recording
-from dicer.model.units import Axis, SubLayer, UnitWeights, unit_weights
+from dicer.model.units import Axis, SubLayer, UnitWeights
 from dicer.progress import Progress, silent
 
 
@@ -74,12 +75,18 @@ def walk(
             sums = {n: Sums([need for need in needs if need.axis == n], axis.channels) for n, axis in found.items()}
             with torch.no_grad(), ExitStack() as stack:
                 for name, axis in found.items():
-                    stack.enter_context(listening(layer, axis, sums[name]))
+                    if not axis.routed:
+                        stack.enter_context(listening_to(layer, axis, sums[name]))
+                for routed in {axis.routed for axis in found.values() if axis.routed}:
+                    own_axes = {name: axis for name, axis in found.items() if axis.routed == routed}
+                    experts = Experts(layer.get_submodule(routed), routed)
+                    stack.enter_context(listening(experts, own_axes, sums))
                 for number, (hidden, counts) in enumerate(zip(recording.hidden, counted, strict=True)):
                     for own_sums in sums.values():
                         own_sums.begin(counts)
                     args, kwargs = recording.arguments_of(hidden)[index]
-                    recording.hidden[number] = layer(hidden, *args, **kwargs)
+                    returned = layer(hidden, *args, **kwargs)
+                    recording.hidden[number] = returned[0] if isinstance(returned, tuple) else returned
             progress("calibration", index + 1, last + 1)
             own = gradients.pop(index, {})
             for name, axis in found.items():
@@ -88,13 +95,13 @@ def walk(
 
 
 def _visit(place: SubLayer, layer: nn.Module, axis: Axis, sums: Sums, gradient: UnitWeights | None) -> Visit:
-    weights = unit_weights(axis, {name: weight.detach() for name, weight in axis_weights(axis, layer).items()})
+    weights = weights_of(axis, layer, {name: weight.detach() for name, weight in axis_weights(axis, layer).items()})
     sums.all_reduce(weights.units, weights.up.device)
     return Visit(place, weights, sums, gradient)
 
 
 @contextmanager
-def listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
+def listening_to(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
     """Feed the sub-layer's activations to the sums while it runs; nothing is kept of them."""
     wanted = {need.activation for need in sums.needs}
     with ExitStack() as stack:
@@ -106,8 +113,9 @@ def listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
 
         def at_output(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             sums.saw(inputs[0])
-            if "mod" in wanted:
-                sums.add("mod", inputs[0])
+            # Where the activation is no module of its own, what goes into the output projection is all there is.
+            for activation in wanted if axis.activation is None else wanted & {"mod"}:
+                sums.add(activation, inputs[0])
 
         if wanted:
             output = layer.get_submodule(axis.output)

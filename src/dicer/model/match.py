@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dicer.errors import ModelError
 from dicer.model.families import Family
 from dicer.model.find import as_model_error
-from dicer.model.odd import refuse_names, why_missing
+from dicer.model.odd import named_code, refuse_names, why_missing
 from dicer.model.tensors import SafetensorsSource, TensorInfo
 
 # Buffers that transformers once saved with all models, scales of a quantized cache; those of single classes it knows.
@@ -64,7 +64,13 @@ def match(name: str, config: Any, raw_config: Mapping[str, Any], family: Family,
             "such tensor, so transformers would leave it out. Config and weights are from different models."
         )
     notes = list(found.notes)
-    if others := [n for n in unread if n not in old]:
+    others = [n for n in unread if n not in old]
+    if others and (code := named_code(raw_config, family)):
+        raise ModelError(
+            f"{name} has code of its own ({code}, named by auto_map in config.json), and a {family.causal_lm} of "
+            f"transformers does not read '{others[0]}' of its weights: it is another model, which dicer cannot prune."
+        )
+    if others:
         notes.append(f"{len(others)} tensors that transformers does not load are copied as they are ({others[0]} ...)")
     tensors.leave_out(old)
     return replace(found, ignored=old, notes=tuple(notes))
@@ -83,7 +89,7 @@ def _tied(name: str, found: Matched, tensors: SafetensorsSource) -> tuple[Matche
     for target, source in skeleton.all_tied_weights_keys.items():
         first, second = _on_disk(source, tensors.infos()), _on_disk(target, tensors.infos())
         if first is None and second is not None:
-            tensors.rename(second, source)
+            tensors.rename({second: source})
         elif first is not None and second is not None and not same_content(tensors.read(first), tensors.read(second)):
             return untied(found, target), _skeleton(name, untied(found, target).config)
     return found, skeleton

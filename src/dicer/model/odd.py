@@ -39,6 +39,12 @@ _OTHER_ENDINGS = (
     *("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "RewardModel"),
     *("RewardModeling", "ForScore", "ValueHead", "DoubleHeadsModel"),
 )
+_NO_MODEL = ("AutoTokenizer", "AutoProc")  # what auto_map names besides models
+# Keys of config.json by other names than the config class has them, or that say nothing of what is computed.
+_SAID_OTHERWISE = {
+    *("auto_map", "torch_dtype", "transformers_version", "_name_or_path", "_attn_implementation", "head_dim"),
+    *("rope_theta", "rope_scaling", "partial_rotary_factor"),
+}
 _DROPPED = {"drop_attn_list": "attention", "drop_mlp_list": "MLP", "drop_block_list": "block"}  # LLM-Drop's config
 
 
@@ -58,23 +64,19 @@ def refuse_adapter(name: str, folder: Path) -> None:
     raise ModelError(f"{name} holds an adapter alone ({ADAPTER}), and no model: {_MERGE}, and give that folder.")
 
 
-def refuse_config(name: str, raw: Mapping[str, Any], family: Family) -> None:
+def refuse_config(name: str, raw: Mapping[str, Any], family: Family, *, runs: bool = False) -> None:
     """Refuse a config that says that the model is another than the family's own, or quantized.
 
     Args:
         name: the model's, for people.
         raw: ``config.json`` as it stands.
         family: of its ``model_type``.
+        runs: the model is in memory and runs code of its own, so that names say nothing of it.
 
     Raises:
         ModelError: with what it is.
     """
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ModelError(
-            f"{name} is quantized ({method}): its rows are packed and cannot be cut. Prune the bf16, fp16 or fp32 "
-            "checkpoint, then quantize."
-        )
+    refuse_quantized(name, raw)
     if dropped := [f"{what} of layers {raw[key]}" for key, what in _DROPPED.items() if raw.get(key)]:
         raise ModelError(
             f"{name} is a folder of LLM-Drop ({' and '.join(dropped)} dropped), which its own code reads. Prune the "
@@ -85,7 +87,7 @@ def refuse_config(name: str, raw: Mapping[str, Any], family: Family) -> None:
             f"{name} is a {kind}, no language model: its head scores or classifies. Give the language model that it "
             "was made from (or save it with a language-model head)."
         )
-    if code := _own_code(raw, family):
+    if code := next(iter(_own_code(raw, family, stock_names=runs)), None):
         raise ModelError(
             f"{name} has modelling code of its own ({code}, named by auto_map in config.json), which dicer does not "
             f"run; as a {family.causal_lm} of transformers it may be another model. If it is the same one, take "
@@ -98,17 +100,58 @@ def refuse_config(name: str, raw: Mapping[str, Any], family: Family) -> None:
         )
 
 
+def refuse_quantized(name: str, raw: Mapping[str, Any]) -> None:
+    """Refuse a config that says that the weights are quantized.
+
+    Raises:
+        ModelError: with the method.
+    """
+    inner = raw.get("text_config")
+    quantization = raw.get("quantization_config") or (
+        inner.get("quantization_config") if isinstance(inner, dict) else None
+    )
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise ModelError(
+            f"{name} is quantized ({method}): its rows are packed and cannot be cut. Prune the bf16, fp16 or fp32 "
+            "checkpoint, then quantize."
+        )
+
+
+def named_code(raw: Mapping[str, Any], family: Family) -> str | None:
+    """The first class of a model's own code, where all have the names of transformers' own; else None.
+
+    Phi-3 and others came with code before transformers had them; without the flag it loads its own class for them.
+    """
+    return None if _own_code(raw, family) else next(iter(_own_code(raw, family, stock_names=True)), None)
+
+
 def code_notes(raw: Mapping[str, Any], family: Family, folder: Path) -> list[str]:
     """Notes on what hints at other code than the family's own, though nothing names it."""
     notes, classes = [], raw.get("architectures")
     known = {family.causal_lm, f"{family.stem}Model", *family.pruned_classes.values()}
     if isinstance(classes, list) and (others := [str(name) for name in classes if name not in known]):
         notes.append(f"config.json calls the model a {others[0]}; it is read and pruned as a {family.causal_lm}")
+    if named := named_code(raw, family):
+        odd = _strange_keys(raw)
+        notes.append(
+            f"config.json names code of the model's own ({named}) under the names of transformers' own classes; it is "
+            f"read, scored and pruned as a {family.causal_lm} of transformers, and that code is not taken along"
+            + (f"; transformers knows nothing of {', '.join(odd)} in config.json" if odd else "")
+        )
     if not raw.get("auto_map") and (code := sorted(path.name for path in folder.glob("modeling_*.py"))):
         notes.append(
             f"{code[0]} lies in the folder, and config.json does not name it: it is neither run nor taken along"
         )
     return notes
+
+
+def _strange_keys(raw: Mapping[str, Any]) -> list[str]:
+    """Keys that the config class of transformers only carries along: those of other code, if it is another."""
+    from transformers import AutoConfig
+
+    known = AutoConfig.for_model(str(raw["model_type"])).to_dict().keys() | _SAID_OTHERWISE
+    return sorted(key for key, value in raw.items() if key not in known and value is not None and value is not False)
 
 
 def _other_kind(raw: Mapping[str, Any]) -> str | None:
@@ -117,16 +160,31 @@ def _other_kind(raw: Mapping[str, Any]) -> str | None:
     return next((name for name in found if name.endswith(_OTHER_ENDINGS)), None)
 
 
-def _own_code(raw: Mapping[str, Any], family: Family) -> str | None:
-    """The first class that only code of the folder has; None where there is none, or the code is dicer's own."""
+def _own_code(raw: Mapping[str, Any], family: Family, *, stock_names: bool = False) -> list[str]:
+    """The classes that only code of the folder has, the model's own first; none where the code is dicer's own.
+
+    Args:
+        raw: ``config.json`` as it stands.
+        family: of its ``model_type``.
+        stock_names: count also those that are called as the family's class in transformers is, or one for another task.
+    """
+    import transformers
+
     named = raw.get("auto_map") or {}
     if not isinstance(named, dict):
-        return str(named)
+        return [str(named)]
     ours = {f"modeling_pruned.{name}" for name in family.pruned_classes.values()}
     if raw.get("model_type") == family.pruned_type and set(map(str, named.values())) <= ours:
-        return None
+        return []
+    stock = {"AutoConfig": f"{family.stem}Config", "AutoModel": f"{family.stem}Model"}
+    stock["AutoModelForCausalLM"] = family.causal_lm
+
+    def counts(auto: str, name: str) -> bool:
+        is_stock = name == stock[auto] if auto in stock else hasattr(transformers, name)
+        return not auto.startswith(_NO_MODEL) and (stock_names or not is_stock)
+
     order = sorted(named.items(), key=lambda item: (item[0] != "AutoModelForCausalLM", item[0]))
-    return next((str(name) for auto, name in order if not auto.startswith(("AutoTokenizer", "AutoProc"))), None)
+    return [str(name) for auto, name in order if counts(auto, str(name).rpartition(".")[2])]
 
 
 def refuse_names(name: str, infos: Collection[str]) -> None:

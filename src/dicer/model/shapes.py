@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dicer.model.families import Family
+from dicer.model.units import Axis
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,31 @@ def layer_shapes(family: Family, config: Any) -> list[LayerShape]:
     """Every layer of a model, from its transformers config (stock or pruned)."""
     units = {axis: family.units(config, axis) for axis in family.axes}
     return [
-        LayerShape({axis: units[axis][i] for axis in units}, frozenset(getattr(layer, "output_bias", ())))
-        for i, layer in enumerate(config.per_layer_config)
+        LayerShape({axis: units[axis][i] for axis in units}, biased)
+        for i, biased in enumerate(family.output_biases(config))
     ]
+
+
+def fits_stock(family: Family, config: Any, shapes: Sequence[LayerShape]) -> bool:
+    """Whether the family's own class can be all these layers.
+
+    Args:
+        family: of the model.
+        config: its transformers config, which says the size of a head.
+        shapes: of every layer; one is enough where all are alike.
+    """
+    axes, first = family.axes, shapes[0].units
+    if any(shape.units != first for shape in shapes) or not all(first.values()):
+        return False
+    if any(axes[axis].bias_option is None for shape in shapes for axis in shape.output_bias):
+        return False
+    values = config.to_dict()
+    return all(_is_legal(axis, values, first[name]) for name, axis in axes.items())
+
+
+def _is_legal(axis: Axis, values: dict[str, Any], units: int) -> bool:
+    """Whether the stock class takes another number of these units."""
+    if axis.size_key is None or units == axis.width(values.get):
+        return True
+    keys = axis.keys(values, units)
+    return not axis.fixed and not (axis.divides and values[axis.divides] % keys[axis.width_keys[0]])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dicer.ask.axes import axes_of
 from dicer.model.families import Family
 from dicer.model.tensors import TensorInfo
-from dicer.model.units import SubLayer
+from dicer.model.units import Slice, SubLayer, templates
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ class Sizes:
     @property
     def attention(self) -> int:
         """Parameters that heads own."""
-        return self.axes["attention"]
+        return self._of("attention")
 
     @property
     def mlp(self) -> int:
         """Parameters that neurons own."""
-        return self.axes["mlp"]
+        return self._of("mlp")
+
+    def _of(self, kind: str) -> int:
+        return sum(self.axes[axis] for axis in axes_of((kind,), self.axes))
 
 
 def count_sizes(family: Family, infos: Mapping[str, TensorInfo]) -> Sizes:
@@ -59,10 +63,14 @@ def layer_parameters(family: Family, infos: Mapping[str, TensorInfo]) -> dict[in
 
 def sub_layer_parameters(family: Family, infos: Mapping[str, TensorInfo]) -> dict[SubLayer, int]:
     """Sub-layer -> parameters that its units own, biases included."""
-    axis_of = {piece.name: axis for axis, found in family.axes.items() for piece in found.slices}
+    owners: dict[str, list[tuple[str, Slice]]] = {}
+    for axis, found in family.axes.items():
+        for piece in found.slices:
+            owners.setdefault(piece.name, []).append((axis, piece))
     owned: dict[SubLayer, int] = {}
     for name, info in infos.items():
-        if (place := family.locate(name)) and place[1] in axis_of:
-            sub_layer = SubLayer(place[0], axis_of[place[1]])
-            owned[sub_layer] = owned.get(sub_layer, 0) + info.numel
+        layer, inner = family.locate(name) or (0, "")
+        for axis, piece in (pair for _, template in templates(inner) for pair in owners.get(template, ())):
+            own = info.numel if piece.expert is None else info.numel // info.shape[0]
+            owned[SubLayer(layer, axis)] = owned.get(SubLayer(layer, axis), 0) + own
     return owned

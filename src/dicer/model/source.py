@@ -16,11 +16,22 @@ from torch import nn
 
 from dicer.errors import ModelError
 from dicer.model.beside import left_behind
-from dicer.model.families import FAMILIES, Family, family_of
+from dicer.model.families import FAMILIES, Family, known_family
 from dicer.model.find import as_model_error, find_model, read_config
 from dicer.model.match import Matched, match, same_content, untied
-from dicer.model.odd import code_notes, refuse_adapter, refuse_config, refuse_names, refuse_wrapped, why_missing
+from dicer.model.odd import (
+    code_notes,
+    refuse_adapter,
+    refuse_config,
+    refuse_names,
+    refuse_quantized,
+    refuse_wrapped,
+    why_missing,
+)
 from dicer.model.same import check_same
+from dicer.model.structure.account import account
+from dicer.model.structure.find import FoundFamily, find_family
+from dicer.model.structure.skeleton import model_class, on_disk, stock_class, stock_config
 from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
 from dicer.model.tokenizer import own_code, read_tokenizer
 
@@ -111,15 +122,26 @@ class ModelSource:
         Raises:
             ModelError: transformers cannot load it, or loads other tensors than those that would be written.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
+        reads = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto: Any = AutoModelForCausalLM if reads else AutoModelForImageTextToText
+        loader = self.family.stock_class if self.is_stock_found else auto
         where: dict[str, Any] = {"config": self.config, "trust_remote_code": False, "local_files_only": True}
         with as_model_error(self.name, "model"):
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, use_safetensors=True, **where
-            )
-            check_same(self.name, model, self.tensors)
+            model: nn.Module = loader.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **where)
+            check_same(self.name, model, self.tensors, self.family)
             return model.to(device).eval()
+
+    @property
+    def is_stock_found(self) -> bool:
+        """Whether its family was found, and it is loaded by a class of transformers."""
+        return isinstance(self.family, FoundFamily) and self.config.model_type == self.family.model_type
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the part that reads text: the whole one, but for models of images and text."""
+        return self.config.get_text_config()
 
 
 class Tokenize:
@@ -148,11 +170,12 @@ def tokenize_with(tokenizer: Any | None) -> Tokenize | None:
     return None if tokenizer is None else Tokenize(tokenizer)
 
 
-def open_model(model: str | os.PathLike[str]) -> ModelSource:
+def open_model(model: str | os.PathLike[str], family_file: str | None = None) -> ModelSource:
     """Find a model and check it, without loading a weight.
 
     Args:
         model: a hub id, a folder, a ``.gguf`` file, or ``builtin:smollm2``.
+        family_file: a TOML file that says the structure, where it cannot be found.
 
     Raises:
         ModelError: it cannot be found or read, its weights are missing, broken, pickled or quantized, or its tensors
@@ -162,15 +185,38 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
     name, folder = find_model(os.fspath(model))
     refuse_adapter(name, folder)
     raw_config = read_config(folder)
-    family = family_of(str(raw_config.get("model_type")))
+    family = known_family(str(raw_config.get("model_type"))) if family_file is None else None
+    if family is None:
+        return _open_found(name, folder, raw_config, family_file)
     refuse_config(name, raw_config, family)
-    from transformers import AutoConfig
-
-    with as_model_error(name, "config"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = _config(name, folder)
     tensors = SafetensorsSource(folder)
     found = match(name, config, raw_config, family, tensors)
     notes = (*found.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
+    return ModelSource(
+        name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
+    )
+
+
+def _config(name: str, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    with as_model_error(name, "config"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _open_found(name: str, folder: Path, raw_config: Mapping[str, Any], file: str | None = None) -> ModelSource:
+    """A model of a family that has no row: its row is found."""
+    refuse_quantized(name, raw_config)
+    config = _config(name, folder)
+    with as_model_error(name, "model"):
+        kind = model_class(config, raw_config.get("architectures"))
+        tensors = SafetensorsSource(folder)
+        found = account(name, config, raw_config, kind, tensors)
+        shapes = {n: info.shape for n, info in tensors.infos().items()}
+        family = find_family(stock_config(found.config), stock_class(kind), shapes, file=file)
+    refuse_config(name, raw_config, family)
+    notes = (*found.notes, *family.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
     return ModelSource(
         name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
     )
@@ -211,8 +257,12 @@ def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "
     return name, loaded.eval(), read_tokenizer(name, folder)
 
 
-def from_memory(model: Any) -> ModelSource:
+def from_memory(model: Any, family_file: str | None = None) -> ModelSource:
     """A model that is already loaded; its tensors are read from it, not copied.
+
+    Args:
+        model: of transformers.
+        family_file: a TOML file that says the structure, where it cannot be found.
 
     Raises:
         UnknownFamily: its family has no row in the table.
@@ -222,14 +272,17 @@ def from_memory(model: Any) -> ModelSource:
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
         raise ModelError(f"a {type(model).__name__} is no transformers model; give an AutoModelForCausalLM, or a path.")
-    family = family_of(str(config.model_type))
+    known = known_family(str(config.model_type)) if family_file is None else None
+    if known is None:
+        return _found_in_memory(model, family_file)
+    family = known
     if not {kind.__name__ for kind in type(model).__mro__} & {family.causal_lm, *family.pruned_classes.values()}:
         raise ModelError(
             f"a {type(model).__name__} cannot be pruned: its head is not that of a {family.causal_lm}. Load it with "
             "AutoModelForCausalLM (and merge or unload adapters first)."
         )
     if type(model).__module__.startswith("transformers_modules.") and not type(model).__name__.startswith("Pruned"):
-        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family)
+        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family, runs=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
     _check_memory(model, family)
@@ -251,6 +304,32 @@ def from_memory(model: Any) -> ModelSource:
     return ModelSource(
         name, None, found.config, found.raw_config, family, MemorySource(state), model, notes=found.notes
     )
+
+
+def _found_in_memory(model: Any, file: str | None = None) -> ModelSource:
+    """A model in memory of a family that has no row."""
+    kind = type(model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
+    if kind.__module__.startswith("transformers_modules.") or not kind.can_generate():
+        raise ModelError(
+            f"a {kind.__name__} cannot be pruned: it is no class of transformers with a language-model head. Load it "
+            "with AutoModelForCausalLM (and merge or unload adapters first)."
+        )
+    state = on_disk(model)
+    refuse_names(f"the {kind.__name__} in memory", state)
+    if away := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ModelError(
+            f"the {kind.__name__} in memory has '{away[0]}' not in memory (offloaded, or never loaded). Load it whole "
+            "(without device_map and offload_folder), or give its folder."
+        )
+    with as_model_error(kind.__name__, "model"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        family = find_family(stock_config(model.config), stock_class(kind), shapes, file=file)
+    raw_config = json.loads(json.dumps(model.config.to_dict(), default=str))
+    raw_config["architectures"] = [kind.__name__]
+    name = Path(str(getattr(model.config, "_name_or_path", "") or kind.__name__)).name
+    return ModelSource(name, None, model.config, raw_config, family, MemorySource(state), model, notes=family.notes)
 
 
 def _check_memory(model: Any, family: Family) -> None:

@@ -121,14 +121,19 @@ class SafetensorsSource:
         """Every tensor's shape and dtype, from the headers alone."""
         return self._infos
 
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that hold them."""
+        return sorted(set(self._files.values()))
+
     def leave_out(self, names: Collection[str]) -> None:
         """Be as if these tensors were not there."""
         self._infos = {name: info for name, info in self._infos.items() if name not in names}
 
-    def rename(self, name: str, new: str) -> None:
-        """Have one tensor under another name than that in the files."""
-        self._infos = {new if known == name else known: info for known, info in self._infos.items()}
-        self._renamed[new] = name
+    def rename(self, new: Mapping[str, str]) -> None:
+        """Have tensors under other names than those in the files: name -> new name."""
+        self._infos = {new.get(known, known): info for known, info in self._infos.items()}
+        self._renamed |= {other: self._renamed.get(name, name) for name, other in new.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, read from its shard."""

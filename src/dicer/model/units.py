@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dicer.ask.axes import AXES, AxisKind
+from dicer.ask.axes import AxisKind, kind_of
 
 
 class SubLayer(NamedTuple):
@@ -43,12 +44,18 @@ class Slice:
             ``value``, ``output``; with ``_bias`` behind it for a bias); Phi-3's ``gate_up_proj`` has two segments.
         blocks: how many consecutive rows one unit owns in each segment: 1 for neurons; for heads
             :meth:`Axis.sized` says it.
+        interleaved: the segments' rows take turns (gpt-oss has gate and up so) and do not follow each other.
+        memory: the tensor's name inside the layer in memory, where that is another than on disk.
+        expert: whose units these are, where one tensor holds all experts side by side along dimension 0; None else.
     """
 
     name: str
     dim: int
     roles: tuple[str, ...]
     blocks: tuple[int, ...] = (1,)
+    interleaved: bool = False
+    memory: str = ""
+    expert: int | None = None
 
     @property
     def optional(self) -> bool:
@@ -68,8 +75,10 @@ class Slice:
             count: how many units the tensor holds.
 
         Returns:
-            int64 [K * sum(blocks)], segment after segment.
+            int64 [K * sum(blocks)], segment after segment, or unit after unit where they take turns.
         """
+        if self.interleaved:
+            return (units[:, None] * sum(self.blocks) + torch.arange(sum(self.blocks))).reshape(-1)
         parts, start = [], 0
         for block in self.blocks:
             parts.append((start + units[:, None] * block + torch.arange(block)).reshape(-1))  # [K*block]
@@ -99,6 +108,10 @@ class Axis:
         fixed: the stock class takes the size of a unit from the number of units, so fewer need own code.
         divides: config key whose value the first of ``width_keys`` must divide in the stock class, if it must.
         default: (other config key, factor): how many units there are where the config does not say it.
+        routed: the module in memory that sends tokens to experts and runs them, where the units are experts or lie in
+            one; None else.
+        parts: the units lie in so many equal parts, of which each keeps the same number (groups of experts).
+        least: units that stay in every layer at least.
     """
 
     name: str
@@ -113,6 +126,9 @@ class Axis:
     fixed: bool = False
     divides: str | None = None
     default: tuple[str, int] | None = None
+    routed: str | None = None
+    parts: int = 1
+    least: int = 1
 
     def width(self, read: Callable[[str], Any]) -> int:
         """How many units there are, from a function that gives a config's value by its key (or None)."""
@@ -122,10 +138,16 @@ class Axis:
             return factor * int(read(key))
         return int(said)
 
+    def keys(self, values: Mapping[str, Any], units: int) -> dict[str, int]:
+        """What a config says of a number of units; heads also say their queries, as many for each unit as before."""
+        before = self.width(values.get)
+        *more, own = self.width_keys
+        return {**{key: units * int(values[key]) // before for key in more}, own: units}
+
     @property
     def kind(self) -> AxisKind:
         """What can be done with its units, whatever the family."""
-        return AXES[self.name]
+        return kind_of(self.name)
 
     @property
     def output_slice(self) -> Slice:
@@ -158,6 +180,18 @@ class Axis:
     def owns(self, name: str) -> bool:
         """Whether a tensor (by its name inside the layer) lies in this sub-layer."""
         return name.startswith(tuple(f"{module}." for module in self.modules))
+
+
+def templates(inner: str) -> list[tuple[int | None, str]]:
+    """The names by which a slice may speak of a tensor: its own, and with ``{}`` for each number in it (and which).
+
+    Args:
+        inner: the tensor's name inside its layer.
+    """
+    found: list[tuple[int | None, str]] = [(None, inner)]
+    for match in re.finditer(r"(?<=\.)\d+(?=\.)", inner):
+        found.append((int(match[0]), f"{inner[: match.start()]}{{}}{inner[match.end() :]}"))
+    return found
 
 
 @dataclass(frozen=True)

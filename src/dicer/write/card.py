@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import kind_of
 from dicer.decide.plan import PrunePlan
 from dicer.model.sizes import Sizes
 
@@ -40,7 +40,7 @@ def size_rows(before: Sizes, after: Sizes) -> list[tuple[str, int, int]]:
 
 def _what(plan: PrunePlan) -> str:
     kinds = [
-        AXES[axis].units for axis, layers in plan.axes.items() if any(len(p.keep) < p.units for p in layers.values())
+        kind_of(axis).units for axis, layers in plan.axes.items() if any(len(p.keep) < p.units for p in layers.values())
     ]
     return " and ".join([*kinds, *(["whole layers"] if plan.blocks else [])]) or "nothing"
 
@@ -49,7 +49,9 @@ def _widths(plan: PrunePlan) -> list[str]:
     rows = {index: [f"| {index} | whole layer | | removed |"] for index in plan.blocks}
     for axis, layers in plan.axes.items():
         for index, layer in layers.items():
-            rows.setdefault(index, []).append(f"| {index} | {AXES[axis].units} | {layer.units} | {len(layer.keep)} |")
+            rows.setdefault(index, []).append(
+                f"| {index} | {kind_of(axis).units} | {layer.units} | {len(layer.keep)} |"
+            )
     return [row for _, found in sorted(rows.items()) for row in found]
 
 

@@ -101,7 +101,6 @@ def write_checkpoint(
     config, source = dict(cut.config), cut.source
     if "auto_map" in config and (tokenizer_class := source.unnamed_tokenizer_class()) is not None:
         config["tokenizer_class"] = tokenizer_class
-    result.targets = targets_line(source.family, config)
     with CheckpointSink(out, overwrite=overwrite) as sink:
         _write_side_files(sink, source, tokenizer)
         result.plan.save(sink.folder)
@@ -110,6 +109,7 @@ def write_checkpoint(
             sink.write_text(MODELING_FILE, code.read_text(encoding="utf-8"))
         sink.write_tensors(cut.infos, cut.read, lambda done: progress("write", done, len(cut.infos)))
         sink.write_json("config.json", config)
+        result.targets = targets_line(check_written(sink.folder, out, source))
         card = model_card(
             result.plan,
             before=result.before,
@@ -120,7 +120,6 @@ def write_checkpoint(
             perplexity_text=Path(perplexity_text).name if perplexity_text else None,
         )
         sink.write_text("README.md", card)
-        check_written(sink.folder, out, source)
     result.path = out
 
 

@@ -6,26 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dicer.model.families import Family, head_size
-from dicer.model.shapes import LayerShape
+from dicer.model.shapes import LayerShape, fits_stock
 from dicer.model.source import ModelSource
-from dicer.model.units import Axis
 
 MODELING_FILE = "modeling_pruned.py"
 _OWN_KEYS = (
     *("auto_map", "per_layer_config", "allow_global_per_layer_attribute_access", "output_bias"),
     *("_name_or_path", "architectures", "model_type"),
 )
-
-
-def fits_stock(source: ModelSource, shapes: Sequence[LayerShape]) -> bool:
-    """Whether the family's own class can be all these layers."""
-    axes, first = source.family.axes, shapes[0].units
-    if any(shape.units != first for shape in shapes) or not all(first.values()):
-        return False
-    if any(axes[axis].bias_option is None for shape in shapes for axis in shape.output_bias):
-        return False
-    values = source.config.to_dict()
-    return all(_is_legal(axis, values, first[name]) for name, axis in axes.items())
 
 
 def _is_taken(config: Mapping[str, Any]) -> bool:
@@ -38,14 +26,6 @@ def _is_taken(config: Mapping[str, Any]) -> bool:
     except Exception:  # whatever a config class raises of what it does not like
         return False
     return True
-
-
-def _is_legal(axis: Axis, values: dict[str, Any], units: int) -> bool:
-    """Whether the stock class takes another number of these units."""
-    if axis.size_key is None or units == axis.width(values.get):
-        return True
-    keys = _width_keys(axis, values, units)
-    return not axis.fixed and not (axis.divides and values[axis.divides] % keys[axis.width_keys[0]])
 
 
 def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, Any]:
@@ -67,7 +47,7 @@ def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Seque
         config["layer_types"] = [values["layer_types"][i] for i in kept]
     config[family.layers_key] = len(kept)
     config[neurons] = max(shape.units["mlp"] for shape in shapes) or source.widest
-    if fits_stock(source, shapes):
+    if fits_stock(family, source.config, shapes):
         stock = config | _stock_keys(family, values, shapes)
         if _is_taken(stock):
             return stock
@@ -90,13 +70,6 @@ def pruned_config(source: ModelSource, shapes: Sequence[LayerShape], kept: Seque
     return config
 
 
-def _width_keys(axis: Axis, values: dict[str, Any], units: int) -> dict[str, int]:
-    """What a config says of a number of units; heads also say their queries, as many for each unit as before."""
-    before = axis.width(values.get)
-    *more, own = axis.width_keys
-    return {**{key: units * int(values[key]) // before for key in more}, own: units}
-
-
 def _stock_keys(family: Family, values: dict[str, Any], shapes: Sequence[LayerShape]) -> dict[str, Any]:
     """Keys of a stock config that say widths and biases; the size of a unit by name where their number is another."""
     axes = family.axes
@@ -104,7 +77,7 @@ def _stock_keys(family: Family, values: dict[str, Any], shapes: Sequence[LayerSh
     keys: dict[str, Any] = dict.fromkeys(biased, True)
     for name, axis in axes.items():
         if axis.size_key is not None and shapes[0].units[name] != axis.width(values.get):
-            keys |= _width_keys(axis, values, shapes[0].units[name])
+            keys |= axis.keys(values, shapes[0].units[name])
             keys[axis.size_key] = head_size(values, int(values[axis.width_keys[0]]))
     return keys
 
@@ -114,7 +87,7 @@ def _differs(family: Family, values: dict[str, Any], shape: LayerShape) -> dict[
     said: dict[str, Any] = {}
     for name, axis in family.axes.items():
         if shape.units[name] not in (0, axis.width(values.get)):
-            said |= _width_keys(axis, values, shape.units[name])
+            said |= axis.keys(values, shape.units[name])
     if gone := [name for name in family.axes if not shape.units[name]]:
         said["skip"] = gone
     if shape.output_bias:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dicer.errors import ModelError, OutputError
 from dicer.model.find import as_model_error
 from dicer.model.source import ModelSource, open_model
+from dicer.model.structure.find import FoundFamily
+from dicer.model.structure.skeleton import Skeleton, as_values
+from dicer.model.tensors import TensorInfo
 from dicer.write.surgery import Cut
 
 
@@ -19,13 +27,34 @@ def described(cut: Cut) -> tuple[Any, Any]:
 
     from dicer.write.export import modeling_pruned
 
-    family, raw = cut.source.family, dict(cut.config)
-    kind, auto_map = raw.pop("model_type"), raw.pop("auto_map", None)
+    raw = as_values(cut.config)
+    kind, auto_map, (name, *_) = raw.pop("model_type"), raw.pop("auto_map", None), raw["architectures"]
     config = transformers.AutoConfig.for_model(kind, **raw)
     if auto_map is None:
-        return getattr(transformers, family.causal_lm), config
+        return getattr(transformers, name), config
     config.auto_map = auto_map
-    return getattr(modeling_pruned, family.pruned_classes["AutoModelForCausalLM"]), config
+    return getattr(modeling_pruned, name), config
+
+
+@dataclass(frozen=True)
+class _Foreseen:
+    """The tensors of a cut."""
+
+    cut: Cut
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self.cut.infos
+
+    def read(self, name: str) -> Tensor:
+        return self.cut.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.cut.read(name)[start:stop]
+
+
+def as_source(cut: Cut) -> ModelSource:
+    """What a cut comes to, as a model that can be opened, before it is written; its files are the source's."""
+    return replace(cut.source, config=described(cut)[1], raw_config=cut.config, tensors=_Foreseen(cut), live=None)
 
 
 def check_cut(cut: Cut) -> None:
@@ -38,15 +67,18 @@ def check_cut(cut: Cut) -> None:
     with as_model_error(cut.source.name, what), torch.device("meta"):
         model_class, config = described(cut)
         model = model_class(config)
-    tied = set(model.all_tied_weights_keys)
-    for name, parameter in model.named_parameters():
+    needed = Skeleton(config, model)
+    optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["$^"]))
+    for name, shape in needed.shapes.items():
         found = cut.infos.get(name) or cut.infos.get(name.split(".", 1)[1])
-        if name not in tied and (found is None or found.shape != tuple(parameter.shape)):
+        if found is None and (needed.is_buffer(name) or optional.search(name)):
+            continue
+        if found is None or found.shape != shape:
             raise ModelError(
                 f"{cut.source.name}: the {what} cannot be loaded: '{name}' would be {found and found.shape}, and its "
-                f"config calls for {tuple(parameter.shape)}. Choose other units; this one is a fault of dicer."
+                f"config calls for {shape}. Choose other units; this one is a fault of dicer."
             )
-    _run(model, cut.source.name, what)
+    _run(model, cut.source, what)
 
 
 def check_folder(folder: Path) -> ModelSource:
@@ -58,17 +90,28 @@ def check_folder(folder: Path) -> ModelSource:
     Raises:
         ModelError: something in it cannot be opened.
     """
-    from transformers import AutoModelForCausalLM
-
     source = open_model(folder)
     with as_model_error(source.name, "model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
-    _run(model, source.name, "model")
+        model = _class_of(source)(source.config)
+    _run(model, source, "model")
     source.generation_config()
     return source
 
 
-def check_written(folder: Path, out: Path, original: ModelSource) -> None:
+def _class_of(source: ModelSource) -> Any:
+    """The class that loads an opened folder: by its name where its family was found, else as the auto class has it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from dicer.write.export import modeling_pruned
+
+    if source.is_stock_found:
+        return source.family.stock_class
+    if isinstance(source.family, FoundFamily):
+        return getattr(modeling_pruned, source.raw_config["architectures"][0])
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
+
+
+def check_written(folder: Path, out: Path, original: ModelSource) -> ModelSource:
     """Open what was written, and its tokenizer, before it gets its name.
 
     Args:
@@ -80,10 +123,12 @@ def check_written(folder: Path, out: Path, original: ModelSource) -> None:
         OutputError: it cannot be opened.
     """
     try:
-        _open_tokenizer(check_folder(folder), original)
+        written = check_folder(folder)
+        _open_tokenizer(written, original)
     except ModelError as error:
         reason = str(error).removeprefix(f"{folder.resolve().name}: ")
         raise OutputError(f"{out} was not written, as it could not be opened again: {reason}") from None
+    return written
 
 
 def _open_tokenizer(written: ModelSource, original: ModelSource) -> None:
@@ -100,13 +145,39 @@ def _open_tokenizer(written: ModelSource, original: ModelSource) -> None:
         raise
 
 
-def _run(model: Any, name: str, what: str) -> None:
-    """Send a sequence through a model without weights: what does not fit together is found, nothing is computed."""
+def _run(model: Any, source: ModelSource, what: str) -> None:
+    """Send a sequence through a model without weights: what does not fit together is found, nothing is computed.
+
+    A class that cannot be run so when it is built from the dense model's config, either, is not at fault.
+    """
+    error = _fault(model)
+    if error is None:
+        return
+    with as_model_error(source.name, what):
+        if isinstance(source.family, FoundFamily):
+            with torch.device("meta"):
+                dense = source.family.stock_class._from_config(copy.deepcopy(source.config))
+            if _fault(dense) is not None:
+                return
+        raise error
+
+
+def _fault(model: Any) -> Exception | None:
+    """What a model raises at a sequence; to look at values, which are not there, is none."""
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 4, 4, device="meta")  # ready made: to make one, transformers looks at values
-    with as_model_error(name, what), torch.no_grad():
-        try:
-            model.eval()(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
-        except RuntimeError as error:
-            if "meta tensors" not in str(error):  # else what looks at values (dynamic rotary scaling) is no fault
-                raise
+    error: Exception | None = None
+    for more in ({"attention_mask": mask, "position_ids": ids}, {"attention_mask": mask}, {}):
+        with torch.no_grad():
+            try:
+                model.eval()(input_ids=ids, use_cache=False, **more)
+            except (RuntimeError, NotImplementedError) as found:
+                # What looks at values (dynamic rotary scaling) is no fault.
+                return None if "meta tensors" in str(found) else found
+            except TypeError as found:  # it may know no such argument
+                error = found
+                continue
+            except Exception as found:
+                return found
+        return None
+    return error

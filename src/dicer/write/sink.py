@@ -251,3 +251,8 @@ def _shards(infos: Mapping[str, TensorInfo], limit: int) -> Iterable[list[str]]:
 
 def _shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is one that a :class:`CheckpointSink` writes, or that a kill left behind."""
+    return any((place / _MARKER).exists() for place in (folder, folder.resolve().parent))

@@ -17,7 +17,8 @@ from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis, Slice
-from dicer.write.config import pruned_config
+from dicer.write.experts import ExpertCut, expert_cuts
+from dicer.write.forms import form_of
 
 Read = Callable[[], Tensor]
 
@@ -41,9 +42,11 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
         return tensor.index_select(piece.dim, piece.rows(layer.keep, layer.units).to(tensor.device))
     matrix = matrices[1] if piece.is_output else matrices[0]  # [K, N]
     by_unit = tensor.movedim(piece.dim, 0).float()
-    segments = by_unit.split(layer.units)  # blocks are 1 wherever units can be merged
+    turns = len(piece.blocks)  # which are 1 wherever units can be merged
+    segments = [by_unit[i::turns] for i in range(turns)] if piece.interleaved else by_unit.split(layer.units)
     merged = [torch.sparse.mm(matrix, segment.reshape(layer.units, -1).cpu()) for segment in segments]
-    shaped = torch.cat(merged).reshape(-1, *by_unit.shape[1:])
+    joined = torch.stack(merged, 1) if piece.interleaved else torch.cat(merged)
+    shaped = joined.reshape(-1, *by_unit.shape[1:])
     return shaped.movedim(0, piece.dim).to(tensor.dtype)
 
 
@@ -98,17 +101,20 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
     axes = family.sized(source.config)
     _check(plan, shapes, axes)
     kept = [i for i in range(len(shapes)) if i not in plan.blocks]
-    native = {axis for axis in axes if _has_native_bias(family, axes[axis], shapes, before)}
-    after = [_shape_after(plan, i, shapes[i], native) for i in kept]
-    cut = Cut(pruned_config(source, after, kept), {}, {}, {}, before, source)
+    after = [_shape_after(plan, i, shapes[i], _native_biases(family, axes, shapes[i], before, i)) for i in kept]
+    cut, form = Cut({}, {}, {}, {}, before, source), form_of(family)
     number = {old: new for new, old in enumerate(kept)}
+    of_experts = expert_cuts(axes, plan)
     for name, info in before.items():
         place = family.locate(name)
         if place is None:
             cut.infos[name], cut.origin[name] = info, name
+        elif place[0] in number and (own := of_experts(*place)) is not None:
+            _of_experts(cut, own, name, number[place[0]])
         elif place[0] in number:
             _inside(cut, axes, plan, name, number[place[0]])
-    _drop_norms(cut, after)
+    for name in form.idle_norms(source, cut.infos, after):
+        del cut.infos[name], cut.origin[name]
     places = _places(family, before)
     for old, new in number.items():
         for axis in axes:
@@ -116,8 +122,10 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             if axis in after[new].output_bias and layer is not None and layer.means is not None:
                 weight = places[old, axes[axis].output_slice.name]
                 _output_bias(cut, axes[axis], layer, weight, new)
+    cut.config.update(form.config(source, cut.infos, after, kept))
     if "auto_map" not in cut.config:
-        _zero_biases(cut, [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)])
+        biased = [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)]
+        _zero_biases(cut, biased, len(after))
     return cut
 
 
@@ -141,13 +149,17 @@ def _check(plan: PrunePlan, shapes: list[LayerShape], axes: Mapping[str, Axis]) 
         raise PlanError(f"the plan removes layer {max(plan.blocks)}, and the model has {len(shapes)} layers.")
 
 
-def _has_native_bias(family: Family, axis: Axis, shapes: list[LayerShape], infos: Mapping[str, TensorInfo]) -> bool:
-    """Whether the stock class itself gives this output projection a bias."""
-    places = (place for name in infos if (place := family.locate(name)))
-    return any(
-        inner == f"{axis.output}.bias" and shapes[i].units[axis.name] and axis.name not in shapes[i].output_bias
-        for i, inner in places
-    )
+def _native_biases(
+    family: Family, axes: Mapping[str, Axis], shape: LayerShape, infos: Mapping[str, TensorInfo], layer: int
+) -> set[str]:
+    """The axes whose output projection has a bias from the stock class itself."""
+    places = _places(family, infos)
+    found = {axis.name for axis in axes.values() if (layer, _bias_name(axis)) in places and shape.units[axis.name]}
+    return found - shape.output_bias
+
+
+def _bias_name(axis: Axis) -> str:
+    return axis.output_slice.name.removesuffix("weight") + "bias"
 
 
 def _shape_after(plan: PrunePlan, index: int, shape: LayerShape, native: set[str]) -> LayerShape:
@@ -168,8 +180,10 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
     family, info = cut.source.family, cut.before[name]
     index, inner = family.locate(name) or (0, "")
     target = family.renumbered(name, new)
-    axis = next((axis for axis in axes.values() if axis.owns(inner)), None)
-    layer = plan.axes.get(axis.name, {}).get(index) if axis else None
+    planned = [axes[axis] for axis, layers in plan.axes.items() if index in layers]
+    own = [axis for axis in planned if any(piece.name == inner for piece in axis.slices)]
+    axis = next(iter([*own, *(axis for axis in planned if axis.owns(inner))]), None)
+    layer = plan.axes[axis.name][index] if axis else None
     piece = next((piece for piece in axis.slices if piece.name == inner), None) if axis else None
     if layer is not None and not len(layer.keep):
         return
@@ -181,27 +195,22 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
         shape[piece.dim] = len(layer.keep) * sum(piece.blocks)
         cut.infos[target] = TensorInfo(tuple(shape), info.dtype)
         cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
-    elif inner == f"{axis.output}.bias" and layer.means is not None:
+    elif inner == _bias_name(axis) and layer.means is not None:
         cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
 
 
-def _drop_norms(cut: Cut, after: list[LayerShape]) -> None:
-    """Leave out the norms that nothing comes of, as their sub-layer is gone."""
-    from dicer.write.export.modeling_pruned import FAMILIES, unused_norms
-
-    family = cut.source.family
-    *_, heads, mlp = FAMILIES[family.model_type]
-    unused = {
-        (index, norm)
-        for index, shape in enumerate(after)
-        for axis, part in (("attention", heads), ("mlp", mlp))
-        if not shape.units[axis]
-        for norm in unused_norms(part, cut.source.config, axis in shape.output_bias)
-    }
-    for name in [*cut.infos]:
-        place = family.locate(name)
-        if place and (place[0], place[1].partition(".")[0]) in unused:
-            del cut.infos[name], cut.origin[name]
+def _of_experts(cut: Cut, own: ExpertCut, name: str, new: int) -> None:
+    """Drop, rename or cut one tensor of experts in a decoder layer that stays."""
+    family, info = cut.source.family, cut.before[name]
+    if own.name is None:
+        return
+    index, _ = family.locate(name) or (0, "")
+    target = family.renumbered(family.tensor_name(index, own.name), new)
+    cut.infos[target] = TensorInfo(own.shape(info.shape), info.dtype)
+    if not own.inside and own.whole is None:
+        cut.origin[target] = name
+        return
+    cut.made[target] = lambda: own.apply(cut.source.tensors.read(name), slice_tensor)
 
 
 def _biased(source: ModelSource, axis: Axis, layer: LayerPlan, bias_name: str) -> Tensor:
@@ -217,7 +226,7 @@ def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan, weight_name: str, new: 
     bias_name = weight_name.removesuffix("weight") + "bias"
     name = source.family.renumbered(bias_name, new)
     if not len(layer.keep):
-        name = f"{name.removesuffix(f'{axis.output}.bias')}{axis.modules[-1]}.bias"
+        name = f"{name.removesuffix(_bias_name(axis))}{axis.modules[-1]}.bias"
     if name in cut.infos:
         return
     info = cut.before[weight_name]
@@ -236,11 +245,11 @@ def _places(family: Family, names: Iterable[str]) -> dict[tuple[int, str], str]:
     return {place: name for name in names if (place := family.locate(name))}
 
 
-def _zero_biases(cut: Cut, axes: list[Axis]) -> None:
+def _zero_biases(cut: Cut, axes: list[Axis], layers: int) -> None:
     """What a stock bias switch turns on besides the biases that are wanted: zeros."""
     family = cut.source.family
     places = _places(family, cut.infos)
-    for index in range(int(cut.config[family.layers_key])):
+    for index in range(layers):
         for axis in axes:
             for weight in axis.required:
                 name = places[index, weight.name]

@@ -1,40 +1,57 @@
-"""What will load a checkpoint, from its config alone; tests/serving and scripts/after_pruning.py run what is said."""
+"""What will load a checkpoint, without loading it; tests/serving and scripts/after_pruning.py run what is said."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from dicer.errors import ModelError
 from dicer.model.families import Family
+from dicer.model.source import ModelSource
 
 TARGETS = ("transformers", "vLLM", "llama.cpp", "torchao", "bitsandbytes")
 
 
-def why_not(target: str, family: Family, config: Mapping[str, Any]) -> str | None:
+def why_not(target: str, source: ModelSource) -> str | None:
     """Why a program cannot load a checkpoint and what would help, or None where it can.
 
     Args:
-        target: of :data:`TARGETS`.
-        family: of the checkpoint.
-        config: its ``config.json``.
+        target: of :data:`TARGETS`, but llama.cpp, of which :func:`as_gguf` knows.
+        source: the checkpoint, of which config and headers are looked at.
     """
-    kind, own_code = family.model_type, "auto_map" in config
+    kind, own_code = source.family.model_type, "auto_map" in source.raw_config
     if target == "vLLM" and kind == "gpt2" and own_code:
         return "it serves GPT-2 only with equal layers: 'dicer export --to stock' pads them"
-    if target == "llama.cpp" and kind == "opt":
-        return "it has no OPT"
     if target == "torchao" and kind == "gpt2":
         return "it leaves GPT-2's Conv1D as it is"
     return None
 
 
-def targets_line(family: Family, config: Mapping[str, Any]) -> str:
+def as_gguf(source: ModelSource) -> str:
+    """How llama.cpp takes a checkpoint, as the exporter decides; of a model in memory the tokenizer is not known yet.
+
+    Raises:
+        ModelError: the exporter would refuse it.
+    """
+    from dicer.write.export.llama_cpp.file import lay_out, rows_of_embedding  # with transformers, which takes seconds
+    from dicer.write.export.llama_cpp.tokenizer import read_vocabulary
+
+    layout, _ = lay_out(source)
+    if source.folder is not None:
+        read_vocabulary(source, rows_of_embedding(layout))
+    return "; ".join([f"'dicer export --to gguf' makes it a {layout.arch.name}", *layout.notes])
+
+
+def targets_line(source: ModelSource) -> str:
     """One line: what loads a checkpoint and how, and what does not and why."""
-    flag = "trust_remote_code=True, or after 'import dicer'" if "auto_map" in config else "no flag"
-    how = {"transformers": flag, "llama.cpp": "after 'dicer export --to gguf'"}
-    if "auto_map" in config:
+    own_code = "auto_map" in source.raw_config
+    how = {"transformers": "trust_remote_code=True, or after 'import dicer'" if own_code else "no flag"}
+    if own_code:
         how["vLLM"] = "--trust-remote-code"
-    refused = {name: reason for name in TARGETS if (reason := why_not(name, family, config))}
+    refused = {name: reason for name in TARGETS if (reason := why_not(name, source))}
+    try:
+        how["llama.cpp"] = as_gguf(source)
+    except ModelError as error:
+        refused["llama.cpp"] = str(error).removeprefix(f"{source.name}: ").removesuffix(".")
     loads = [name + (f" ({how[name]})" if name in how else "") for name in TARGETS if name not in refused]
     line = f"Loads in {', '.join(loads)}"
     return line + "".join(f"; not in {name}: {reason}" for name, reason in refused.items()) + "."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import AXES, kind_name
 from dicer.decide.amounts.prunable import Prunable
 from dicer.errors import RecipeError, unknown
 from dicer.model.units import SubLayer
@@ -35,7 +35,7 @@ def read_ratios(path: Path | str, sub_layers: Sequence[Prunable], layers: int) -
         raise RecipeError(f"{path} is not JSON ({error}): write an object like {_EXAMPLE}.") from error
     if not isinstance(record, dict):
         raise RecipeError(f"{path} holds no object: write one like {_EXAMPLE}.")
-    chosen = {axis: {m.layer for m in sub_layers if m.axis == axis} for axis in AXES}
+    chosen = {axis: {m.layer for m in sub_layers if kind_name(m.axis) == axis} for axis in AXES}
     found: dict[SubLayer, float] = {}
     for axis, entries in record.items():
         if axis not in AXES:
@@ -49,7 +49,7 @@ def read_ratios(path: Path | str, sub_layers: Sequence[Prunable], layers: int) -
                     "else choose it."
                 )
             found[SubLayer(layer, axis)] = ratio
-    return [found.get(sub_layer.place, 0.0) for sub_layer in sub_layers]
+    return [found.get(SubLayer(m.layer, kind_name(m.axis)), 0.0) for m in sub_layers]
 
 
 _EXAMPLE = '{"mlp": [0.1, 0.2, ...], "attention": {"3": 0.5}}'

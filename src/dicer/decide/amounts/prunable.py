@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
-from dicer.ask.axes import AXES, AxisKind
+from dicer.ask.axes import AxisKind, kind_of
 from dicer.errors import RecipeError
 from dicer.model.units import SubLayer
 
@@ -24,11 +25,20 @@ class Prunable:
         place: which one.
         units: N, more than 0.
         unit_parameters: parameters that go with one unit.
+        least: units that stay at least.
+        multiple: kept units are a multiple of it.
+        tie: sub-layers with the same keep the same number, as one tensor or one key of the config holds them all; empty
+            for one that stands alone.
+        share: units for each one of that number.
     """
 
     place: SubLayer
     units: int
     unit_parameters: int
+    least: int = 1
+    multiple: int = 1
+    tie: str = ""
+    share: Fraction = Fraction(1)
 
     @property
     def axis(self) -> str:
@@ -43,7 +53,7 @@ class Prunable:
     @property
     def kind(self) -> AxisKind:
         """What can be done with its units."""
-        return AXES[self.axis]
+        return kind_of(self.axis)
 
     @property
     def parameters(self) -> int:
@@ -71,7 +81,10 @@ class Bounds:
 def allowed_widths(sub_layer: Prunable, bounds: Bounds) -> range:
     """Widths that a sub-layer may have if it stays, ascending; only N where no multiple lies within the bounds."""
     step, floor = (bounds.multiple, bounds.min_width) if sub_layer.kind.rounds_each_layer else (1, 1)
-    least = max(1, min(floor, sub_layer.units), math.ceil(sub_layer.units * (1 - bounds.max_ratio) - TOLERANCE))
+    step = math.lcm(step, sub_layer.multiple)
+    least = max(
+        sub_layer.least, min(floor, sub_layer.units), math.ceil(sub_layer.units * (1 - bounds.max_ratio) - TOLERANCE)
+    )
     low, top = -(-least // step) * step, sub_layer.units // step * step
     return range(low, top + 1, step) if low <= top else range(sub_layer.units, sub_layer.units + 1, step)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import AXES, kind_name
 from dicer.decide.amounts.prunable import TOLERANCE, Bounds, Prunable, allowed_widths, most, step_cost, too_much, total
 from dicer.errors import RecipeError
 
@@ -51,15 +51,15 @@ def uniform_units(sub_layers: Sequence[Prunable], ratio: float, bounds: Bounds) 
     if ratio > bounds.max_ratio + TOLERANCE:
         raise RecipeError(f"ratio {ratio} is more than the {bounds.max_ratio} that any may lose (--max-ratio).")
     for axis in AXES:
-        _check_reach([sub_layer for sub_layer in sub_layers if sub_layer.axis == axis], ratio, bounds)
+        _check_reach([sub_layer for sub_layer in sub_layers if kind_name(sub_layer.axis) == axis], ratio, bounds)
     keep, line, gone = [0] * len(sub_layers), 0.0, 0
     widest = max((sub_layer.units for sub_layer in sub_layers if sub_layer.kind.rounds_each_layer), default=0)
     few = []
     for place in sorted(range(len(sub_layers)), key=lambda place: sub_layers[place].layer):
         sub_layer, widths = sub_layers[place], allowed_widths(sub_layers[place], bounds)
         if sub_layer.kind.rounds_each_layer:
-            narrow = sub_layer.units < bounds.multiple <= widest  # has no multiple, but others do
-            wanted = sub_layer.units if narrow else legal(sub_layer.units, ratio, bounds.multiple)
+            narrow = sub_layer.units < widths.step <= widest  # has no multiple, but others do
+            wanted = sub_layer.units if narrow else legal(sub_layer.units, ratio, widths.step)
             keep[place] = min(max(wanted, widths[0]), widths[-1])
             continue
         few.append(place)

@@ -17,4 +17,4 @@ def act_l2(weights: UnitWeights, statistics: LayerStatistics) -> Tensor:
 @criterion("act-mean", needs=("sum",), source="Xu et al. 2025, B.2", link=XU_2025)
 def act_mean(weights: UnitWeights, statistics: LayerStatistics) -> Tensor:
     """(1/T) sum_t a_i(t), signed, [U]."""
-    return statistics.sum / statistics.count
+    return statistics.sum / max(statistics.count, 1)

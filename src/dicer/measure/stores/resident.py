@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dicer.measure.batches import counted_of
+from dicer.measure.experts import Experts
 from dicer.measure.stores.store import Arguments, Recording
 from dicer.model.families import Family
+from dicer.model.structure.find import FoundFamily
 from dicer.model.units import Axis, UnitWeights, unit_weights
 from dicer.processes import all_reduce, sum_of, world_size
 from dicer.progress import Progress
@@ -32,6 +34,7 @@ class ResidentStore:
         self._model: Any = model
         self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
         self._axes = family.sized(model.config)
+        self._returned: int | None = None  # how many values a layer returns; 0 where it is no tuple
         self._units = {name: family.units(model.config, name) for name in self._axes}
 
     @property
@@ -60,7 +63,7 @@ class ResidentStore:
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer; an identity where the model has none (OPT-350m)."""
         owner, _, name = self._family.final_norm.rpartition(".")
-        norm: nn.Module | None = getattr(attrgetter(owner)(self._model), name, None)
+        norm: nn.Module | None = getattr(self._model.get_submodule(owner), name, None) if name else None
         return nn.Identity() if norm is None else norm
 
     @torch.no_grad()
@@ -74,16 +77,30 @@ class ResidentStore:
         for batch in batches:
             calls: list[Arguments] = []
 
-            def recorder(hidden: Tensor, *args: Any, _calls: list[Arguments] = calls, **kwargs: Any) -> Tensor:
-                if not _calls:
-                    recording.hidden.append(hidden)
-                _calls.append((args, kwargs))
-                return hidden
+            def recorder(layer: nn.Module, _calls: list[Arguments] = calls) -> Callable[..., Any]:
+                forward = layer.forward
 
-            with evaluating(self._model), replaced_forwards(self._layers, lambda _: recorder):
+                def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                    if not _calls:
+                        recording.hidden.append(hidden)
+                    _calls.append((args, kwargs))
+                    return self._as_returned(forward, hidden, args, kwargs)
+
+                return record
+
+            with evaluating(self._model), replaced_forwards(self._layers, recorder):
                 self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
             recording.arguments.setdefault((batch.shape[0], batch.shape[1]), calls)
         return recording
+
+    def _as_returned(self, forward: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
+        """Hidden states in the form in which a layer hands them on: some return a tuple; one is run to see it."""
+        if not isinstance(self._family, FoundFamily):
+            return hidden
+        if self._returned is None:
+            returned = forward(hidden, *args, **kwargs)
+            self._returned = len(returned) if isinstance(returned, tuple) else 0
+        return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
     def gradients(
         self,
@@ -108,15 +125,17 @@ class ResidentStore:
             so that the batch size does not matter.
         """
         chosen = {index: {n: axis for n, axis in self.axes(index).items() if n in axes} for index in sorted(layers)}
-        held: dict[tuple[int, str], dict[str, Tensor]] = {(i, name): {} for i in chosen for name in chosen[i]}
+        # Experts share their tensors, so one of their axes stands for all.
+        owners = {(i, axis.routed or name): axis for i, found in chosen.items() for name, axis in found.items()}
+        held: dict[tuple[int, str], dict[str, Tensor]] = {place: {} for place in owners}
         counted = counted_of(batches)
         pairs = list(zip(batches, counted, strict=True))
         predicted = sum_of(sum(b[:, 1:].numel() if c is None else int(c[:, 1:].sum()) for b, c in pairs))
         with ExitStack() as stack:
             stack.enter_context(evaluating(self._model))
             stack.enter_context(_frozen(self._model))
-            for (index, axis), sums in held.items():
-                for name, weight in axis_weights(chosen[index][axis], self._layers[index]).items():
+            for place, sums in held.items():
+                for name, weight in axis_weights(owners[place], self._layers[place[0]]).items():
                     weight.requires_grad_(True)
                     handle = weight.register_post_accumulate_grad_hook(_accumulate(sums, name, predicted))
                     stack.callback(handle.remove)
@@ -133,10 +152,13 @@ class ResidentStore:
                 loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
                 loss.backward()  # of the sum: divided by the tokens here, fp16 gradients would vanish
                 progress("gradients", done, len(batches))
-        for (index, axis), sums in held.items():
-            _sum_over_processes(sums, axis_weights(chosen[index][axis], self._layers[index]))
+        for place, sums in held.items():
+            _sum_over_processes(sums, axis_weights(owners[place], self._layers[place[0]]))
         return {
-            index: {name: unit_weights(axis, held[index, name]) for name, axis in found.items()}
+            index: {
+                name: weights_of(axis, self._layers[index], held[index, axis.routed or name])
+                for name, axis in found.items()
+            }
             for index, found in chosen.items()
         }
 
@@ -190,7 +212,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def axis_weights(axis: Axis, layer: nn.Module) -> dict[str, nn.Parameter]:
     """The weight matrices of one sub-layer, by their names inside the layer."""
-    return {piece.name: layer.get_parameter(piece.name) for piece in axis.required}
+    if axis.routed:
+        return Experts(layer.get_submodule(axis.routed), axis.routed).tensors()
+    return {piece.name: layer.get_parameter(piece.memory or piece.name) for piece in axis.required}
+
+
+def weights_of(axis: Axis, layer: nn.Module, tensors: Mapping[str, Tensor]) -> UnitWeights:
+    """Tensors as :func:`axis_weights` has them, by their role."""
+    if axis.routed:
+        return Experts(layer.get_submodule(axis.routed), axis.routed).weights(axis, tensors)
+    return unit_weights(axis, tensors)
 
 
 def _sum_over_processes(held: dict[str, Tensor], weights: Mapping[str, Tensor]) -> None:

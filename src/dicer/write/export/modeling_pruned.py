@@ -1,9 +1,11 @@
 """Language models whose layers differ in size, written by dicer (Apache-2.0).
 
-Needs only transformers (5.14 or newer) and torch. The classes are those of transformers; then each layer gets the
-heads, the neurons and the biases that ``per_layer_config`` in config.json gives it, and a sub-layer that it skips is
-replaced by one that adds nothing, or a constant; a norm that nothing comes of goes with it, as a parameter without a
-gradient stops training on several processes. Nothing else is changed. Load with
+Needs only transformers (5.14 or newer) and torch. The classes are those of transformers, whichever config.json calls
+for, made when they are asked for: ``PrunedX`` for its class ``X``. Then each layer is given what ``pruned`` in
+config.json lists for it: parameters of other shapes, counts that its modules keep, and sub-layers that add nothing, or
+a constant. Checkpoints with ``per_layer_config`` say heads, neurons and biases, and a table here says where they lie; a
+norm that nothing comes of goes, as a parameter without a gradient stops training on several processes. Nothing else is
+changed. Load with
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -12,14 +14,21 @@ or, where dicer is installed and imported, without the flag.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    conversion_mapping,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -73,23 +82,25 @@ FAMILIES: dict[str, tuple[str, str, str, str, SubLayer, SubLayer]] = {
 
 
 class SkippedMLP(nn.Module):
-    """An MLP that is gone: it adds nothing to the residual stream, or its ``bias``."""
+    """An MLP that is gone: it adds nothing to the residual stream, or its ``bias``, and may return None behind that."""
 
-    def __init__(self, size: int, bias: bool) -> None:
+    def __init__(self, size: int, bias: bool, returns: int = 1) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+        self.returns = returns
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         """[..., d] -> [..., d], whatever it is given."""
         nothing = torch.zeros_like(hidden_states)
-        return nothing if self.bias is None else nothing + self.bias
+        added = nothing if self.bias is None else nothing + self.bias
+        return added if self.returns == 1 else (added, *[None] * (self.returns - 1))
 
 
 class SkippedAttention(SkippedMLP):
     """Attention that is gone. Its cache still counts tokens: the first layer's length is taken for that of all."""
 
-    def __init__(self, config: Any, bias: bool, layer_idx: int) -> None:
-        super().__init__(config.hidden_size, bias)
+    def __init__(self, config: Any, bias: bool, layer_idx: int, size: int = 0, returns: int = 2) -> None:
+        super().__init__(size or config.hidden_size, bias, returns)
         self.config = config
         self.layer_idx = layer_idx
 
@@ -101,16 +112,15 @@ class SkippedAttention(SkippedMLP):
         if self.config is None:  # never: vLLM looks for this call in the source of every layer that it serves
             attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
             attend(self, hidden_states, hidden_states, hidden_states, None)
-        return super().forward(hidden_states), None
+        return super().forward(hidden_states)
 
 
 class _OwnHeads:
     """A model's config with a layer's own numbers of heads; all else is the model's, also where it changes later."""
 
-    def __init__(self, config: Any, heads: int, groups: int) -> None:
+    def __init__(self, config: Any, **counts: int) -> None:
         self._config = config
-        self.num_attention_heads = heads
-        self.num_key_value_heads = groups
+        vars(self).update(counts)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_config":  # asked for while it is copied or unpickled
@@ -184,7 +194,7 @@ def _set_heads(layer: Any, part: SubLayer, config: Any, bias: bool) -> None:
         if hasattr(module, name):
             setattr(module, name, value)
     if part is _FUSED_HEADS:  # Phi-3 reads them from its config
-        module.config = _OwnHeads(module.config, units * group, units)
+        module.config = _OwnHeads(module.config, num_attention_heads=units * group, num_key_value_heads=units)
 
 
 def _set_units(layer: Any, part: SubLayer, units: int | None, rows: dict[str, int], columns: int, bias: bool) -> None:
@@ -215,40 +225,156 @@ def _resize(layer: Any, name: str, inputs: int, outputs: int, *, bias: bool = Fa
     setattr(layer.get_submodule(parent), last, new)
 
 
+def _shape_as_listed(model: Any, said: Mapping[str, Any]) -> None:
+    """Make each layer what ``pruned`` in config.json lists for it, by the names inside the layer.
+
+    Args:
+        model: of the stock class.
+        said: ``layers``: where they are in the class with the head; ``own``: number -> what is a layer's own:
+            ``shapes`` of parameters, ``attributes`` of modules, values in their ``config``, and modules to ``skip``.
+    """
+    path, base = said["layers"], f"{model.base_model_prefix}."
+    if model.base_model is model and base != ".":
+        path = path.removeprefix(base)
+    layers = model.get_submodule(path)
+    for number, own in said["own"].items():
+        layer: Any = layers[int(number)]
+        for name, shape in own.get("shapes", {}).items():
+            _resize_parameter(layer, name, shape)
+        for place, values in own.get("attributes", {}).items():
+            module = layer.get_submodule(place)
+            for name, value in values.items():
+                setattr(module, name, type(getattr(module, name))(value))
+        for place, counts in own.get("config", {}).items():
+            module = layer.get_submodule(place)
+            module.config = _OwnHeads(module.config, **counts)
+        for place, skipped in own.get("skip", {}).items():
+            _skip(layer, place, int(number), **skipped)
+    model.post_init()  # again: what is new is not initialised yet
+
+
+def _resize_parameter(layer: Any, name: str, shape: list[int]) -> None:
+    """Give a parameter another shape, or a linear map a bias that its class does not give it."""
+    place, _, leaf = name.rpartition(".")
+    module = layer.get_submodule(place)
+    old = getattr(module, leaf, None)
+    like = module.weight if old is None else old
+    new = like.new_empty(shape)
+    if isinstance(like, nn.Parameter):
+        module.register_parameter(leaf, nn.Parameter(new, requires_grad=like.requires_grad))
+    else:
+        module.register_buffer(leaf, new)
+    if leaf == "weight" and isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    if leaf == "weight" and isinstance(module, Conv1D):
+        module.nx, module.nf = shape
+    module._is_hf_initialized = False
+
+
+def _skip(layer: Any, place: str, number: int, size: int, returns: int, bias: bool) -> None:
+    parent, _, last = place.rpartition(".")
+    old = layer.get_submodule(place)
+    if hasattr(old, "layer_idx"):  # it writes into the cache
+        new: nn.Module = SkippedAttention(old.config, bias, number, size, returns)
+    else:
+        new = SkippedMLP(size, bias, returns)
+    setattr(layer.get_submodule(parent), last, new)
+
+
+def _model_class(name: str, stock: Any, config_class: Any, shape: Callable[[Any], None] | None) -> type:
+    """The class ``name``: that of transformers, whose layers are then made what config.json says.
+
+    Args:
+        name: what it is called.
+        stock: the class of transformers.
+        config_class: what it is built from.
+        shape: what ``per_layer_config`` stands for; None for a family that no table knows.
+    """
+
+    # Nothing annotated: vLLM holds the arguments against what this says of them, one place off.
+    def init(self, config):  # type: ignore[no-untyped-def]
+        said = getattr(config, "pruned", None)
+        if said is None and shape is not None:
+            with _all_alike(config):
+                stock.__init__(self, config)
+            shape(self)
+        else:
+            stock.__init__(self, config)
+            _shape_as_listed(self, said or {"layers": "", "own": {}})
+
+    def is_custom_code(cls):  # type: ignore[no-untyped-def] # noqa: ARG001
+        return False  # weights are converted and initialised as those of the stock class
+
+    _share_conversions(stock.__name__, name)
+    body = {"config_class": config_class, "__module__": __name__, "__doc__": __doc__, "__init__": init}
+    return type(name, (stock,), {**body, "is_custom_code": classmethod(is_custom_code)})
+
+
+def _share_conversions(stock: str, own: str) -> None:
+    """Have transformers convert weights as for the stock class (or type), which it looks up by name."""
+    found = conversion_mapping.get_checkpoint_conversion_mapping(stock)
+    if found is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(own, found, overwrite=True)
+
+
 def _classes(model_type: str) -> dict[str, type]:
     config_name, base_name, causal_name, path, attention, mlp = FAMILIES[model_type]
     stock_config = CONFIG_MAPPING[model_type]
-    stock_base, stock_causal = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
 
     def validate(self: Any) -> None:
         with _all_alike(self):  # each layer was held against the rules already; the whole is read without a warning
             stock_config.validate(self)
 
+    def shape_base(model: Any) -> None:
+        _shape_layers(model, attrgetter(path)(model), attention, mlp)
+
+    def shape_causal(model: Any) -> None:
+        _shape_layers(model, attrgetter(path)(model.base_model), attention, mlp)
+
     own = {"model_type": "pruned_" + model_type, "__module__": __name__, "validate": validate}
     config_class = type("Pruned" + config_name, (stock_config,), own)
+    base, causal = MODEL_MAPPING[stock_config], MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    return {
+        config_class.__name__: config_class,
+        "Pruned" + base_name: _model_class("Pruned" + base_name, base, config_class, shape_base),
+        "Pruned" + causal_name: _model_class("Pruned" + causal_name, causal, config_class, shape_causal),
+    }
 
-    # Nothing annotated: vLLM holds the arguments against what this says of them, one place off.
-    def init_base(self, config):  # type: ignore[no-untyped-def]
-        with _all_alike(config):
-            stock_base.__init__(self, config)
-        _shape_layers(self, attrgetter(path)(self), attention, mlp)
 
-    def init_causal(self, config):  # type: ignore[no-untyped-def]
-        with _all_alike(config):
-            stock_causal.__init__(self, config)
-        _shape_layers(self, attrgetter(path)(self.base_model), attention, mlp)
+# Ending of a class's name -> the mapping that has it, where a type has none by its own name: InternLM 3 has Llama's.
+_ENDINGS = {
+    "ForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "ForConditionalGeneration": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "Model": MODEL_MAPPING,
+}
 
-    body = {"config_class": config_class, "__module__": __name__, "__doc__": __doc__}
-    base_class = type("Pruned" + base_name, (stock_base,), {**body, "__init__": init_base})
-    causal_class = type("Pruned" + causal_name, (stock_causal,), {**body, "__init__": init_causal})
-    return {cls.__name__: cls for cls in (config_class, base_class, causal_class)}
+
+def _by_name(name: str) -> type | None:
+    """The class ``PrunedX`` for a config or model class ``X``, or None where transformers has no such class."""
+    stock_name = name.removeprefix("Pruned")
+    stock: Any = getattr(transformers, stock_name, None)
+    if stock is not None and stock_name.endswith("Config"):
+        own = {"model_type": "pruned_" + stock.model_type, "__module__": __name__}
+        _share_conversions(stock.model_type, own["model_type"])
+        return type(name, (stock,), own)
+    config_name = stock.config_class.__name__ if isinstance(getattr(stock, "config_class", None), type) else None
+    for ending, mapping in _ENDINGS.items():
+        candidate = stock_name.removesuffix(ending) + "Config"
+        if stock is None and stock_name.endswith(ending) and hasattr(transformers, candidate):
+            stock, config_name = mapping.get(getattr(transformers, candidate), None), candidate
+    if stock is None or config_name is None:
+        return None
+    return _model_class(name, stock, globals().get(f"Pruned{config_name}") or __getattr__(f"Pruned{config_name}"), None)
 
 
 def __getattr__(name: str) -> type:
-    """Make a family's three classes when one of them is first asked for (PrunedLlamaForCausalLM ...)."""
+    """Make a class when it is first asked for (PrunedLlamaForCausalLM, PrunedGraniteConfig ...)."""
     for model_type, (config_name, base_name, causal_name, *_) in FAMILIES.items():
         if name in ("Pruned" + config_name, "Pruned" + base_name, "Pruned" + causal_name):
             globals().update(_classes(model_type))
-            found: type = globals()[name]
-            return found
+    if name.startswith("Pruned") and name not in globals() and (found := _by_name(name)) is not None:
+        globals()[name] = found
+    if name in globals():
+        made: type = globals()[name]
+        return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from typing import Any
 
-from dicer.model.families import FAMILIES
-from dicer.write.export import modeling_pruned
+from transformers import CONFIG_MAPPING
 
-_AUTO = {"AutoConfig": AutoConfig, "AutoModel": AutoModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+from dicer.model.families import PRUNED_PREFIX
+from dicer.model.structure.skeleton import pruned_classes
+
+
+class PrunedConfigs(dict[str, Any]):
+    """What transformers knows of configs by type; one of ours is made, and its models with it, when it is asked for."""
+
+    def __contains__(self, kind: object) -> bool:
+        return super().__contains__(kind) or _stock_config(kind) is not None
+
+    def __missing__(self, kind: str) -> Any:
+        stock = _stock_config(kind)
+        if stock is None:
+            raise KeyError(kind)
+        from dicer.write.export import modeling_pruned
+
+        self[kind] = config = getattr(modeling_pruned, f"Pruned{stock.__name__}")
+        config.register_for_auto_class()  # so that save_pretrained takes the model file along
+        for auto, name in pruned_classes(stock).items():
+            if auto != "AutoConfig":
+                _register(auto, config, getattr(modeling_pruned, name))
+        return config
+
+
+def _register(auto: str, config: Any, model: Any) -> None:
+    import transformers
+
+    getattr(transformers, auto)._model_mapping.register(config, model, exist_ok=True)
+    if model._auto_class is None:
+        model.register_for_auto_class(auto)
+
+
+def _stock_config(kind: object) -> Any:
+    """The config class of transformers that one of ours is made of, or None for another type."""
+    stock = kind.removeprefix(PRUNED_PREFIX) if isinstance(kind, str) else ""
+    return CONFIG_MAPPING[stock] if stock != kind and stock in CONFIG_MAPPING._mapping else None
 
 
 def register() -> None:
-    """Register the three classes of every family; again does nothing new."""
-    for family in FAMILIES.values():
-        classes = {auto: getattr(modeling_pruned, name) for auto, name in family.pruned_classes.items()}
-        config = classes.pop("AutoConfig")
-        AutoConfig.register(family.pruned_type, config, exist_ok=True)
-        config.register_for_auto_class()  # so that save_pretrained takes the model file along
-        for auto, model in classes.items():
-            _AUTO[auto].register(config, model, exist_ok=True)
-            model.register_for_auto_class(auto)
+    """Have every type be found that may be asked for; again does nothing new."""
+    if not isinstance(CONFIG_MAPPING._extra_content, PrunedConfigs):
+        CONFIG_MAPPING._extra_content = PrunedConfigs(CONFIG_MAPPING._extra_content)

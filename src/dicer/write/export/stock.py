@@ -11,10 +11,10 @@ import torch
 
 from dicer.errors import ModelError
 from dicer.model.find import as_model_error
-from dicer.model.shapes import LayerShape
+from dicer.model.shapes import LayerShape, fits_stock
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
-from dicer.write.config import fits_stock, pruned_config
+from dicer.write.config import pruned_config
 from dicer.write.export.padding import Layers, Made, added_parameters
 from dicer.write.side_files import copy_side_files
 from dicer.write.sink import MADE_BY_EXPORT, CheckpointSink, check_output, check_space
@@ -92,7 +92,7 @@ def _stock_shape(source: ModelSource, layers: Layers, pad: int) -> LayerShape:
     whole = int(values.get("hidden_size") or values["n_embd"]) // axis.channels
     for heads in [whole] if axis.fixed else range(most, max(most, whole, axis.width(values.get)) + 1):
         shape = LayerShape({"attention": heads, "mlp": neurons}, biased)
-        if heads >= most and fits_stock(source, [shape]):
+        if heads >= most and fits_stock(source.family, source.config, [shape]):
             return shape
     if lost := [name for name in biased if layers.axes[name].bias_option is None]:
         raise ModelError(

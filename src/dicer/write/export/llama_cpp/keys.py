@@ -12,13 +12,8 @@ _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def write_keys(writer: Any, layout: Layout) -> None:
-    """Hand a ``GGUFWriter`` all but name, tokens and positions.
-
-    Raises:
-        ModelError: the config asks for something that the architecture does not compute.
-    """
+    """Hand a ``GGUFWriter`` all but name, tokens and positions."""
     source, values, arch = layout.layers.source, layout.values, layout.arch.name
-    _refuse_odd(layout)
     family = source.family.model_type
     writer.add_type("model")
     if layout.arch.per_layer:
@@ -54,8 +49,12 @@ def _one(numbers: Sequence[int]) -> int | list[int]:
     return numbers[0] if len(set(numbers)) == 1 else list(numbers)
 
 
-def _refuse_odd(layout: Layout) -> None:
-    """What the same family may be set to, and no file can say."""
+def refuse_odd(layout: Layout) -> None:
+    """What the same family may be set to, and no file can say.
+
+    Raises:
+        ModelError: the config asks for something that the architecture does not compute.
+    """
     values, arch, name = layout.values, layout.arch.name, layout.layers.source.name
     odd = []
     if arch == "gpt2":

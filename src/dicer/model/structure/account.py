@@ -1,0 +1,153 @@
+"""Every tensor of a folder accounted for: which one of the class it is, under the name that transformers writes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dicer.errors import ModelError
+from dicer.model.match import Matched, same_content, untied
+from dicer.model.odd import refuse_names
+from dicer.model.structure.find import memory_names
+from dicer.model.structure.layers import Layers, find_layers
+from dicer.model.structure.skeleton import Skeleton, build
+from dicer.model.tensors import SafetensorsSource, TensorInfo
+
+# Buffers that transformers once saved with all models, and scales of a quantized cache.
+_PASSED_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.[qkv]_scale$", r"\.attn\.(masked_)?bias$")
+_AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+_MTP = re.compile(r"(^|\.)mtp[._]")
+
+
+def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, tensors: SafetensorsSource) -> Matched:
+    """Hold every tensor of a class against the headers; afterwards the tensors have the names that transformers writes.
+
+    Older and newer checkpoints of a family differ in prefixes, which transformers knows; layers that predict tokens
+    further ahead are no part of the model that it loads, and are left out.
+
+    Args:
+        name: the model's, for people.
+        config: the transformers config.
+        raw_config: ``config.json`` as it stands.
+        kind: the class of transformers.
+        tensors: the files; changed as said.
+
+    Raises:
+        ModelError: one line for the first thing that does not fit.
+    """
+    refuse_names(name, tensors.infos())
+    whole = build(config, kind)
+    layers = find_layers(whole, kind)
+    tensors.rename(_own_names(whole, layers, tensors.infos()))
+    found, whole = _tied(Matched(config, raw_config), whole, kind, tensors)
+    infos = tensors.infos()
+    _check(name, whole, infos)
+    left = [n for n in infos if n not in whole.shapes]
+    ignored = whole.model._keys_to_ignore_on_load_unexpected or ()
+    passed_over = re.compile("|".join([*_PASSED_OVER, *ignored]))
+    ahead = [n for n in left if _MTP.search(n) or ((place := layers.locate(n)) and place[0] >= layers.count)]
+    old = [n for n in left if n not in ahead and (passed_over.search(n) or n in whole.model.all_tied_weights_keys)]
+    strange = [n for n in left if n not in ahead and n not in old and layers.locate(n)]
+    if strange:
+        raise ModelError(
+            f"{name}: the weights have '{strange[0]}', and as config.json says it a {kind.__name__} has no such "
+            "tensor, so transformers would leave it out. Config and weights are from different models."
+        )
+    notes = list(found.notes)
+    if ahead:
+        notes.append(
+            f"{len(ahead)} tensors of layers that predict further ahead are left out ({ahead[0]} ...): transformers "
+            "does not load them, and they would not fit what is cut"
+        )
+        found = replace(found, raw_config=_no_more_ahead(found.raw_config))
+    if others := [n for n in left if n not in ahead and n not in old]:
+        notes.append(f"{len(others)} tensors that transformers does not load are copied as they are ({others[0]} ...)")
+    tensors.leave_out([*ahead, *old])
+    return replace(found, ignored=tuple(old), notes=tuple(notes))
+
+
+def _own_names(whole: Skeleton, layers: Layers, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Name in the files -> name that transformers writes, where the two differ."""
+    memory = memory_names(whole.model)
+    outside = {memory(n): n for n in whole.shapes if not layers.locate(n)}
+    inner = {n for tensors in layers.inside(whole.shapes) for n in tensors}
+    found = {}
+    for name in infos:
+        if name in whole.shapes:
+            continue
+        own = outside.get(memory(name)) or _in_layers(name, layers, inner)
+        if own is not None and own not in infos:
+            found[name] = own
+    return found
+
+
+def _in_layers(name: str, layers: Layers, inner: set[str]) -> str | None:
+    """The name of a layer's tensor behind another prefix, a shorter or a longer one."""
+    for match in re.finditer(r"(?:^|\.)(\d+)\.", name):
+        if name[match.end() :] in inner:
+            prefix = name[: match.start()]
+            if _related(prefix, layers.disk):
+                return f"{layers.disk}.{match[1]}.{name[match.end() :]}"
+    return None
+
+
+def _related(first: str, second: str) -> bool:
+    """Whether two paths end alike and are of the same tower."""
+    towers = re.compile(r"vis|audio|image|encoder\.")
+    return first.rpartition(".")[2] == second.rpartition(".")[2] and bool(towers.search(first)) == bool(
+        towers.search(second)
+    )
+
+
+def _tied(found: Matched, whole: Skeleton, kind: Any, tensors: SafetensorsSource) -> tuple[Matched, Skeleton]:
+    """Settle ties as transformers does: two different tensors are not tied, and of two one may lack in the files."""
+    memory = memory_names(whole.model)
+    by_memory = {memory(n): n for n in tensors.infos()}
+    written = {memory(n): n for n in whole.shapes}
+    for target, source in whole.model.all_tied_weights_keys.items():
+        first, second = by_memory.get(source), by_memory.get(target)
+        if first is None and second is not None and source in written:
+            tensors.rename({second: written[source]})
+        elif first is not None and second is not None and not same_content(tensors.read(first), tensors.read(second)):
+            other = untied(found, target)
+            return other, build(other.config, kind)
+    return found, whole
+
+
+def _check(name: str, whole: Skeleton, infos: Mapping[str, TensorInfo]) -> None:
+    kind = type(whole.model).__name__
+    buffers = {n for n, _ in whole.model.named_buffers()}
+    optional = re.compile("|".join(whole.model._keys_to_ignore_on_load_missing or ["$^"]))
+    for full, shape in whole.shapes.items():
+        found = infos.get(full)
+        if found is None:
+            if optional.search(full) or (full in buffers and not full.endswith("correction_bias")):
+                continue
+            raise ModelError(
+                f"{name}: tensor '{full}' of a {kind} is missing from the weights. Fetch the model again; if it is "
+                "whole, its config is of another model."
+            )
+        if not found.dtype.is_floating_point:
+            if full in whole.whole_numbers:
+                continue
+            raise ModelError(
+                f"{name}: tensor '{full}' holds {str(found.dtype).removeprefix('torch.')}, so the weights are "
+                "quantized. Prune the bf16, fp16 or fp32 checkpoint, then quantize."
+            )
+        if found.shape != shape:
+            raise ModelError(
+                f"{name}: config.json calls for {shape} in '{full}', and the file has {found.shape}. Config and "
+                "weights are from different models."
+            )
+
+
+def _no_more_ahead(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    new = dict(raw_config)
+    for key in _AHEAD:
+        if new.get(key):
+            new[key] = 0
+        if isinstance(new.get("text_config"), dict) and new["text_config"].get(key):
+            new["text_config"] = {**new["text_config"], key: 0}
+    return new
