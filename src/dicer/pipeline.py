@@ -13,12 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from dicer.ask.compute import Compute
+from dicer.ask.evaluation import Evaluation
 from dicer.ask.recipe import Recipe
 from dicer.decide.decide import score
 from dicer.decide.plan import PrunePlan, load_plan
 from dicer.decide.task import Asked, Decided, prepare, with_text
 from dicer.errors import ModelError, RecipeError
+from dicer.evaluate.dense import held_dense
+from dicer.evaluate.fidelity import fidelity
 from dicer.evaluate.quality import perplexity
+from dicer.evaluate.reference import Reference, reference_of
+from dicer.evaluate.texts import check_texts
 from dicer.machine import pick_device
 from dicer.measure.documents import check_source, check_text
 from dicer.measure.stores.resident import ResidentStore
@@ -69,6 +74,7 @@ def look(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     perplexity_text: str | None = None,
+    fidelity_text: str | None = None,
     inputs: Iterable[str | os.PathLike[str] | None] = (),
 ) -> Look:
     """Check everything that can be wrong with a run, and say what it would do; no text is read, no weight loaded.
@@ -80,6 +86,7 @@ def look(
         output: the folder that would be written.
         overwrite: whether an earlier checkpoint there may be replaced.
         perplexity_text: what perplexity would be measured on.
+        fidelity_text: what the pruned model would be compared with the dense one on, with a comma between two.
         inputs: what else the run reads, which must not lie in ``output``.
 
     Raises:
@@ -89,7 +96,7 @@ def look(
     compute = recipe.compute_or(compute)
     in_memory = not isinstance(model, str | os.PathLike)
     if output is not None:
-        read = [*recipe.files(), perplexity_text, None if in_memory else model, *inputs]
+        read = [*recipe.files(), perplexity_text, *_fidelity(fidelity_text).text, None if in_memory else model, *inputs]
         check_output(Path(output), overwrite=overwrite, inputs=read)
     source = from_memory(model, recipe.family) if in_memory else open_model(model, recipe.family)
     task = prepare(source, recipe, _as_it_is(model, compute) if in_memory else compute)
@@ -97,6 +104,7 @@ def look(
         check_text(recipe.text)
     if perplexity_text is not None:
         check_source(perplexity_text, ("builtin",), "perplexity text")
+    check_texts(_fidelity(fidelity_text).text)
     check_proofs(source, proofs := prove(source, proven_axes(task)))
     before, after = foreseen(task)
     targets = ""
@@ -200,6 +208,7 @@ def prune(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     perplexity_text: str | None = None,
+    fidelity_text: str | None = None,
     inputs: Iterable[str | os.PathLike[str] | None] = (),
     progress: Progress = silent,
 ) -> Result:
@@ -213,6 +222,8 @@ def prune(
         output: the folder to write. Without it the pruned model comes back in ``result.model``.
         overwrite: replace an existing checkpoint, once the new one is whole.
         perplexity_text: ``builtin`` or a text file: measure perplexity before and after, and put it into the card.
+        fidelity_text: one text or two with a comma between (``builtin,builtin:code``): measure on them what the pruned
+            model has lost of the dense one (:mod:`dicer.evaluate.fidelity`), and put it into the card.
         inputs: what else the run was made from (a recipe file), which must not lie in ``output``.
         progress: called with (stage, done, total).
 
@@ -229,6 +240,7 @@ def prune(
         output=output,
         overwrite=overwrite,
         perplexity_text=perplexity_text,
+        fidelity_text=fidelity_text,
         inputs=inputs,
     )
     seconds: dict[str, float] = {}
@@ -237,8 +249,14 @@ def prune(
         source = task.source
         windows = perplexity_windows(perplexity_text, source, tokenizer) if perplexity_text else None
         dense = _loaded(found) if source.live is None else source.live
+    reference = None
+    if fidelity_text:  # before the scoring: a text that is too short costs no run
+        with _timed(seconds, "fidelity"):
+            reference = _reference(fidelity_text, dense, source, tokenizer, found.before.nbytes, progress)
     with _timed(seconds, "score"):
         plan = score([task], _store(dense, source), progress)[0]
+    for proof in found.proofs:
+        proof.check_plan(plan)
     cut = plan_cut(source, plan)
     result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*task.notes, *plan.notes])
     if windows is not None:
@@ -247,18 +265,36 @@ def prune(
             result.perplexities["before"] = _perplexity(dense, windows, "perplexity before", progress)
     where = (dense.dtype, dense.device)
     del dense
-    if output is None or windows is not None:
+    if output is None or windows is not None or reference is not None:
         with _timed(seconds, "cut"):
             result.model = build_model(cut, *where)
     if windows is not None:
         with _timed(seconds, "perplexity"):
             result.perplexities["after"] = _perplexity(result.model, windows, "perplexity after", progress)
+    if reference is not None:
+        with _timed(seconds, "fidelity"):
+            result.fidelity = fidelity(
+                result.model, reference.tokenizer, reference, name="the pruned model", progress=progress
+            )
+            result.fidelity["bytes"] = result.after.nbytes
     if output is not None:
         result.model = None
         options: dict[str, Any] = {"overwrite": overwrite, "tokenizer": tokenizer, "perplexity_text": perplexity_text}
         with _timed(seconds, "write"):
             write_checkpoint(result, cut, Path(output), progress, **options)
     return result
+
+
+def _fidelity(text: str | None) -> Evaluation:
+    return Evaluation(text=text) if text else Evaluation()  # type: ignore[arg-type]
+
+
+def _reference(
+    text: str, dense: Any, source: ModelSource, tokenizer: Any | None, nbytes: int, progress: Progress
+) -> Reference:
+    """The dense model's answers; the model is not held by them."""
+    held = held_dense(dense, tokenizer or source.tokenizer(), source.name, source.fingerprint, nbytes, source.folder)
+    return reference_of(_fidelity(text), held, progress=progress)
 
 
 def _note_same_text(result: Result, task: Asked, perplexity_text: str | None) -> None:

@@ -21,6 +21,9 @@ OTHER = {
     "window": 64,
     "also_window": 32,
     "windows": 2,
+    "against": "builtin:smollm2",
+    "text": "builtin, mine.txt",
+    "questions": "arc.jsonl",
 }
 
 
@@ -39,6 +42,7 @@ def test_every_field_is_a_flag_of_eval(command, model, monkeypatch, named):
         return {}
 
     monkeypatch.setattr("dicer.evaluate.quality.evaluate", evaluate)
+    monkeypatch.setattr("dicer.evaluate.reference.refer", lambda *_, **__: None)
     words = (word for name in named for word in ("--" + name.replace("_", "-"), OTHER[name]))
     assert command("eval", model, *words) == (0, "", "")
     asked = Evaluation(**{name: OTHER[name] for name in named})
@@ -84,3 +88,14 @@ def test_nothing_to_measure():
     with pytest.raises(RecipeError, match="nothing to measure"):
         Evaluation(task_prefix="a").require_something()
     Evaluation(perplexity="builtin").require_something()
+
+
+def test_record_of_a_comparison(tmp_path):
+    """Only where one is asked: earlier records are as they were. Paths by their names."""
+    assert not {"against", "text", "questions"} & Evaluation(perplexity="builtin").record().keys()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    told = Evaluation(against=str(folder), text=f"{tmp_path}/a.txt,builtin", questions=f"{tmp_path}/q.jsonl").record()
+    assert (told["against"], told["text"], told["questions"]) == ("model", ["a.txt", "builtin"], "q.jsonl")
+    assert Evaluation(against="owner/name").record()["against"] == "owner/name"
+    assert Evaluation(against="owner/name").fidelity_texts() == ("builtin", "builtin:code")

@@ -36,6 +36,7 @@ OTHER = {
     "entropy_search": "greedy",
     "entropy_at": "hidden",
     "entropy_profile": "profile.json",
+    "family": "family.toml",
     "layers": "1,2-3",
     "width_multiple": 16,
     "stock": True,

@@ -120,6 +120,7 @@ def test_tasks_equal_a_loop_by_hand(tiny, folder):
     assert (record["version"], record["n"], record["num_fewshot"]) == (1.5, len(CHOICES), 0)
     assert {name: m["value"] for name, m in record["metrics"].items()} == {"acc": acc, "acc_norm": acc_norm}
     assert record["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(acc * (1 - acc) / (len(CHOICES) - 1)))
+    assert (record["floor"], result["tasks"]["tiny_pages"]["floor"]) == (3 / 5, None)  # three of five are the first
     nll = sum(_nll(tiny[0], [1, *tiny[1](doc["page"])["input_ids"]], 1) for doc in PAGES)
     words = sum(len(doc["page"].split()) for doc in PAGES)
     pages = result["tasks"]["tiny_pages"]["metrics"]["word_perplexity"]["value"]
@@ -162,6 +163,7 @@ def test_limit_tags_groups_and_doubled_names(tiny, folder):
     assert set(result["tasks"]) == {"tiny_choice", "tiny_other", "tiny_third"}
     assert {record["n"] for record in result["tasks"].values()} == {2}
     group = result["groups"]["tiny_group"]
+    assert group["floor"] == result["tasks"]["tiny_third"]["floor"] == 1 / 2
     assert (group["n"], str(group["version"])) == (2, "2")
     assert group["metrics"]["acc"]["value"] == result["tasks"]["tiny_third"]["metrics"]["acc"]["value"]
 
@@ -252,7 +254,7 @@ def test_let_llm_joins_the_rows_and_takes_acc_norm_where_there_is_one(tiny, text
     monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: {"text": rows})
     hub = Evaluation(perplexity="wikitext2", window=64)
     assert evaluate(model, tokenizer, hub)["perplexity"]["value"] == result["perplexity"]["value"]
-    assert Evaluation(protocol="let-llm").text() == "wikitext2"
+    assert Evaluation(protocol="let-llm").perplexity_text() == "wikitext2"
 
 
 def test_randomness_takes_acc_and_word_perplexity(tiny, tmp_path):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from recorded import METHODS, grid, record, scored
 
-from dicer.study.columns import Measure, clear, measures
+from dicer.study.columns import Measure, clear, floors, lower_is_better, measures
 from dicer.study.report.paper import PERPLEXITY, TABLES, TITLES
-from dicer.study.report.settings import describe, settings
+from dicer.study.report.settings import describe, of_its_model, settings
 from dicer.study.report.tables import (
     Cell,
     Row,
@@ -277,3 +277,46 @@ def test_two_standard_errors():
 def test_marks(column, cells, marks):
     rows = [Row(str(i), (Cell(mean, error, 1),)) for i, (mean, error) in enumerate(cells)]
     assert [row.cells[0].mark for row in mark_best(rows, [column])] == marks
+
+
+def _compared(method, kl, ratio=None, name="Qwen2.5-7B-Instruct", floor=0.25):
+    """A record of a model that was held against one with the fingerprint of QWEN."""
+    score = {"value": 0.5, "stderr": 0.1}
+    one = {"text": "t", "kl": {"mean": kl, "stderr": 0.01}, "same_token": score, "perplexity": {"ratio": 1 + kl}}
+    answered = {"choice": {**score, "floor": floor}, "open": {**score, "floor": 0.1}}
+    fidelity = {
+        "against": {"name": "dense", "fingerprint": "Qwen2.5-7B-Instruct"},
+        "texts": [one, {**one, "text": "u"}],
+        "greedy": {"agreed": {"value": 9.0, "stderr": None}, "degenerate": score},
+        "questions": answered,
+    }
+    tasks = {"mmlu": {"metrics": {"acc": score}, "n": 10, "floor": 0.3}}
+    more = {"summary": {}, "tasks": tasks, "fidelity": fidelity}
+    return record(method, ratio, also={"metrics": more, "evaluation": {"against": "dense"}}, model=name)
+
+
+def test_what_was_lost():
+    found = measures(_compared("rc-a", 0.2, 0.25))
+    assert (found["KL, t"], found["perplexity over dense, u"]) == (Measure(0.2, 0.01), Measure(1.2))
+    assert (found["tokens alike"], found["degenerate"]) == (Measure(9.0), Measure(0.5, 0.1))
+    assert [lower_is_better(name) for name in found] == [
+        name.startswith("KL") or "perplexity" in name or name == "degenerate" for name in found
+    ]
+    assert floors(_compared("rc-a", 0.2, 0.25)) == {
+        "mmlu": Measure(0.3),
+        "questions, choice": Measure(0.25),
+        "questions, open": Measure(0.1),
+    }
+
+
+def test_model_beside_and_floors_are_rows():
+    runs = [_compared("original", 0.0), _compared("original", 0.1, name="Q4.gguf"), _compared("rc-a", 0.2, 0.25)]
+    (members,) = settings(runs).values()  # the other model stands in the setting of the dense one
+    view = full_table(members)
+    titles = [row.title for row in view.groups[""]]
+    assert titles == ["original", "Q4.gguf", "one answer for all"]
+    place = view.columns.index("KL, t")
+    assert [row.cells[place].mean for row in view.groups[""]] == [0.0, 0.1, None]
+    assert view.groups[""][2].cells[view.columns.index("mmlu")].mean == 0.3
+    assert {record.model.name for record in of_its_model(members)} == {"Qwen/Qwen2.5-7B-Instruct"}
+    assert "one answer for all" not in [r.title for r in full_table([record("rc-a", 0.25)]).groups["25%"]]

@@ -37,8 +37,8 @@ def plan_for(family, kind, step):
     generator, axes = torch.Generator().manual_seed(3), {}
     for name, axis in family.axes.items():
         heads = axis.size_key is not None
-        if kind not in ("both", "heads" if heads else "neurons"):
-            continue
+        if axis.routed is not None or kind not in ("both", "heads" if heads else "neurons"):
+            continue  # experts have tests of their own
         there = [layer for layer, units in enumerate(family.counts[name]) if units]
         for i, layer in enumerate(there):
             units = family.counts[name][layer]

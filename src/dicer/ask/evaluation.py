@@ -12,7 +12,11 @@ from pydantic import Field, field_validator, model_validator
 from dicer.ask.panels import MACHINE, TASKS, TEXT
 from dicer.ask.strict import Strict
 from dicer.errors import RecipeError, unknown
+from dicer.files import is_there
 
+BUILTIN_CODE = "builtin:code"
+FIDELITY_TEXTS = ("builtin", BUILTIN_CODE)
+_LATER = ("against", "text", "questions")  # earlier records do not have them, and their runs are still known
 _WINDOW = 1024  # tokens, where neither the user nor a protocol says
 
 
@@ -107,12 +111,31 @@ class Evaluation(Strict):
         json_schema_extra=TEXT,
     )
     windows: int | None = Field(
-        default=None, ge=1, description="how many windows, from the start (default: all)", json_schema_extra=TEXT
+        default=None,
+        ge=1,
+        description="how many windows, from the start (default: all; 8 of each text with --against)",
+        json_schema_extra=TEXT,
+    )
+    against: str | None = Field(
+        default=None,
+        description="dense model to compare with: hub id, folder, .gguf file or builtin:smollm2",
+        json_schema_extra={"metavar": "DENSE"},
+    )
+    text: tuple[str, ...] = Field(
+        default=(),
+        description="texts of that comparison, the first of the calibration's domain, the second of another "
+        "(default: builtin,builtin:code)",
+        json_schema_extra=TEXT | {"metavar": "A,B"},
+    )
+    questions: str | None = Field(
+        default=None,
+        description="questions of that comparison, as choice and as open answer: a file as ARC or OpenBookQA have it",
+        json_schema_extra={"metavar": "FILE"},
     )
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", "text", mode="before")
     @classmethod
-    def _tasks_apart(cls, value: Any) -> Any:
+    def _names_apart(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(name for part in value.split(",") if (name := part.strip()))
         return tuple(value) if isinstance(value, list) else value
@@ -165,15 +188,24 @@ class Evaluation(Strict):
         return found
 
     def record(self) -> dict[str, Any]:
-        """Every field as a plain value, for a file: of paths only the name."""
+        """Every field as a plain value, for a file: of paths only the name; of a comparison only where one is asked."""
         values = self.model_dump(mode="json")
-        return values | {key: Path(values[key]).name for key in ("include_path", "perplexity") if values[key]}
+        values = {key: value for key, value in values.items() if value or key not in _LATER}
+        for key in ("include_path", "perplexity", "questions"):
+            values |= {key: Path(values[key]).name} if values.get(key) else {}
+        if self.against is not None and is_there(self.against):  # OWNER/NAME of the hub stays
+            values["against"] = Path(self.against).resolve().name
+        return values | ({"text": [Path(text).name for text in self.text]} if self.text else {})
 
-    def text(self) -> str | None:
+    def fidelity_texts(self) -> tuple[str, ...]:
+        """What a model is compared on: what was named, else the two that are always there."""
+        return self.text or FIDELITY_TEXTS
+
+    def perplexity_text(self) -> str | None:
         """What token perplexity is measured on: what was named, else the protocol's."""
         return self.perplexity or (PROTOCOLS[self.protocol].text if self.protocol else None)
 
     def require_something(self) -> None:
         """Raise a RecipeError where nothing is asked for."""
-        if not self.task_names() and self.text() is None:
-            raise RecipeError("nothing to measure: name --tasks, a --protocol or a --perplexity text.")
+        if not self.task_names() and self.perplexity_text() is None and self.against is None:
+            raise RecipeError("nothing to measure: name --tasks, a --protocol, a --perplexity text or --against DENSE.")

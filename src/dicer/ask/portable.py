@@ -40,6 +40,10 @@ def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     values = evaluation.record()
     if evaluation.perplexity:
         values["perplexity"] = portable_text(evaluation.perplexity)
+    if evaluation.text:
+        values["text"] = [portable_text(text) for text in evaluation.text]
+    if evaluation.questions:
+        values["questions"] = portable_text(evaluation.questions)
     return values
 
 

@@ -120,11 +120,12 @@ def run(
 
     asked = read_experiment(experiment)
     from dicer.evaluate.quality import evaluate, load_all_tasks
+    from dicer.evaluate.reference import refer
     from dicer.study.run import run_experiment
 
     quiet_transformers()
     with Board() as board:
-        counts = run_experiment(asked, output, evaluate=evaluate, check=load_all_tasks, watch=board.watch)
+        counts = run_experiment(asked, output, evaluate=evaluate, check=load_all_tasks, watch=board.watch, refer=refer)
     say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
     say(f"Next: dicer report {output} -o FOLDER")
     if counts["failed"]:

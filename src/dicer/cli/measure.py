@@ -23,7 +23,9 @@ from dicer.cli.terminal import (
     show,
     write_result,
 )
+from dicer.cli.told import show_fidelity
 from dicer.errors import RecipeError
+from dicer.progress import Progress
 
 app = typer.Typer()
 
@@ -47,7 +49,10 @@ def evaluate(
     flags: dict[str, Any],
     machine: dict[str, Any],
 ) -> None:
-    """Measure MODEL, pruned or not: tasks of lm-evaluation-harness, and perplexity.
+    """Measure MODEL, pruned or not: tasks of lm-evaluation-harness, perplexity, and what it lost of the dense model.
+
+    `--against DENSE` compares token by token. What DENSE says to a text is kept, so that the next model is compared
+    without it; MODEL may also be a `.gguf` file of DENSE: what would quantization have cost?
 
     Any causal language model that transformers loads, also of a family that dicer cannot prune. Under `accelerate
     launch -m dicer.cli eval ...` several processes share the tasks.
@@ -55,14 +60,20 @@ def evaluate(
     _refuse_idle(flags)
     asked = Evaluation(**flags)
     asked.require_something()
-    check_file(output, overwrite=overwrite, keys=_EVALUATION_KEYS, inputs=[asked.perplexity])
+    inputs = [asked.perplexity, asked.questions, asked.against, *asked.text]
+    check_file(output, overwrite=overwrite, keys=_EVALUATION_KEYS, inputs=inputs)
     from dicer.evaluate.quality import evaluate as measure
 
-    name, loaded, tokenizer = _load([model], machine)[0]
     with Bar() as progress:
-        result = measure(loaded, tokenizer, asked, progress=progress)
+        more = {} if asked.against is None else {"reference": _reference(asked, machine, progress)}
+        name, loaded, tokenizer = _load([model], machine)[0]
+        result = measure(loaded, tokenizer, asked, name=name, progress=progress, **more)
     if not result:  # not the first of several processes
         return
+    if "fidelity" in result:
+        from dicer.evaluate.dense import weight_bytes
+
+        result["fidelity"]["bytes"] = weight_bytes(model)
     if output is not None:  # before anything is printed, which can fail, too
         write_result(output, {"model": name, "evaluation": asked.record(), **result})
     _show_evaluation(name, result)
@@ -106,9 +117,12 @@ def bench_command(
 def _refuse_idle(typed: Collection[str]) -> None:
     """Refuse flags of ``eval`` that would change nothing."""
     for names, needed in (
-        (("num_fewshot", "limit", "limits", "include_path"), ("tasks", "protocol")),
+        (("num_fewshot", "limits", "include_path"), ("tasks", "protocol")),
+        (("limit",), ("tasks", "protocol", "questions")),
         (("task_prefix",), ("protocol",)),
-        (("window", "also_window", "windows"), ("perplexity", "protocol")),
+        (("also_window",), ("perplexity", "protocol")),
+        (("window", "windows"), ("perplexity", "protocol", "against")),
+        (("text", "questions"), ("against",)),
     ):
         idle = [name for name in names if name in typed]
         if idle and not {*needed} & {*typed}:
@@ -126,6 +140,15 @@ def _load(models: list[str], machine: Mapping[str, Any]) -> list[tuple[str, Any,
     return [load_any(model, asked.dtype, device) for model in models]
 
 
+def _reference(asked: Evaluation, machine: Mapping[str, Any], progress: Progress) -> Any:
+    """The dense model's answers: before MODEL is loaded, so that the two are never in memory together."""
+    from dicer.evaluate.reference import refer
+    from dicer.processes import rank
+
+    quiet_transformers()
+    return None if rank() > 0 else refer(asked, Compute(**machine), progress=progress)  # only the first compares
+
+
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -140,13 +163,16 @@ def _show_evaluation(name: str, result: Mapping[str, Any]) -> None:
             f"Perplexity of {name} on {one['text']}: {one['value']:.4f} per token "
             f"({one['windows']} windows of {one['window']} tokens)."
         )
+    if found := result.get("fidelity"):
+        show_fidelity(name, found)
     if result["tasks"]:
-        table = Table("task", "version", "n", "shots", "metric", "value", "stderr", title=name)
+        table = Table("task", "version", "n", "shots", "metric", "value", "stderr", "floor", title=name)
         for task, record in {**result["groups"], **result["tasks"]}.items():
             about = (task, str(record["version"]), f"{record['n']:,}", str(record["num_fewshot"]))
             for metric, value in record["metrics"].items():
                 error = "" if value["stderr"] is None else f"± {value['stderr']:.4f}"
-                table.add_row(*about, metric, f"{value['value']:.4f}", error)
+                floor = "" if record["floor"] is None else f"{record['floor']:.4f}"
+                table.add_row(*about, metric, f"{value['value']:.4f}", error, floor)
                 about = ("", "", "", "")
         show(table)
     if result["summary"]:

@@ -12,6 +12,7 @@ from dicer.ask.axes import kind_of
 from dicer.ask.spelling import FIELDS, Wanted, make_wanted, read_recipe
 from dicer.cli.flags import with_flags
 from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, output_path, quiet_transformers, say, show
+from dicer.cli.told import show_fidelity
 
 app = typer.Typer()
 
@@ -60,6 +61,14 @@ def prune(
             help="Measure perplexity before and after, on 'builtin' (never its calibration windows) or a file.",
         ),
     ] = None,
+    fidelity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            rich_help_panel="Output",
+            help="Measure what was lost of MODEL token by token, on 'builtin,builtin:code' or files; see dicer eval.",
+        ),
+    ] = None,
     *,
     flags: dict[str, Any],
 ) -> None:
@@ -74,7 +83,12 @@ def prune(
     from dicer import pipeline
 
     quiet_transformers()
-    options: dict[str, Any] = {"output": output, "overwrite": overwrite, "perplexity_text": perplexity}
+    options: dict[str, Any] = {
+        "output": output,
+        "overwrite": overwrite,
+        "perplexity_text": perplexity,
+        "fidelity_text": fidelity,
+    }
     if dry_run:
         _show_look(pipeline.look(model, *wanted, **options, inputs=[recipe]), output)
         return
@@ -213,6 +227,8 @@ def _show_result(result: Any) -> None:
     _show_notes(result.notes)
     if result.perplexities:
         say(f"Perplexity: {result.perplexities['before']:.2f} before, {result.perplexities['after']:.2f} after.")
+    if result.fidelity:
+        show_fidelity("The pruned model", result.fidelity)
     on_disk = sum(file.stat().st_size for file in result.path.rglob("*") if file.is_file())
     say("Time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()) + ".")
     say("Peak memory: " + ", ".join(f"{where} {peak / 1e9:.2f} GB" for where, peak in peak_memory().items()) + ".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -82,7 +83,8 @@ def run_tasks(
 
     Returns:
         ``tasks`` and ``groups``, each name -> version, n (documents), num_fewshot and metrics: name -> value and stderr
-        (None where there is none); None in every process but the first.
+        (None where there is none), and floor: the accuracy of always choosing the commonest label (None where the
+        answer is no label); None in every process but the first.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -96,7 +98,8 @@ def run_tasks(
         _Counter(harness_model, progress)
         # Not simple_evaluate: it asks git and pip about the user's machine, and git's complaints reach the terminal.
         found = lm_eval.evaluate(harness_model, tasks, limit=limit, log_samples=False)
-    return None if found is None else _plain(found)
+        labels = {name: _labels(task, limit) for name, task in tasks["tasks"].items()} if found else {}
+    return None if found is None else _plain(found, labels)
 
 
 class _Counter:
@@ -189,11 +192,37 @@ def _load(manager: Any, name: str) -> list[Any]:
     return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
 
 
-def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
+def _labels(task: Any, limit: int | None) -> list[int]:
+    """The right place in the list of choices, of every document that was asked; none where answers are no choices."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return []
+    found = []
+    for _, doc in task.doc_iterator(limit=limit):
+        right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        choices = task.doc_to_choice(doc)
+        found.append(choices.index(right) if isinstance(right, str) and right in choices else right)
+    return found if all(type(label) is int for label in found) else []
+
+
+def _floor(name: str, labels: Mapping[str, list[int]], members: Mapping[str, Sequence[str]]) -> float | None:
+    """The share of the commonest label in a task, or in all tasks of a group."""
+    waiting, pooled = [name], Counter[int]()
+    while waiting:
+        inner = waiting.pop()
+        waiting += members.get(inner, ())
+        pooled.update(labels.get(inner, ()))
+    return max(pooled.values()) / pooled.total() if pooled else None
+
+
+def _plain(found: Mapping[str, Any], labels: Mapping[str, list[int]]) -> dict[str, Any]:
     groups = found.get("groups", {})
     tasks = {name: values for name, values in found["results"].items() if name in found["n-samples"]}
+    inner = found.get("group_subtasks", {})
     return {
-        kind: {name: _record(name, values, found) for name, values in members.items()}
+        kind: {
+            name: {**_record(name, values, found), "floor": _floor(name, labels, inner)}
+            for name, values in members.items()
+        }
         for kind, members in (("tasks", tasks), ("groups", groups))
     }
 

@@ -15,7 +15,10 @@ from dicer.ask.evaluation import PROTOCOLS as PROTOCOLS
 from dicer.ask.evaluation import Evaluation as Evaluation
 from dicer.ask.evaluation import Protocol
 from dicer.errors import CalibrationError, ModelError, RecipeError
+from dicer.evaluate.dense import open_dense
+from dicer.evaluate.fidelity import fidelity
 from dicer.evaluate.harness import load_tasks, run_tasks
+from dicer.evaluate.reference import Reference, reference_of
 from dicer.measure.documents import HUB_TEXTS
 from dicer.measure.stores.resident import evaluating
 from dicer.measure.text import load_windows
@@ -24,7 +27,15 @@ from dicer.processes import rank
 from dicer.progress import Progress, silent
 
 
-def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent) -> dict[str, Any]:
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    evaluation: Evaluation,
+    *,
+    reference: Reference | None = None,
+    name: str = "the model",
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Measure a model in memory.
 
     ``word_perplexity`` and accuracies are those of the harness's command line on the same checkpoint. In several
@@ -34,19 +45,22 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
         model: a causal language model; evaluated without dropout, whatever its mode.
         tokenizer: its tokenizer.
         evaluation: what to measure.
+        reference: the answers of ``evaluation.against`` (:func:`dicer.evaluate.reference.reference_of`); without, they
+            are had here, with both models in memory where they are not kept yet.
+        name: the model's, for people.
         progress: called with (stage, done, total).
 
     Returns:
         Plain values: ``perplexity`` (text, window, windows, tokens predicted, value, and the same under ``also`` for
-        another window) or None, ``tasks`` and ``groups``
-        (see :func:`dicer.evaluate.harness.run_tasks`), ``summary`` (the protocol's numbers by short names, and their
-        ``average``), ``versions``. Nothing at all ({}) in every process but the first.
+        another window) or None, ``tasks`` and ``groups`` (see :func:`dicer.evaluate.harness.run_tasks`), ``summary``
+        (the protocol's numbers by short names, and their ``average``), ``versions``, and with ``against`` ``fidelity``
+        (:func:`dicer.evaluate.fidelity.fidelity`). Nothing at all ({}) in every process but the first.
 
     Raises:
         DicerError: anything that the user can mend; all but a failing model is found before anything is measured.
     """
     evaluation.require_something()
-    text = evaluation.text()
+    text = evaluation.perplexity_text()
     if tokenizer is None:
         raise ModelError("the model has no tokenizer, so it cannot be measured on text.")
     lengths = (None, evaluation.also_window) if evaluation.also_window else (None,)
@@ -72,6 +86,12 @@ def evaluate(model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Pr
         measured = [_measure(model, one, Path(str(text)).name, evaluation, progress) for one in windows]
         if measured:
             result["perplexity"] = {**measured[0], **({"also": measured[1]} if len(measured) > 1 else {})}
+        if reference is None and evaluation.against is not None:
+            dense = open_dense(evaluation.against, str(model.dtype).removeprefix("torch."), str(model.device))
+            reference = reference_of(evaluation, dense, progress=progress)
+        if reference is not None:
+            size = evaluation.batch_size
+            result["fidelity"] = fidelity(model, tokenizer, reference, name=name, batch_size=size, progress=progress)
     if evaluation.protocol:
         result["summary"] = _summary(PROTOCOLS[evaluation.protocol], evaluation.task_prefix, result)
     return result

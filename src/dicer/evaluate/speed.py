@@ -204,7 +204,7 @@ def _generate(model: Any, prompts: Tensor, tokens: int) -> _Run:
         torch.cuda.synchronize(prompts.device)
         torch.cuda.reset_peak_memory_stats(prompts.device)
         held = torch.cuda.memory_allocated(prompts.device)
-    with evaluating(model), _plain_generation(model):
+    with evaluating(model), plain_generation(model):
         start = time.perf_counter()
         made = model.generate(
             prompts,
@@ -219,12 +219,12 @@ def _generate(model: Any, prompts: Tensor, tokens: int) -> _Run:
 
 
 @contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Greedy and without an end token, whatever the checkpoint's own generation config says."""
+def plain_generation(model: Any, ends: Sequence[int] = ()) -> Iterator[None]:
+    """Greedy and with these end tokens alone, whatever the checkpoint's own generation config says."""
     from transformers import GenerationConfig
 
     own = model.generation_config
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=list(ends) or None)
     try:
         yield
     finally:

@@ -7,10 +7,11 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dicer.study.record import Done, TaskScores
+from dicer.study.record import Done, Fidelity, Score, TaskScores
 from dicer.study.report.paper import ACCURACIES, PERPLEXITY
 
 _SHARES = ("acc", "acc_norm")  # metrics that are a share of the documents
+DEGENERATE, CHOICE, OPEN = "degenerate", "questions, choice", "questions, open"
 _CLEAR = 2.0  # standard errors of a difference
 
 
@@ -39,12 +40,44 @@ def measures(record: Done) -> dict[str, Measure]:
         found[PERPLEXITY] = Measure(metrics.perplexity.value)
     if metrics.perplexity and (also := metrics.perplexity.also):
         found[f"perplexity, windows of {also.window:,}"] = Measure(also.value)
+    found |= _lost(metrics.fidelity) if metrics.fidelity else {}
     if "average" in found:
         parts = [found[name] for name in summary if name in found and name != "average" and not lower_is_better(name)]
         found["average"] = Measure(found["average"].value, _error_of_mean(parts))
     elif set(ACCURACIES) <= set(found):
         parts = [found[name] for name in ACCURACIES]
         found["average"] = Measure(statistics.fmean(part.value for part in parts), _error_of_mean(parts))
+    return found
+
+
+def _lost(fidelity: Fidelity) -> dict[str, Measure]:
+    """A comparison with the dense model."""
+    found = {}
+    for one in fidelity.texts:
+        found[f"KL, {one.text}"] = Measure(one.kl.mean, one.kl.stderr)
+        found[f"same token, {one.text}"] = _as_measure(one.same_token)
+        found[f"perplexity over dense, {one.text}"] = Measure(one.perplexity.ratio, one.perplexity.ratio_stderr)
+    found["tokens alike"] = _as_measure(fidelity.greedy.agreed)
+    found[DEGENERATE] = _as_measure(fidelity.greedy.degenerate)
+    if (asked := fidelity.questions) is not None:
+        found |= {CHOICE: _as_measure(asked.choice), OPEN: _as_measure(asked.open)}
+    return found
+
+
+def _as_measure(score: Score) -> Measure:
+    return Measure(score.value, score.stderr)
+
+
+def floors(record: Done) -> dict[str, Measure]:
+    """Column -> what a model gets that knows nothing and always says the same."""
+    metrics, prefix = record.metrics, record.evaluation.task_prefix
+    found = {
+        name.removeprefix(prefix): Measure(entry.floor)
+        for name, entry in {**metrics.tasks, **metrics.groups}.items()
+        if entry.floor is not None
+    }
+    if metrics.fidelity and (asked := metrics.fidelity.questions):
+        found |= {CHOICE: Measure(asked.choice.floor), OPEN: Measure(asked.open.floor)}
     return found
 
 
@@ -93,8 +126,8 @@ def clear(first: Measure, second: Measure) -> bool | None:
 
 
 def lower_is_better(column: str) -> bool:
-    """Of perplexities; of everything else more is better."""
-    return "perplexity" in column
+    """Of perplexities, of what was lost, and of degenerate answers; of everything else more is better."""
+    return "perplexity" in column or column.startswith("KL, ") or column == DEGENERATE
 
 
 def perplexity_kind(record: Done) -> str:

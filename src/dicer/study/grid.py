@@ -22,7 +22,10 @@ from dicer.ask.spelling import make_wanted
 from dicer.errors import ExperimentError, RecipeError, unknown
 
 ORIGINAL = "original"
-_PATHS = ("allocate", "calib", "criterion", "entropy_profile", "include_path", "models", "perplexity")
+_PATHS = (
+    *("against", "allocate", "beside", "calib", "criterion", "entropy_profile", "include_path", "models", "perplexity"),
+    *("questions", "text"),
+)
 _AXES = {"ratio": "ratios", "seed": "seeds", "samples": "samples", "calib": "calib"}  # recipe value -> key of the grid
 # Recipe fields that earlier records do not have: what they held then, so that those runs are still known.
 _LATER = {"entropy_profile": None}
@@ -42,6 +45,7 @@ class Grid(BaseModel):
     calib: list[Entry] = Field(default=["builtin"], min_length=1)
     samples: list[int] = Field(default=[10], min_length=1)
     original: bool = True
+    beside: list[str] = []
     recipe: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
 
@@ -130,8 +134,23 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
             if grid.original:
                 runs[Run(model, None, "", compute)] = None
             runs[Run(model, recipe, text, compute)] = None
+    for model in grid.beside:  # as it is, computed as the others are
+        runs |= {Run(model, None, "", run.compute): None for run in runs}
+    evaluation = _against_one(grid, evaluation)
     evaluation.require_something()
-    return Experiment(sorted(runs, key=lambda run: (grid.models.index(run.model), run.recipe is not None)), evaluation)
+    models = [*grid.models, *grid.beside]
+    return Experiment(sorted(runs, key=lambda run: (models.index(run.model), run.recipe is not None)), evaluation)
+
+
+def _against_one(grid: Grid, evaluation: Evaluation) -> Evaluation:
+    """The evaluation, with the dense model named where models beside it have no other."""
+    if not grid.beside:
+        return evaluation
+    if evaluation.against is None or (evaluation.against == ORIGINAL and len(grid.models) > 1):
+        raise ExperimentError("beside: name in evaluation.against the dense model that these are compared with.")
+    if evaluation.against == ORIGINAL:
+        return evaluation.model_copy(update={"against": grid.models[0]})
+    return evaluation
 
 
 def _points(grid: Grid) -> Iterator[tuple[dict[str, Any], str]]:

@@ -88,10 +88,11 @@ class Score(_Part):
 
 
 class TaskScores(_Part):
-    """A task or a group of tasks: metric -> value, over ``n`` documents."""
+    """A task or a group: metric -> value, over ``n`` documents; ``floor`` is what the commonest label gives."""
 
     metrics: dict[str, Score]
     n: int | None = None
+    floor: Number | None = None
 
 
 class Window(_Part):
@@ -108,13 +109,66 @@ class TokenPerplexity(Window):
     also: Window | None = None
 
 
+class Divergence(_Part):
+    """KL(dense, other) in nats a token."""
+
+    mean: Number
+    stderr: Number | None = None
+
+
+class Growth(_Part):
+    """A perplexity over the dense model's."""
+
+    ratio: Number
+    ratio_stderr: Number | None = None
+
+
+class ComparedText(_Part):
+    """A model beside the dense one on a text."""
+
+    text: str
+    kl: Divergence
+    same_token: Score
+    perplexity: Growth
+
+
+class GreedyText(_Part):
+    """Greedy text beside the dense model's: tokens alike from the start, and the share that has come apart."""
+
+    agreed: Score
+    degenerate: Score
+
+
+class Answered(Score):
+    """A share of right answers, and what one answer for all would give."""
+
+    floor: Number
+
+
+class AnsweredTwice(_Part):
+    """The same questions as a choice and as an open answer."""
+
+    choice: Answered
+    open: Answered
+
+
+class Fidelity(_Part):
+    """What was lost of the dense model (``dicer.evaluate.fidelity``)."""
+
+    against: ModelName
+    texts: list[ComparedText]
+    greedy: GreedyText
+    questions: AnsweredTwice | None = None
+
+
 class Metrics(_Part):
-    """What was measured: the protocol's summary, the harness's tasks and groups, token perplexity."""
+    """What was measured: the protocol's summary, the harness's tasks, token perplexity, what was lost of the dense."""
 
     summary: dict[str, Number | None] = {}
     tasks: dict[str, TaskScores] = {}
     groups: dict[str, TaskScores] = {}
     perplexity: TokenPerplexity | None = None
+    fidelity: Fidelity | None = None
 
 
 class Memory(_Part):

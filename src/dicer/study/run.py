@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dicer.ask.evaluation import Evaluation
+from dicer.ask.compute import Compute
+from dicer.ask.evaluation import FIDELITY_TEXTS, Evaluation
 from dicer.ask.portable import portable, portable_evaluation
 from dicer.ask.spelling import Wanted
 from dicer.decide.task import prepare
@@ -27,7 +28,7 @@ from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import build_model
 from dicer.processes import from_first, rank, world_size
 from dicer.progress import Progress, silent
-from dicer.study.grid import Experiment, Run, identity
+from dicer.study.grid import ORIGINAL, Experiment, Run, identity
 from dicer.study.record import make_record
 from dicer.study.records import locked, read_records, record_path, run_id, write_record
 from dicer.study.run_record import plan_entries, surroundings
@@ -35,12 +36,27 @@ from dicer.write.surgery import plan_cut
 
 
 class Evaluate(Protocol):
-    """:func:`dicer.evaluate.quality.evaluate`."""
+    """:func:`dicer.evaluate.quality.evaluate`; ``reference`` is there where models are compared with a dense one."""
 
     def __call__(
-        self, model: Any, tokenizer: Any, evaluation: Evaluation, *, progress: Progress = silent
+        self,
+        model: Any,
+        tokenizer: Any,
+        evaluation: Evaluation,
+        *,
+        reference: Any = None,
+        name: str = "",
+        progress: Progress = silent,
     ) -> dict[str, Any]:
         """What was measured; {} in processes other than the first."""
+        ...
+
+
+class Refer(Protocol):
+    """:func:`dicer.evaluate.reference.refer`."""
+
+    def __call__(self, evaluation: Evaluation, compute: Compute, held: Any = None, *, progress: Progress) -> Any:
+        """The dense model's answers: of the one that is named, or of the one that is held with tokenizer and source."""
         ...
 
 
@@ -88,6 +104,7 @@ class Bench:
     evaluation: Evaluation
     evaluate: Evaluate
     watch: Callable[[Event], None]
+    refer: Refer | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"done": 0, "skipped": 0, "failed": 0})
 
     def tell(self, kind: str, task: Task | None, text: str = "") -> None:
@@ -108,6 +125,7 @@ def run_experiment(
     evaluate: Evaluate,
     check: Callable[[Evaluation], object] = lambda _: None,
     watch: Callable[[Event], None] = lambda _: None,
+    refer: Refer | None = None,
 ) -> dict[str, int]:
     """Do every run of an experiment that the results folder has no record of.
 
@@ -117,6 +135,7 @@ def run_experiment(
         evaluate: what measures a model.
         check: called before any model is loaded, where there is something to do; raises what no run could get over.
         watch: told of everything that happens.
+        refer: what has the answers of the dense model that all are compared with; needed where one is named.
 
     Returns:
         How many runs were ``done``, ``skipped`` and ``failed``.
@@ -125,9 +144,10 @@ def run_experiment(
         DicerError: a model cannot be opened, another run holds the folder, it holds records of another format, a run
             is known to fail before its model is loaded, or what ``check`` raises.
     """
-    bench = Bench(experiment.evaluation, evaluate, watch)
+    bench = Bench(experiment.evaluation, evaluate, watch, refer)
     sources = {model: open_model(model) for model in dict.fromkeys(run.model for run in experiment.runs)}
-    made = [_task(run, sources[run.model], experiment.evaluation, results) for run in experiment.runs]
+    dense = _dense_fingerprint(experiment.evaluation)
+    made = [_task(run, sources[run.model], experiment.evaluation, results, dense) for run in experiment.runs]
     tasks = {task.name: task for task in made}.values()  # two ways to write the same are one run
     with ExitStack() as stack:
         finished = _on_first(lambda: _finished(stack, results))
@@ -171,20 +191,31 @@ def _on_first(work: Callable[[], set[str]]) -> set[str]:
     return names
 
 
-def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path) -> Task:
+def _dense_fingerprint(evaluation: Evaluation) -> dict[str, str]:
+    """What tells the dense model from others, as a part of runs' names; nothing where each has its own."""
+    named = evaluation.against not in (None, ORIGINAL)
+    return {"dense": open_model(str(evaluation.against)).fingerprint} if named else {}
+
+
+def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path, dense: dict[str, str]) -> Task:
     try:
         recipe = portable(run.recipe, run.recipe.resolve(), run.compute) if run.recipe else {"dtype": run.compute.dtype}
-        name = run_id(identity(run, recipe, evaluation, source.fingerprint))
+        name = run_id({**identity(run, recipe, evaluation, source.fingerprint), **dense})
     except OSError as error:  # a criterion of one's own, or a text, is part of a run's name
         raise ExperimentError(f"{error.filename} cannot be read: {error.strerror}.") from None
     return Task(run, name, source, recipe, record_path(results, source.name, run.method, name))
 
 
 def _check_evaluation(evaluation: Evaluation) -> None:
-    """See to it that the perplexity text is there, before any model is loaded."""
-    if (text := evaluation.text()) is not None:
+    """See to it that the texts and questions are there, before any model is loaded."""
+    if (text := evaluation.perplexity_text()) is not None:
         with _as_experiment_error():
             check_source(text, ("builtin", "wikitext2"), "perplexity text")
+    for text in evaluation.text:
+        with _as_experiment_error():
+            check_source(text, FIDELITY_TEXTS, "text")
+    if evaluation.questions is not None and not Path(evaluation.questions).is_file():
+        raise ExperimentError(f"questions: there is no file {evaluation.questions}.")
 
 
 def _check_runs(tasks: list[Task]) -> None:
@@ -211,7 +242,10 @@ def _run_model(tasks: list[Task], bench: Bench) -> None:
     start = time.perf_counter()
     try:
         tokenizer = source.tokenizer()
+        reference = _reference(bench, compute) if bench.evaluation.against != ORIGINAL else None
         model = source.load_model(compute.dtype, pick_device(compute.device))
+        if bench.evaluation.against == ORIGINAL:
+            reference = _reference(bench, compute, (model, tokenizer, source))
     except Exception as error:
         for task in tasks:
             _fail(task, bench, error)
@@ -219,7 +253,7 @@ def _run_model(tasks: list[Task], bench: Bench) -> None:
     load, dtype, device = {"load": time.perf_counter() - start}, model.dtype, model.device
     for task in tasks:
         if task.run.recipe is None:
-            _measure(task, bench, partial(_given, model), tokenizer, load, {})
+            _measure(task, bench, partial(_given, model), tokenizer, load, _own_bytes(task), reference)
     scored = _score(tasks, model, tokenizer, bench)
     del model
     for task, found in scored:
@@ -230,7 +264,7 @@ def _run_model(tasks: list[Task], bench: Bench) -> None:
         if found.task.method.from_file:  # the file said it; reports go by what it comes to
             told = facts["allocation"]
             facts["recipe"] = {**task.recipe, "ratio": round(told["target"] / told["whole"], 4)}
-        _measure(task, bench, build, tokenizer, {**load, "score": found.seconds}, facts)
+        _measure(task, bench, build, tokenizer, {**load, "score": found.seconds}, facts, reference)
 
 
 def _score(tasks: list[Task], model: Any, tokenizer: Any, bench: Bench) -> list[tuple[Task, Scored]]:
@@ -253,6 +287,21 @@ def _score(tasks: list[Task], model: Any, tokenizer: Any, bench: Bench) -> list[
     return scored
 
 
+def _reference(bench: Bench, compute: Compute, held: Any = None) -> Any:
+    """The dense model's answers, in the one process that compares."""
+    if bench.evaluation.against is None or bench.refer is None or rank() > 0:
+        return None
+    return bench.refer(bench.evaluation, compute, held, progress=bench.progress)
+
+
+def _own_bytes(task: Task) -> dict[str, Any]:
+    """Bytes of the weights of a model as it is: of a .gguf file itself, whatever it is converted to."""
+    file = Path(task.run.model)
+    infos = task.source.tensors.infos().values()
+    count = file.stat().st_size if file.suffix == ".gguf" else sum(info.nbytes for info in infos)
+    return {"bytes": {"before": count, "after": count}}
+
+
 def _given(model: Any) -> Any:
     return model
 
@@ -264,6 +313,7 @@ def _measure(
     tokenizer: Any,
     seconds: dict[str, float],
     facts: dict[str, Any],
+    reference: Any = None,
 ) -> None:
     """Build, evaluate, write the record, and forget the model."""
     bench.tell("evaluating", task)
@@ -272,7 +322,8 @@ def _measure(
         start = time.perf_counter()
         model = build()
         built = time.perf_counter()
-        metrics = bench.evaluate(model, tokenizer, bench.evaluation, progress=bench.progress)
+        more = {} if reference is None else {"reference": reference, "name": task.source.name}
+        metrics = bench.evaluate(model, tokenizer, bench.evaluation, progress=bench.progress, **more)
         seconds = {**seconds, "build": built - start, "evaluate": time.perf_counter() - built}
     except Exception as error:
         _fail(task, bench, error)

@@ -6,6 +6,8 @@ import importlib.resources
 import json
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from dicer.ask.axes import kind_of
 from dicer.decide.plan import PrunePlan
@@ -72,6 +74,12 @@ def _code(value: object) -> str:
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
+def _score(score: Mapping[str, Any], digits: int = 3) -> str:
+    """A number and its standard error, where one is known."""
+    known = "" if score["stderr"] is None else f" ± {score['stderr']:.{digits}f}"
+    return f"{score['value']:.{digits}f}{known}"
+
+
 def model_card(
     plan: PrunePlan,
     *,
@@ -81,6 +89,7 @@ def model_card(
     targets: str,
     perplexities: Mapping[str, float],
     perplexity_text: str | None,
+    fidelity: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Markdown with front matter; no time and no path, so that the same run gives the same bytes."""
     import jinja2
@@ -96,7 +105,7 @@ def model_card(
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"text": _text, "code": _code}
+    environment.filters |= {"text": _text, "code": _code, "score": _score}
     template = importlib.resources.files("dicer.write").joinpath("card.md.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         front_matter=front_matter.to_yaml(),
@@ -105,6 +114,7 @@ def model_card(
         sizes=size_rows(before, after),
         perplexities=perplexities,
         perplexity_text=perplexity_text,
+        fidelity=fidelity,
         loading=loading_line("this folder", needs_code=needs_code),
         tokenizer=tokenizer_line("this folder", needs_code=needs_code),
         needs_code=needs_code,

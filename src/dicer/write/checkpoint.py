@@ -33,6 +33,7 @@ class Result:
         model: the pruned model, when it was asked for in memory.
         seconds: stage -> wall time.
         perplexities: ``before`` and ``after``, when text for it was given.
+        fidelity: what was lost of the dense model (:func:`dicer.evaluate.fidelity.fidelity`), when text was given.
         targets: what loads the checkpoint, in one line, when one was written.
         notes: what the user should know of how the text was sampled, and of choices without effect.
     """
@@ -44,6 +45,7 @@ class Result:
     model: Any | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     perplexities: dict[str, float] = field(default_factory=dict)
+    fidelity: dict[str, Any] = field(default_factory=dict)
     targets: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -117,6 +119,7 @@ def write_checkpoint(
             needs_code="auto_map" in config,
             targets=result.targets,
             perplexities=result.perplexities,
+            fidelity=result.fidelity,
             perplexity_text=Path(perplexity_text).name if perplexity_text else None,
         )
         sink.write_text("README.md", card)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import DicerError, UnknownFamily
@@ -21,12 +22,15 @@ from dicer.model.structure.find import FoundFamily, find_family
 from dicer.model.structure.layers import Layers, kinds_of_layers, with_layers
 from dicer.model.structure.skeleton import Shape, build, changed, flat_values, on_disk, quiet, stock_config
 from dicer.model.tensors import MemorySource
+from dicer.model.units import Axis, Slice
 from dicer.write.checkpoint import build_model
 from dicer.write.surgery import plan_cut
 
 TOKENS = (2, 12)
 _VOCABULARY = 256
 _WIDTH = 64  # neurons of a twin's MLPs at most
+_EXPERTS = 16  # experts of a twin's layers at most, but for what a token is sent to
+EXPERT_NEURONS = "mlp.experts"  # what the neurons inside all experts are called where they are proven together
 _GROUPS = 4  # key-value groups of a twin's attention at most
 _SAME = 1e-4  # of the logits' standard deviation
 _APART = 20.0  # a cut must move the logits by this many times what separates it from the masked model
@@ -42,6 +46,7 @@ class Proof:
         moved: largest difference of the logits of the cut and of the dense model, likewise.
         why_not: the reason where it is not proven; empty where it is.
         differing: why layers cannot differ in width; empty where they can.
+        but_first: why the first layer has to stay, where whole layers can go; empty where it can go, too.
     """
 
     axis: str
@@ -49,6 +54,7 @@ class Proof:
     moved: float = 0.0
     why_not: str = ""
     differing: str = ""
+    but_first: str = ""
 
     @property
     def holds(self) -> bool:
@@ -59,13 +65,32 @@ class Proof:
         if not self.holds:
             return f"{self.axis}: not proven, {self.why_not}"
         apart = "" if not self.differing else f"; the same width in every layer only: {self.differing}"
+        apart += "" if not self.but_first else f"; all but the first layer: {self.but_first}"
         return (
             f"{self.axis}: proven (cut and masked differ by {self.error:.1e}, the cut moves by {self.moved:.1e}){apart}"
         )
 
     def record(self) -> dict[str, Any]:
         """As it stands in a plan."""
-        return {"axis": self.axis, "error": self.error, "moved": self.moved, "differing": not self.differing}
+        found = {"axis": self.axis, "error": self.error, "moved": self.moved, "differing": not self.differing}
+        return found | ({"first_layer_stays": True} if self.but_first else {})
+
+    def check_plan(self, plan: PrunePlan) -> None:
+        """Refuse what of a plan is not proven though the axis is.
+
+        Raises:
+            UnknownFamily: the first layer would go, or layers would differ, and neither is proven.
+        """
+        if self.axis == "block" and self.but_first and 0 in plan.blocks:
+            raise UnknownFamily(
+                f"the first layer cannot go whole: {self.but_first}. Leave it out with --layers 1-, or prune another --axis."
+            )
+        kept = {len(layer.keep) / layer.units for layer in plan.axes.get(self.axis, {}).values()}
+        if self.differing and len(kept) > 1:
+            raise UnknownFamily(
+                f"layers of this model cannot differ in width along {self.axis}: {self.differing}. Use --allocate uniform "
+                "on all layers, or another --axis."
+            )
 
 
 def check_proofs(source: ModelSource, proofs: Sequence[Proof]) -> None:
@@ -156,30 +181,58 @@ def prove(source: ModelSource, axes: Collection[str]) -> list[Proof]:
     if not reload <= _SAME:
         why = f"a twin of it, saved and loaded uncut, is another model (logits off by {reload:.2g})"
         return [Proof(axis, why_not=why) for axis in axes]
-    return [_blocks(source) if axis == "block" else _axis(twin, source.family, axis) for axis in axes]
+    return [
+        _blocks(source) if name == "block" else _axis(twin, source.family, name, members)
+        for name, members in _together(source.family, axes).items()
+    ]
 
 
-def _axis(twin: Twin, family: FoundFamily, axis: str) -> Proof:
-    own = twin.family.axes.get(axis)
-    if own is None or [p.name for p in own.slices] != [p.name for p in family.axes[axis].slices]:
-        return Proof(axis, why_not="a small twin of it has other tensors there")
+def _together(family: FoundFamily, axes: Collection[str]) -> dict[str, list[str]]:
+    """Axes by what is proven at once: the neurons of all experts are cut together, as one tensor holds them."""
+    found: dict[str, list[str]] = {}
+    for name in axes:
+        axis = family.axes.get(name)
+        inside = axis is not None and axis.routed is not None and not axis.kind.routed
+        found.setdefault(EXPERT_NEURONS if inside else name, []).append(name)
+    return found
+
+
+def _axis(twin: Twin, family: FoundFamily, name: str, members: Sequence[str]) -> Proof:
+    own = twin.family.axes
+    members = [axis for axis in members if axis in own] if len(members) > 1 else members  # a twin has fewer experts
+    if any(axis not in own or not _same_tensors(own[axis], family.axes[axis]) for axis in members) or not members:
+        return Proof(name, why_not="a small twin of it has other tensors there")
+    tensor = own[members[0]].slices[0].name
     try:
-        error, moved = _compared(twin, _plan(twin, axis, differ=False))
+        plan = _plan(twin, members, differ=False)
+        cut = twin.logits(build_model(plan_cut(twin.source, plan), torch.float32))
+        error, moved = twin.apart(cut, _masked_logits(twin, plan)), twin.apart(cut, twin.dense)
+        other = twin.apart(cut, _masked_logits(twin, _others(plan)))
     except Exception as fault:
-        return Proof(axis, why_not=f"what is cut cannot be built ({_line(fault)})")
+        return Proof(name, why_not=f"what is cut cannot be built ({_line(fault)})")
     if not _agrees(error, moved):
-        return Proof(axis, error, moved, why_not=_numbers(axis, own.slices[0].name, error, moved))
-    if reason := _blind(twin, axis):
-        return Proof(axis, error, moved, why_not=reason)
-    differing = ""
-    if sum(count > 0 for count in twin.family.counts[axis]) > 0:
-        try:
-            apart, moved_apart = _compared(twin, _plan(twin, axis, differ=True))
-            if not _agrees(apart, moved_apart):
-                differing = _numbers(axis, own.slices[0].name, apart, moved_apart)
-        except Exception as fault:
-            differing = _line(fault)
-    return Proof(axis, error, moved, differing=differing)
+        return Proof(name, error, moved, why_not=_numbers(name, tensor, error, moved))
+    if not other > max(1e-5, _APART * error):
+        why = f"units of {tensor} taken for others change nothing, so no comparison can tell them apart"
+        return Proof(name, error, moved, why_not=why)
+    return Proof(name, error, moved, differing=_differing(twin, name, members, tensor))
+
+
+def _same_tensors(first: Axis, second: Axis) -> bool:
+    return [piece.name for piece in first.slices] == [piece.name for piece in second.slices]
+
+
+def _differing(twin: Twin, name: str, members: Sequence[str], tensor: str) -> str:
+    """Why layers cannot differ in width; empty where they can."""
+    if twin.family.axes[members[0]].routed is not None:
+        return "experts are the same number in every layer, and of one width"
+    try:
+        plan = _plan(twin, members, differ=True)
+        cut = twin.logits(build_model(plan_cut(twin.source, plan), torch.float32))
+        error, moved = twin.apart(cut, _masked_logits(twin, plan)), twin.apart(cut, twin.dense)
+    except Exception as fault:
+        return _line(fault)
+    return "" if _agrees(error, moved) else _numbers(name, tensor, error, moved)
 
 
 def _numbers(axis: str, tensor: str, error: float, moved: float) -> str:
@@ -195,91 +248,143 @@ def _agrees(error: float, moved: float) -> bool:
     return error <= _SAME and moved > 1e-6 and moved > _APART * error
 
 
-def _plan(twin: Twin, axis: str, *, differ: bool) -> PrunePlan:
+def _plan(twin: Twin, axes: Sequence[str], *, differ: bool) -> PrunePlan:
     """Three fifths of the units stay, others in each layer; or more in one layer than in the next."""
     generator = torch.Generator().manual_seed(7)
-    layers = {}
-    for index, units in enumerate(twin.family.counts[axis]):
-        if not units:
-            continue
-        least = _step(twin, axis, units)
-        keep = max(units * 3 // 5 // least, 1) * least
-        if differ:
-            keep = max(keep - (index % 2 + 1) * least, least) if keep > least else keep
-        if keep >= units:
-            keep = max(units - least, 1)
-        chosen = torch.randperm(units, generator=generator)[:keep].sort().values
-        layers[index] = LayerPlan(units, chosen, torch.zeros(units))
-    return PrunePlan({}, {}, {}, {}, {axis: layers})
+    found: dict[str, dict[int, LayerPlan]] = {}
+    for axis in axes:
+        for index, units in enumerate(twin.family.counts[axis]):
+            if not units:
+                continue
+            least = _step(twin, axis, units)
+            keep = max(units * 3 // 5 // least, 1) * least
+            if differ and keep > least:
+                keep = max(keep - (index % 2 + 1) * least, least)
+            row = twin.family.axes[axis]
+            keep = max(keep, row.least)
+            if keep >= units:
+                keep = max(units - least, 1)
+            size, parts = units // row.parts, row.parts
+            chosen = [torch.randperm(size, generator=generator)[: keep // parts] + part * size for part in range(parts)]
+            found.setdefault(axis, {})[index] = LayerPlan(units, torch.cat(chosen).sort().values, torch.zeros(units))
+    return PrunePlan({}, {}, {}, {}, found)
+
+
+def _others(plan: PrunePlan) -> PrunePlan:
+    """As many of the units, and each the next one."""
+    layers = {
+        axis: {i: replace(own, keep=((own.keep + 1) % own.units).sort().values) for i, own in layers.items()}
+        for axis, layers in plan.axes.items()
+    }
+    return PrunePlan({}, {}, {}, {}, layers)
 
 
 def _step(twin: Twin, axis: str, units: int) -> int:
     """What widths of the twin are multiples of: 8, as grouped kernels ask, where that leaves a choice; heads: 1."""
-    if not axis.startswith("mlp"):
-        return 1
+    row = twin.family.axes[axis]
+    if not row.kind.can_merge:  # heads, experts
+        return row.parts
     share = twin.family.factors[axis]
     whole = max(1, share.numerator)
     return whole * 8 if units >= whole * 24 else whole if units > whole else 1
 
 
-def _compared(twin: Twin, plan: PrunePlan) -> tuple[float, float]:
-    """How far the cut model is from the masked and from the dense one."""
-    cut = twin.logits(build_model(plan_cut(twin.source, plan), torch.float32))
-    return twin.apart(cut, twin.logits(twin.loaded(masked(twin.source, plan)))), twin.apart(cut, twin.dense)
+def _masked_logits(twin: Twin, plan: PrunePlan) -> Tensor:
+    """Of the dense twin in which what goes is zero; tokens are sent to no expert that goes."""
+    model = twin.loaded(masked(twin.source, plan))
+    whole = {axis: layers for axis, layers in plan.axes.items() if twin.family.axes[axis].kind.routed}
+    if not whole:
+        return twin.logits(model)
+    with _WithoutExperts(model, twin.family, whole):
+        return twin.logits(model)
+
+
+class _WithoutExperts(TorchFunctionMode):
+    """The router's logit of every expert that goes is minus infinity, and no correction brings it back."""
+
+    def __init__(self, model: Any, family: FoundFamily, axes: Mapping[str, Mapping[int, LayerPlan]]) -> None:
+        super().__init__()
+        self._gone: dict[int, Tensor] = {}
+        for axis, layers in axes.items():
+            for index, own in layers.items():
+                lost = torch.tensor(sorted({*range(own.units)} - {*own.keep.tolist()}))
+                layer = model.get_submodule(f"{family.layers}.{index}")
+                state = dict(layer.named_parameters()) | dict(layer.named_buffers())
+                for piece in family.axes[axis].slices:
+                    tensor = state.get(piece.memory or piece.name)
+                    if tensor is None:
+                        continue
+                    if piece.roles == ("router",) and tensor.ndim == 2:
+                        self._gone[tensor.data_ptr()] = lost
+                    elif piece.roles == ("router_bias",) and "correction" in (piece.memory or piece.name):
+                        tensor.data[..., lost] = -1e9
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it, and mask what a router's map gives."""
+        output = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and args[1].data_ptr() in self._gone:
+            return output.index_fill(-1, self._gone[args[1].data_ptr()], -math.inf)
+        return output
 
 
 def masked(source: ModelSource, plan: PrunePlan) -> dict[str, Tensor]:
-    """The dense model's tensors in which the rows of all units that go are zero."""
+    """The dense model's tensors in which the rows of all units that go are zero; whole experts stay as they are."""
     axes = source.family.sized(source.config)
-    pieces = {(axis.name, piece.name): piece for axis in axes.values() for piece in axis.slices}
     found = {}
     for name in source.tensors.infos():
         tensor, place = source.tensors.read(name), source.family.locate(name)
         for axis, layers in plan.axes.items():
-            piece = pieces.get((axis, place[1])) if place else None
             layer = layers.get(place[0]) if place else None
-            if piece is not None and layer is not None:
-                stays = torch.zeros(tensor.shape[piece.dim], dtype=tensor.dtype)
-                stays[piece.rows(layer.keep, layer.units)] = 1
-                shape = [1] * tensor.dim()
-                shape[piece.dim] = -1
-                tensor = tensor * stays.reshape(shape)
+            if layer is None or place is None or axes[axis].kind.routed:
+                continue
+            for piece in axes[axis].slices:
+                if piece.name == place[1]:
+                    tensor = tensor * _stays(tensor, piece, layer)
         found[name] = tensor
     return found
 
 
-def _blind(twin: Twin, axis: str) -> str:
-    """Why the comparison could not fail, if it could not: the output's units taken for others must make a difference."""
-    index = next(i for i, units in enumerate(twin.family.counts[axis]) if units)
-    piece = twin.family.axes[axis].output_slice
-    name = next(n for n in twin.tensors if twin.family.locate(n) == (index, piece.name))
-    units = twin.family.counts[axis][index]
-    order = piece.rows(torch.arange(units).roll(1), units)
-    wrong = {**twin.tensors, name: twin.tensors[name].index_select(piece.dim, order)}
-    moved = twin.apart(twin.logits(twin.loaded(wrong)), twin.dense)
-    if moved > 1e-5 or units == 1:
-        return ""
-    return f"units of {piece.name} put in another order change nothing, so no comparison can tell them apart"
+def _stays(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
+    """One where a row stays and zero where it goes, in the shape of a tensor."""
+    rows = torch.zeros(tensor.shape[piece.dim], dtype=tensor.dtype)
+    rows[piece.rows(layer.keep, layer.units)] = 1
+    shape = [1] * tensor.dim()
+    shape[piece.dim] = -1
+    mask = rows.reshape(shape)
+    if piece.expert is None:
+        return mask
+    of_one = torch.ones_like(tensor)
+    of_one[piece.expert] = mask.expand_as(tensor)[piece.expert]
+    return of_one
 
 
 def _blocks(source: ModelSource) -> Proof:
     """Whole layers: a twin with two of each kind, without each of them in turn."""
     try:
-        twin, worst, least = Twin(source, each=2), 0.0, math.inf
-        count = twin.family.where.count
-        for index in range(count if count > 1 else 0):
-            cut = build_model(plan_cut(twin.source, PrunePlan({}, {}, {}, {}, {}, (index,))), torch.float32)
-            without = twin.logits(cut)
-            passed = twin.logits(_passing(twin.loaded(twin.tensors), twin.family.layers, index))
-            worst = max(worst, twin.apart(without, passed))
-            least = min(least, twin.apart(without, twin.dense))
+        twin = Twin(source, each=2)
+        found = [_without(twin, index) for index in range(twin.family.where.count)]
     except DicerError as error:
         return Proof("block", why_not=str(error))
     except Exception as error:
         return Proof("block", why_not=f"what is cut cannot be built ({_line(error)})")
-    if not _agrees(worst, least):
-        return Proof("block", worst, least, why_not=_of_blocks(worst, least))
-    return Proof("block", worst, least)
+    bad = [i for i, proof in enumerate(found) if not proof.holds]
+    worst = found[bad[-1]] if bad else max(found, key=lambda proof: proof.error)
+    if bad == [0] and len(found) > 2:  # some classes make the first layer otherwise
+        worst = max(found[1:], key=lambda proof: proof.error)
+        return replace(worst, but_first=found[0].why_not)
+    return worst
+
+
+def _without(twin: Twin, index: int) -> Proof:
+    """One layer of a twin goes whole."""
+    try:
+        cut = build_model(plan_cut(twin.source, PrunePlan({}, {}, {}, {}, {}, (index,))), torch.float32)
+        without = twin.logits(cut)
+    except Exception as error:
+        return Proof("block", why_not=f"what is cut cannot be built ({_line(error)})")
+    passed = twin.logits(_passing(twin.loaded(twin.tensors), twin.family.layers, index))
+    apart, moved = twin.apart(without, passed), twin.apart(without, twin.dense)
+    return Proof("block", apart, moved, why_not="" if _agrees(apart, moved) else _of_blocks(apart, moved))
 
 
 def _of_blocks(worst: float, least: float) -> str:
@@ -374,9 +479,14 @@ def _shrunk(config: Any, family: FoundFamily) -> list[dict[str, Any]]:
         key = family.axes[axis].width_keys[-1]
         value = values.get(key)
         if axis.startswith("mlp") and isinstance(value, int) and value * share > _WIDTH:
-            changes.append({key: max(1, int(_WIDTH / share))})
+            changes.append({key: max(2, int(_WIDTH / share))})
     if family.heads is not None and family.heads.count > _GROUPS:
         changes.append(family.heads.of(_GROUPS))
+    if (experts := family.axes.get("experts")) is not None:
+        count = values.get(experts.width_keys[-1])
+        fewer = math.lcm(experts.parts, 1) * max(1, math.ceil(max(_EXPERTS, 2 * experts.least) / experts.parts))
+        if isinstance(count, int) and count > fewer:
+            changes.append(dict.fromkeys(experts.width_keys, fewer))
     vision = config.to_dict().get("vision_config")
     if isinstance(vision, dict):
         for key in ("num_hidden_layers", "depth"):

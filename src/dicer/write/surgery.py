@@ -101,7 +101,8 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
     axes = family.sized(source.config)
     _check(plan, shapes, axes)
     kept = [i for i in range(len(shapes)) if i not in plan.blocks]
-    after = [_shape_after(plan, i, shapes[i], _native_biases(family, axes, shapes[i], before, i)) for i in kept]
+    places = _places(family, before)
+    after = [_shape_after(plan, i, shapes[i], _native_biases(axes, shapes[i], places, i)) for i in kept]
     cut, form = Cut({}, {}, {}, {}, before, source), form_of(family)
     number = {old: new for new, old in enumerate(kept)}
     of_experts = expert_cuts(axes, plan)
@@ -115,7 +116,6 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             _inside(cut, axes, plan, name, number[place[0]])
     for name in form.idle_norms(source, cut.infos, after):
         del cut.infos[name], cut.origin[name]
-    places = _places(family, before)
     for old, new in number.items():
         for axis in axes:
             layer = plan.axes.get(axis, {}).get(old)
@@ -150,10 +150,9 @@ def _check(plan: PrunePlan, shapes: list[LayerShape], axes: Mapping[str, Axis]) 
 
 
 def _native_biases(
-    family: Family, axes: Mapping[str, Axis], shape: LayerShape, infos: Mapping[str, TensorInfo], layer: int
+    axes: Mapping[str, Axis], shape: LayerShape, places: Mapping[tuple[int, str], str], layer: int
 ) -> set[str]:
     """The axes whose output projection has a bias from the stock class itself."""
-    places = _places(family, infos)
     found = {axis.name for axis in axes.values() if (layer, _bias_name(axis)) in places and shape.units[axis.name]}
     return found - shape.output_bias
 

@@ -129,7 +129,13 @@ def find_family(
     if row is not None:
         row.check(inside, str(file or f"the built-in exception for {config.model_type}"))
         rows |= {name: (own.axis(name), Fraction(own.factor)) for name, own in row.axes.items() if own.slices}
-    counts = {name: tuple(_count(axis, tensors) for tensors in inside) for name, (axis, _) in rows.items()}
+    stock, own_keys = layers.inside(whole.shapes), heads[0] if heads else None
+    counts = {
+        name: tuple(
+            _count(axis, now) if _fits(axis, before, own_keys) else 0 for now, before in zip(inside, stock, strict=True)
+        )
+        for name, (axis, _) in rows.items()
+    }
     learned = any(
         isinstance(part, nn.Embedding)
         and abs(part.num_embeddings - (getattr(text, "max_position_embeddings", 0) or -9)) <= 2
@@ -157,6 +163,11 @@ def find_family(
 def _refused(row: FamilyRow) -> dict[str, str]:
     blocks = {"block": row.refuse_blocks} if row.refuse_blocks else {}
     return blocks | {name: own.refuse for name, own in row.axes.items() if own.refuse}
+
+
+def _fits(axis: Axis, tensors: Mapping[str, Shape], heads: HeadKeys | None) -> bool:
+    """Whether a layer of the stock class has heads of this make: larger ones in other layers have the same names."""
+    return not axis.name.startswith("attention") or heads is None or _count(axis, tensors) == heads.count
 
 
 def _count(axis: Axis, tensors: Mapping[str, Shape]) -> int:

@@ -15,6 +15,7 @@ from dicer.study.columns import Measure, clear, lower_is_better, measures, perpl
 from dicer.study.record import Done, Original, Pruned
 from dicer.study.report.figure_style import COLOURS, GREY, MARKERS, Picture, figure, log_axis, ordered, png
 from dicer.study.report.paper import heading
+from dicer.study.report.settings import of_its_model
 from dicer.study.report.tables import cell, measured_columns
 
 _LINES = 8  # colours that people tell apart
@@ -69,6 +70,7 @@ def tasks(records: Sequence[Done], name: str, removed: str) -> Picture | None:
 
 
 def _draw(records: Sequence[Done], columns: Sequence[str], name: str, caption: str, removed: str) -> Picture | None:
+    records = of_its_model(records)
     rows = _rows(records, columns)
     if not rows:
         return None

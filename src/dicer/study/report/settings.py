@@ -96,10 +96,21 @@ def _originals(records: Iterable[Done], setting: Setting) -> list[Done]:
         record
         for record in records
         if isinstance(record, Original)
-        and _model(record) == setting.model
+        and (_model(record) == setting.model or _compared_with(record) == setting.model[1])
         and json.loads(_common({}, record))["evaluation"] == setting.evaluation
         and record.recipe.dtype == dtype
     ]
+
+
+def of_its_model(records: Sequence[Done]) -> list[Done]:
+    """The records of a setting without those of other models, such as quantized ones, that were measured beside it."""
+    models = {_model(record) for record in pruned(records)}
+    return [record for record in records if not models or _model(record) in models]
+
+
+def _compared_with(record: Done) -> str | None:
+    """The fingerprint of the dense model that a record's was held against."""
+    return record.metrics.fidelity.against.fingerprint if record.metrics.fidelity else None
 
 
 def describe(groups: Sequence[Setting]) -> tuple[str, list[str]]:

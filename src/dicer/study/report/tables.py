@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from dicer.study.columns import Measure, clear, lower_is_better, measures
+from dicer.study.columns import Measure, clear, floors, lower_is_better, measures
 from dicer.study.record import ORIGINAL, Done, Original, Pruned
 from dicer.study.report.paper import TABLES, TITLES, PaperRow, PaperTable
-from dicer.study.report.settings import Setting, pruned
+from dicer.study.report.settings import Setting, of_its_model, pruned
 
+FLOOR = "one answer for all"
 _SIDE_BY_SIDE = 6  # columns of ratios beside one another; more do not fit a laptop's width
 
 
@@ -130,6 +131,7 @@ def _mark(cells: Sequence[Cell], column: str) -> list[Literal["", "best", "unsur
 
 def paper_tables(setting: Setting, records: Sequence[Done]) -> list[TableView]:
     """Those of the paper's tables of one text that these records have two pruned rows of."""
+    records = of_its_model(records)
     views = [_paper_table(table, setting, records) for table in TABLES if not table.texts]
     return [view for view in views if view is not None]
 
@@ -152,7 +154,7 @@ def _joined(groups: Mapping[Setting, Sequence[Done]], table: PaperTable) -> Iter
             alike.setdefault(setting._replace(text=""), {}).setdefault(text, []).append(setting)
     for common, texts in alike.items():
         for chosen in itertools.product(*texts.values()):
-            members = [record for setting in chosen for record in groups[setting]]
+            members = [record for setting in chosen for record in of_its_model(groups[setting])]
             yield common._replace(text=" and ".join(setting.text for setting in chosen)), members
 
 
@@ -201,15 +203,27 @@ def _matches(record: Done, row: PaperRow, ratio: float) -> bool:
 def full_table(records: Sequence[Done]) -> TableView:
     """Every method and ratio of a setting, with everything that was measured."""
     columns = measured_columns(records)
-    originals = [record for record in records if isinstance(record, Original)]
+    originals: dict[str, list[Original]] = {}
+    for record in records:
+        if isinstance(record, Original):
+            originals.setdefault(record.model.name, []).append(record)
     runs: dict[tuple[float, str], list[Pruned]] = {}
     for record in pruned(records):
         runs.setdefault((record.recipe.ratio, record.method), []).append(record)
-    groups = {"": [_row(ORIGINAL, originals, columns)]} if originals else {}
+    first = {record.model.name for record in of_its_model(records)}
+    groups = {"": [_row(ORIGINAL if name in first else name, own, columns) for name, own in originals.items()]}
+    groups[""] += _floor_rows(records, columns)
+    groups = {head: rows for head, rows in groups.items() if rows}
     for ratio in sorted({ratio for ratio, _ in runs}):
         rows = [_row(method, members, columns) for (own, method), members in sorted(runs.items()) if own == ratio]
         groups[f"{ratio * 100:g}%"] = mark_best(rows, columns)
     return TableView("All runs", columns, groups)
+
+
+def _floor_rows(records: Sequence[Done], columns: Sequence[str]) -> list[Row]:
+    found = {column: measure for record in records for column, measure in floors(record).items()}
+    cells = [Cell(found[column].value, None, 1) if column in found else Cell(None, None, 0) for column in columns]
+    return [Row(FLOOR, tuple(cells))] if any(column in found for column in columns) else []
 
 
 def _row(title: str, records: Sequence[Done], columns: Sequence[str]) -> Row:
