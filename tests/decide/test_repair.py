@@ -6,6 +6,7 @@ import copy
 import json
 from operator import attrgetter
 
+import families.tiny
 import numpy as np
 import pytest
 import torch
@@ -300,6 +301,27 @@ def test_gram_too_large(repaired, monkeypatch):
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_target_dense_behind_a_norm(family, repaired):
     refused("--target dense needs outputs that join", lambda: repaired(tiny_model(family), target="dense"))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"repair": "least-squares"}, {"propagate": "pruned"}, {"rolls": 3, "grouping": "random"}, {"criterion": "obs"}],
+)
+@pytest.mark.parametrize("axis", ["mlp", "experts", "all"])
+def test_experts(axis, asked, many):
+    model = families.tiny.tiny_model("mixtral")
+    recipe = dicer.Recipe(axis=axis, calib=many, **{"method": "random", **asked})
+    refused(
+        "read one output projection, and mlp" if axis != "experts" else "and experts",
+        lambda: dicer.prune(model, recipe),
+    )
+
+
+def test_attention_beside_experts(many):
+    model = families.tiny.tiny_model("mixtral")
+    recipe = dicer.Recipe(axis="attention", ratio=0.5, calib=many, method="best", target="dense")
+    plan = dicer.prune(model, recipe).plan
+    assert all(layer.repair for layer in plan.axes["attention"].values())
 
 
 def test_processes_with_other_layers(repaired, monkeypatch):

@@ -247,8 +247,8 @@ def _check_second_order(source: ModelSource, recipe: Recipe, method: Method, par
     needs = {need for need in parts.criterion.needs if need in ("channel_gram", "channel_square_sum")}
     if several is not None and (method.walks_alone or recipe.rolls > 1 or needs):
         raise RecipeError(
-            f"--repair, --propagate, --rolls and criteria such as '{parts.criterion.name if needs else 'obs'}' read one "
-            f"output projection, and {several} of {source.name} has several: leave them out, or use --axis attention."
+            f"--repair, --propagate, --rolls and criteria such as '{parts.criterion.name if needs else 'obs'}' read "
+            f"one output projection, and {several} of {source.name} has several: use others, or --axis attention."
         )
 
 

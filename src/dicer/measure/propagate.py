@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dicer.ask.axes import kind_name
 from dicer.errors import RecipeError
 from dicer.measure.batches import counted_of
 from dicer.measure.statistics import Need, Sums
@@ -245,7 +246,7 @@ class _Layer:
         """Let the dense model's hidden states through, and keep what the cut ones will be held against."""
         for hidden in self.beside or ():
             for name, axis in axes.items():
-                if name != "mlp":  # whose output is the layer's
+                if kind_name(name) != "mlp":  # whose output is the layer's
                     self.inputs.setdefault(name, []).append(self._run(hidden, axis, whole=False)[0])
             self.outputs.append(self._through(hidden))
 
@@ -255,12 +256,13 @@ class _Layer:
         Raises:
             RecipeError: it does not, so that what the output lacks is no sum.
         """
-        if not (self.beside and "mlp" in axes):
+        axis = next((one for name, one in axes.items() if kind_name(name) == "mlp" and not one.routed), None)
+        if not self.beside or axis is None:
             return
-        piece = axes["mlp"].output_slice
+        piece = axis.output_slice
         name = piece.memory or piece.name
         weight = self.layer.get_parameter(name).detach()
-        values, output = self._run(self.beside[0], axes["mlp"], whole=True)
+        values, output = self._run(self.beside[0], axis, whole=True)
         swap({name: torch.zeros_like(weight)})
         without = self._through(self.beside[0])
         swap({name: weight})
