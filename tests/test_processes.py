@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_tokens
+from tiny import save_tiny, tiny_tokens
 
 from dicer.measure.batches import BATCH_TOKENS, own_batches, share
 
@@ -46,7 +46,28 @@ open(sys.argv[1], "w").write(json.dumps(found))
 """
 
 
-def launch(folder, size):
+REPAIR = """
+import json, sys
+import dicer
+from dicer import processes
+
+if processes.several():
+    processes.join(cpu=True)
+folder, out = sys.argv[2], sys.argv[1]
+recipe = dicer.Recipe(
+    criterion="obs", repair="least-squares", compensate="bias", target=sys.argv[3], axis="all", ratio=0.4,
+    calib=f"{folder}/rows.jsonl",
+)
+plan = dicer.make_plan(f"{folder}/model", recipe)
+open(out, "w").write(json.dumps({
+    f"{axis} {index}": [layer.keep.tolist(), layer.repair and layer.repair.about["ridge"],
+                        layer.repair and layer.repair.weight.tolist()]
+    for axis, layers in plan.axes.items() for index, layer in layers.items()
+}))
+"""
+
+
+def launch(folder, size, child=CHILD, *words):
     """Start so many processes as a launcher would; what each found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,7 +76,7 @@ def launch(folder, size):
     children = []
     for rank in range(size):
         own = {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
-        command = [sys.executable, "-c", CHILD, str(folder / f"{rank}.json")]
+        command = [sys.executable, "-c", child, str(folder / f"{rank}.json"), *words]
         children.append(subprocess.Popen(command, env=environment | own, stderr=subprocess.PIPE, text=True))
     ended = [(child.communicate(timeout=120)[1], child.returncode) for child in children]
     assert [code for _, code in ended] == [0] * size, ended
@@ -80,6 +101,21 @@ def test_two(tmp_path):
         [[[[0, 1], [2, 3]], [[4, 5]]], [[[0, 1]]]],
         [[[[6, 7], [8, 9]]], []],  # of one sample, the second process sees nothing
     ]
+
+
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_repair_of_two(target, tmp_path):
+    """The same units and ridges; what is solved differs in the last digits, as sums are added in another order."""
+    save_tiny(tmp_path / "model")
+    rows = tiny_tokens(24, 24).tolist()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    (alone,) = launch(tmp_path, 1, REPAIR, str(tmp_path), target)
+    first, second = launch(tmp_path, 2, REPAIR, str(tmp_path), target)
+    assert first == second
+    for name, (keep, ridge, weight) in alone.items():
+        assert first[name][:2] == [keep, ridge]
+        if weight is not None:
+            torch.testing.assert_close(torch.tensor(first[name][2]), torch.tensor(weight), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -49,3 +49,14 @@ def peak_memory() -> dict[str, int]:
         for index in range(torch.cuda.device_count()):
             peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
     return peaks
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had there; None where the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return None

@@ -42,7 +42,8 @@ RESOLVED = {
         *("let-llm", "output-l2", "mod", "none", None, "prune", None), *("all", "transfer-entropy", "decoder")
     ),
 }
-XU = RESOLVED.keys() - {"let-llm"}  # they say nothing of what is pruned how much
+RESOLVED["best"] = Method("best", "obs", "mod", "none", None, "prune", None, repair="least-squares", propagate="pruned")
+XU = RESOLVED.keys() - {"let-llm", "best"}  # they say nothing of what is pruned how much
 
 
 def test_presets_of_the_papers():

@@ -92,4 +92,4 @@ def test_boxes_of_a_help(command, monkeypatch, words, fields, columns):
     assert {name.replace("_", "-") for name in fields} <= {*flags}
     if fields is FIELDS:
         assert boxes["Options"] == MOST_USED
-        assert list(boxes)[2:] == [*PANELS[:3], *PANELS[4:]]
+        assert list(boxes)[2:] == [*PANELS[:4], *PANELS[5:]]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from heads import CASES, by_unit, heads_outputs, layers_of, make, matrices, owned
-from tiny import LAYERS, NEURONS, tiny_model, tiny_tokens
+from tiny import HIDDEN, LAYERS, NEURONS, tiny_model, tiny_tokens
 
 import dicer
 from dicer.measure.criteria import CRITERIA
@@ -15,6 +15,16 @@ from dicer.measure.statistics import LayerStatistics, Need, Sums, stream
 from dicer.model.units import UnitWeights
 
 UNITS, WIDTH, TOKENS = 7, 5, 11
+PAPERS = {  # of the criteria that are not Xu et al.'s
+    "output-l2": "Yang et al. 2025",
+    "act-weight": "Wanda (Sun et al. 2024",
+    "fluctuation": "FLAP",
+    "cfsp": "CFSP (Wang et al. 2025",
+    "leverage": "MoDeGPT",
+    "obs": "OSSCAR",
+    "reap": "Lasby et al. 2025",
+    "frequency": "Lasby et al. 2025",
+}
 
 
 def random_weights(gated, seed=0):
@@ -56,6 +66,121 @@ FORMULAS = {
 }
 
 
+def spread(numbers):
+    return max(map(float, numbers)) + abs(min(map(float, numbers)))
+
+
+def naive_cfsp(weights, gradient, i, acts):
+    """The range of each matrix's weights of a unit over the largest of all units."""
+    parts = [weights.up, weights.down.T, *([] if weights.gate is None else [weights.gate])]
+    shares = [spread(part[i].tolist()) / max(spread(row.tolist()) for row in part) for part in parts]
+    return sum(shares) * root(acts)
+
+
+def variance(numbers):
+    mean = sum(map(float, numbers)) / len(numbers)
+    return sum((float(number) - mean) ** 2 for number in numbers) / (len(numbers) - 1)
+
+
+FORMULAS |= {
+    "act-weight": FORMULAS["output-l2"],
+    "fluctuation": lambda weights, gradient, i, acts: variance(acts) * root(weights.down[:, i]) ** 2,
+    "cfsp": naive_cfsp,
+}
+
+
+def damped(acts, ridge=1e-2):
+    gram = acts.T @ acts
+    return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
+def naive_leverage(rows, acts):
+    gram = acts.T @ acts
+    shares = (gram @ torch.linalg.inv(damped(acts))).diagonal().tolist()
+    return [share / (1 - share) for share in shares]
+
+
+def naive_removal(rows, acts, keep=1, channels=1, ridge=1e-2):
+    """One unit after the other: the least that the damped output loses when the others are solved anew for it."""
+    whole, units = damped(acts, ridge), len(rows) // channels
+    alive, scores = list(range(units)), [0.0] * units
+
+    def loss(units_left):
+        """What is left of tr(W' H W) once the units that stay make up for the others."""
+        mine = [u * channels + c for u in units_left for c in range(channels)]
+        right = whole[mine] @ rows
+        return float((rows * (whole @ rows)).sum() - (right * torch.linalg.solve(whole[mine][:, mine], right)).sum())
+
+    while len(alive) > keep:
+        losses = {unit: loss([other for other in alive if other != unit]) for unit in alive}
+        gone = min(losses, key=losses.get)
+        alive.remove(gone)
+        scores[gone] = losses[gone]
+    for unit in alive:
+        others = [other for other in alive if other != unit]
+        scores[unit] = loss(others) if others else float((rows * (whole @ rows)).sum())
+    return scores
+
+
+SECOND_ORDER = {"leverage": naive_leverage, "obs": naive_removal}
+
+
+def test_progressive_removal_of_64_neurons():
+    draw = torch.Generator().manual_seed(0)
+    acts = torch.randn(300, 64, generator=draw) @ torch.randn(64, 64, generator=draw)
+    weights = UnitWeights(None, torch.randn(64, 24, generator=draw), torch.randn(24, 64, generator=draw))
+    sums = Sums({Need("channel_gram", "mod")})
+    sums.add("mod", acts)
+    for keep in (16, 48):
+        naive = torch.tensor(naive_removal(weights.down.T.double(), acts.double(), keep))
+        one = CRITERIA["obs"].run(weights, LayerStatistics("mod", sums, keep=keep))
+        torch.testing.assert_close(one, naive.double(), rtol=1e-6, atol=0)
+        assert set(one.topk(keep).indices.tolist()) == set(naive.topk(keep).indices.tolist())
+    ranks = CRITERIA["obs"].run(weights, LayerStatistics("mod", sums))
+    for keep in (16, 48):
+        at_once = torch.tensor(naive_removal(weights.down.T.double(), acts.double(), keep))
+        assert set(ranks.topk(keep).indices.tolist()) == set(at_once.topk(keep).indices.tolist()), "one order for all"
+
+
+def test_progressive_removal_in_blocks():
+    """Of 512 neurons eight go at once at first; the scores say what least squares loses."""
+    draw = torch.Generator().manual_seed(0)
+    acts = torch.randn(2000, 512, generator=draw) @ torch.randn(512, 512, generator=draw)
+    weights = UnitWeights(None, torch.randn(512, 4, generator=draw), torch.randn(16, 512, generator=draw))
+    sums = Sums({Need("channel_gram", "mod")})
+    sums.add("mod", acts)
+    found, one = (
+        CRITERIA["obs"].function(weights, LayerStatistics("mod", sums, keep=384), block=block) for block in (16, 1)
+    )
+    whole, rows = damped(acts.double()), weights.down.T.double()
+    losses = []
+    for scores in (found, one):
+        kept = scores.topk(384).indices
+        right = whole[kept] @ rows
+        solved = torch.linalg.solve(whole[kept][:, kept], right)
+        losses.append(float((rows * (whole @ rows)).sum() - (right * solved).sum()))
+        assert float(scores.topk(128, largest=False).values.max()) == pytest.approx(losses[-1], rel=1e-6)
+    assert losses[1] <= losses[0] <= 1.1 * losses[1]
+
+
+def test_progressive_removal_of_heads():
+    draw = torch.Generator().manual_seed(1)
+    acts, rows = torch.randn(200, 24, generator=draw) @ torch.randn(24, 24, generator=draw), torch.randn(24, 9)
+    weights = UnitWeights(torch.randn(6, 9), torch.randn(6, 9), rows.reshape(6, -1).T)
+    sums = Sums({Need("channel_gram", "mod")}, channels=4)
+    sums.add("mod", acts)
+    naive = torch.tensor(naive_removal(rows.double(), acts.double(), 3, 4))
+    found = CRITERIA["obs"].run(weights, LayerStatistics("mod", sums, keep=3))
+    torch.testing.assert_close(found, naive.double(), rtol=1e-6, atol=0)
+
+
+def test_default_activations():
+    assert {name: dicer.Recipe(criterion=name).resolve().activation for name in CRITERIA} == {
+        name: "mod" if name in PAPERS and name not in ("reap", "frequency") else "post" for name in CRITERIA
+    }
+    assert dicer.Recipe(criterion="obs", activation="pre").resolve().activation == "pre"
+
+
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formulas(name, gated):
@@ -66,7 +191,10 @@ def test_formulas(name, gated):
         scores, again = (CRITERIA[name](weights, statistics(name, activation, acts, gradient)) for _ in range(2))
         assert (scores.shape, scores.dtype, len(scores.unique())) == ((UNITS,), torch.float32, UNITS)
         assert torch.equal(scores, again)
-        if name != "random":
+        if name in SECOND_ORDER:
+            naive = SECOND_ORDER[name](weights.down.T.double(), values.double())
+            torch.testing.assert_close(scores, torch.tensor(naive), rtol=1e-4, atol=0)
+        elif name != "random":
             naive = [FORMULAS[name](weights, gradient, i, values[:, i]) for i in range(UNITS)]
             torch.testing.assert_close(scores, torch.tensor(naive))
         if name == "act-mean":
@@ -76,8 +204,7 @@ def test_formulas(name, gated):
 def test_names_and_sources():
     for name, criterion in CRITERIA.items():
         assert criterion.name == name
-        others = {"output-l2": "Yang et al. 2025", "reap": "Lasby et al. 2025", "frequency": "Lasby et al. 2025"}
-        assert others.get(name, "Xu et al. 2025, B.") in criterion.source
+        assert PAPERS.get(name, "Xu et al. 2025, B.") in criterion.source
 
 
 def test_undeclared_statistics():
@@ -160,7 +287,8 @@ def heads_plan(calib):
 
 def naive_scores(model, family, groups):
     """criterion -> [layer][unit], number by number from the definitions (docs/methods.md, docs/what-to-prune.md)."""
-    tokens, found = tiny_tokens(), {name: [] for name in FORMULAS}
+    names = ("weight-l2", "act-l2", "act-mean", "output-l2", "act-weight", "fluctuation", "taylor")
+    tokens, found = tiny_tokens(), {name: [] for name in names}
     outputs = heads_outputs(model, family, [tokens])
     model.zero_grad()
     logits = model(input_ids=tokens).logits[:, :-1]
@@ -171,11 +299,15 @@ def naive_scores(model, family, groups):
         for group, unit in enumerate(by_unit(values, groups)):
             mine, theirs = ([r for rows in owned(p, group, groups) for r in rows] for p in (weights, gradients))
             strength = root(unit.flatten())
+            rows = torch.cat(owned(weights, group, groups)[3]).reshape(-1, HIDDEN).double()  # a channel each
+            channels = range(unit.shape[1])
             for name, value in {
                 "weight-l2": root(torch.cat(mine).double()),
                 "act-l2": strength,
                 "act-mean": float(unit.sum()) / len(unit),
                 "output-l2": strength * root(torch.cat(owned(weights, group, groups)[3]).double()),
+                "act-weight": root([root(unit[:, c]) * root(rows[c]) for c in channels]),
+                "fluctuation": sum(variance(unit[:, c].tolist()) * root(rows[c]) ** 2 for c in channels),
                 "taylor": sum(float((a * b).abs().sum()) for a, b in zip(mine, theirs, strict=True)),
             }.items():
                 found[name].append(value)

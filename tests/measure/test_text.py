@@ -197,3 +197,22 @@ def test_builtin_end():
         load_windows("builtin", tokenize, 100_000_000, 1)
     with pytest.raises(CalibrationError, match=r"'c4' is neither 'builtin' nor a .txt, .jsonl or .jsonl.gz file"):
         load_windows("c4", tokenize, 10, 1)
+
+
+def test_mixture_in_equal_shares(tmp_path):
+    words, rows = tmp_path / "words.txt", tmp_path / "rows.jsonl"
+    words.write_text("some words of a plain text " * 40)
+    rows.write_text('{"input_ids": [7, 8, 9]}\n{"input_ids": [5, 6, 7, 8, 9, 10]}\n')
+    text = Text(source=f"builtin,{words}, {rows}", samples=8, seq_len=16)
+    found = load_calibration(text, tokenize)
+    assert found.tokens.shape == (3 + 3 + 2, 16)
+    assert [part["samples"] for part in found.provenance["parts"]] == [3, 3, 2]
+    assert found.provenance["source"] == "builtin, words.txt, rows.jsonl"
+    alone = load_calibration(Text(samples=3, seq_len=16), tokenize)
+    assert torch.equal(found.tokens[:3], alone.tokens)
+    assert (found.mask != 0).sum(1).tolist() == [16] * 6 + [3, 6]
+    assert found.tokens[6, :3].tolist() == [7, 8, 9]
+    plain = load_calibration(Text(source=f"builtin,{words}", samples=4, seq_len=16), tokenize)
+    assert plain.mask is None
+    with pytest.raises(CalibrationError, match="1 samples of 2 texts"):
+        load_calibration(Text(source=f"builtin,{words}", samples=1), tokenize)

@@ -7,13 +7,14 @@ import torch
 from heads import CASES, HEADS, SIZE, by_unit, heads_outputs, make
 from tiny import LAYERS, NEURONS, tiny_model, tiny_tokens
 
-from dicer.measure.statistics import Need
+from dicer.measure import statistics
+from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.walk import walk
 from dicer.model.families import family_of
 from dicer.model.units import SubLayer
 
-KINDS = ("square_sum", "sum", "gram", "channel_sum")
+KINDS = ("square_sum", "sum", "gram", "channel_sum", "channel_square_sum", "channel_gram")
 
 
 def store_of(model):
@@ -33,12 +34,30 @@ def test_heads_of_plain_hooks(family, groups):
             "sum": [sum(float(unit[:, c].sum()) for c in range(unit.shape[1])) for unit in units],
             "gram": [[float((a * b).sum()) for b in units] for a in units],
             "channel_sum": [float(values[:, c].sum()) for c in range(HEADS * SIZE)],
+            "channel_square_sum": [float((values[:, c] ** 2).sum()) for c in range(HEADS * SIZE)],
+            "channel_gram": [[float((a * b).sum()) for b in values.T] for a in values.T],
         }
         assert visit.sums.count == len(values) == 6 * 24
         for kind, expected in naive.items():
             wanted = torch.tensor(expected, dtype=torch.float64)
             found = visit.sums.get(kind, "mod").double()
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(values.norm()))
+
+
+@pytest.mark.parametrize(("most", "dtype", "digits"), [(12_000, torch.float64, 1e-12), (500, torch.float32, 1e-5)])
+def test_gram_matrix_in_blocks(most, dtype, digits, monkeypatch):
+    """Of 600 inputs, in three blocks, over batches and a mask; read once before the last of them."""
+    monkeypatch.setattr(statistics, "GRAM_FLOAT64", most)
+    values = torch.randn(3, 4, 50, 600, generator=torch.Generator().manual_seed(0))
+    counted = torch.rand(3, 4, 50, generator=torch.Generator().manual_seed(1)) < 0.7
+    sums = Sums({Need("channel_gram", "mod")})
+    for batch, mask in zip(values, counted, strict=True):
+        sums.begin(mask)
+        sums.add("mod", batch)
+        found = sums.get("channel_gram", "mod")
+    flat = values[counted].double()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), flat.T @ flat, rtol=0, atol=digits * float((flat**2).sum(0).max()))
 
 
 def test_both_axes_at_once():

@@ -11,6 +11,8 @@ from dicer.ask.axes import CHOSEN
 Activation = Literal["pre", "post", "mod"]
 AxisName = Literal["mlp", "attention", "experts", "block", "all"]
 RatioOf = Literal["chosen", "mlp", "decoder", "model"]
+Repairs = Literal["none", "least-squares"]
+Propagate = Literal["dense", "pruned"]
 DEFAULT_METHOD = "rc-a"
 XU_2025 = "https://openreview.net/forum?id=YncWrbIxnN"
 ALLOCATIONS: Mapping[str, str] = MappingProxyType(
@@ -18,8 +20,16 @@ ALLOCATIONS: Mapping[str, str] = MappingProxyType(
         "uniform": "the same ratio in every layer (Xu et al. 2025, 3)",
         "transfer-entropy": "less where the output's entropy depends more on a module (Yang et al. 2025, algorithm 1)",
         "global": "all units ranked together by z-score within their module (AL-AM of FLAP, An et al. 2024)",
+        "cosine": "less where a layer turns the hidden state more, from 0.5 to 1.5 of the mean (as in FANG, 2026)",
         "FILE.json": "ratios of your own for each axis and layer (docs/what-to-prune.md)",
     }
+)
+
+
+# The activation that a criterion reads where none is named; of the others it is post, as in Xu et al. These weigh an
+# activation by the weights that read it, so they mean the one that is read.
+READS: Mapping[str, Activation] = MappingProxyType(
+    dict.fromkeys(("output-l2", "act-weight", "fluctuation", "cfsp", "leverage", "obs"), "mod")
 )
 
 
@@ -35,6 +45,7 @@ class Preset(NamedTuple):
     axis: AxisName = "mlp"
     allocate: str = "uniform"
     ratio_of: RatioOf = "chosen"
+    repair: Repairs = "none"
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -56,6 +67,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "let-llm": Preset(
             "output-l2", "mod", "none", "prune", "", "Yang et al. 2025", "all", "transfer-entropy", "decoder"
         ),
+        "best": Preset("obs", "mod", "none", "prune", "", "", repair="least-squares"),
     }
 )
 
@@ -74,6 +86,8 @@ class Method(NamedTuple):
         axis: what is pruned.
         allocate: how the ratio is shared out over layers and modules.
         ratio_of: what the ratio is a fraction of.
+        repair: whether output projections are solved anew.
+        propagate: whose hidden states a sub-layer sees: the dense model's, or those that the cuts before it left.
     """
 
     preset: str | None
@@ -86,6 +100,13 @@ class Method(NamedTuple):
     axis: AxisName = "mlp"
     allocate: str = "uniform"
     ratio_of: RatioOf = "chosen"
+    repair: Repairs = "none"
+    propagate: Propagate = "dense"
+
+    @property
+    def walks_alone(self) -> bool:
+        """Whether its walk over the layers serves no other method: what it cuts changes what comes behind."""
+        return self.repair != "none" or self.propagate == "pruned"
 
     @property
     def from_file(self) -> bool:
@@ -102,12 +123,14 @@ def is_preset(preset: Preset, method: Method) -> bool:
     """Whether a method is a preset; how much goes of what is a part only of those presets that say it."""
     if complete(preset.criterion, preset.activation, preset.grouping, preset.merge) != method[1:6]:
         return False
-    return preset[6:] in ((method.axis, method.allocate, method.ratio_of), ("mlp", "uniform", "chosen"))
+    if preset.repair != method.repair or (method.propagate == "pruned") != (preset.repair != "none"):
+        return False
+    return preset[6:9] in ((method.axis, method.allocate, method.ratio_of), ("mlp", "uniform", "chosen"))
 
 
 def complete(
     criterion: str, activation: Activation | None, grouping: str, merge: str
 ) -> tuple[str, Activation, str, Activation | None, str]:
-    """The parts with their default activations: post for criteria, mod for similarity (docs/methods.md)."""
+    """The parts with their default activations: the criterion's own, mod for similarity (docs/methods.md)."""
     grouped_by = (activation or "mod") if grouping == "similarity" else None
-    return criterion, activation or "post", grouping, grouped_by, merge
+    return criterion, activation or READS.get(criterion, "post"), grouping, grouped_by, merge

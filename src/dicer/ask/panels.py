@@ -6,10 +6,11 @@ from typing import Any
 
 WHAT: dict[str, Any] = {"panel": "What goes"}
 HOW: dict[str, Any] = {"panel": "How it is chosen"}
+REPAIR: dict[str, Any] = {"panel": "Repair"}
 ENTROPY: dict[str, Any] = {"panel": "Transfer entropy"}
 TASKS: dict[str, Any] = {"panel": "Tasks"}
 TEXT: dict[str, Any] = {"panel": "Text"}
 MACHINE: dict[str, Any] = {"panel": "Machine"}
 OUTPUT: dict[str, Any] = {"panel": "Output"}
 
-PANELS: tuple[str, ...] = tuple(box["panel"] for box in (WHAT, HOW, ENTROPY, TASKS, TEXT, MACHINE, OUTPUT))
+PANELS: tuple[str, ...] = tuple(box["panel"] for box in (WHAT, HOW, REPAIR, ENTROPY, TASKS, TEXT, MACHINE, OUTPUT))

@@ -10,6 +10,7 @@ from dicer.ask.compute import Compute
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
+from dicer.ask.text import sources_of
 from dicer.errors import RecipeError
 
 _TEXTS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
@@ -23,13 +24,15 @@ def portable(recipe: Recipe, method: Method, compute: Compute) -> dict[str, Any]
         "grouping": _part(method.grouping),
         "merge": _part(method.merge),
         "allocate": _by_content(method.allocate) if method.from_file else method.allocate,
-        "calib": base_name(recipe.text.source),
+        "calib": ",".join(map(base_name, sources_of(recipe.text.source))),
     }
     if recipe.entropy_profile:
         named["entropy_profile"] = _by_content(recipe.entropy_profile)
     if recipe.family:
         named["family"] = _by_content(recipe.family)
-    return {**recipe.flat(), **compute.flat(), "method": choices.pop("preset"), **choices, **named}
+    found = {**recipe.flat(), **compute.flat(), "method": choices.pop("preset"), **choices, **named}
+    unsaid = () if method.walks_alone else ("repair", "propagate")  # so that what was recorded before is the same
+    return {name: value for name, value in found.items() if name not in unsaid}
 
 
 def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:
@@ -45,9 +48,11 @@ def portable_evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def portable_text(source: str) -> str:
-    """A text by its name, and where it is a file also by its content."""
-    is_file = source.endswith(_TEXTS) and Path(source).is_file()
-    return _by_content(source) if is_file else base_name(source)
+    """A text (each of several) by its name, and where it is a file also by its content."""
+    return ",".join(
+        _by_content(one) if one.endswith(_TEXTS) and Path(one).is_file() else base_name(one)
+        for one in sources_of(source)
+    )
 
 
 def base_name(source: str) -> str:

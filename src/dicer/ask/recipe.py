@@ -19,15 +19,20 @@ from dicer.ask.methods import (
     Activation,
     AxisName,
     Method,
+    Propagate,
     RatioOf,
+    Repairs,
     complete,
     is_preset,
 )
-from dicer.ask.panels import ENTROPY, HOW, WHAT
+from dicer.ask.panels import ENTROPY, HOW, REPAIR, WHAT
 from dicer.ask.strict import Strict
-from dicer.ask.text import TEXT_KEYS, Text
+from dicer.ask.text import TEXT_KEYS, Text, sources_of
 from dicer.errors import RecipeError, unknown
 
+# What recipes did not say before: said in files only where it is not what was then, so that what was is the same.
+_ADDED = {"repair": None, "ridge": "auto", "propagate": None, "target": "own", "rolls": 1}
+_FOR_REPAIR = {"samples": 32, "seq_len": 512}  # ten tokens for each of a small model's neurons, not less than one
 Settings = tuple[tuple[str, str | int | float | bool | None], ...]  # parameter of a part -> value
 
 
@@ -70,7 +75,8 @@ class Recipe(Strict):
     )
     allocate: str | None = Field(
         default=None,
-        description="how the ratio is shared out: uniform, transfer-entropy, global, or FILE.json (default: uniform)",
+        description="how the ratio is shared out: uniform, cosine, transfer-entropy, global, or FILE.json "
+        "(default: uniform)",
     )
     max_ratio: float = Field(
         default=1.0, description="no module loses more than this fraction", gt=0, le=1, json_schema_extra=WHAT
@@ -89,6 +95,35 @@ class Recipe(Strict):
         default="none",
         description="bias: the removed units' mean output stays, as a bias of the output projection",
         json_schema_extra=WHAT,
+    )
+    repair: Repairs | None = Field(
+        default=None,
+        description="least-squares: the kept columns of output projections are solved anew, so that outputs stay what "
+        "they were; --samples and --seq-len are 32 and 512 then (default: none)",
+        json_schema_extra=REPAIR,
+    )
+    ridge: float | Literal["auto"] = Field(
+        default="auto",
+        description="of repair, relative to the mean diagonal; auto: the best of 1e-4 to 1e-1 on held-out samples",
+        json_schema_extra=REPAIR | {"metavar": "auto|X"},
+    )
+    propagate: Propagate | None = Field(
+        default=None,
+        description="pruned: a sub-layer sees what the cuts before it have done; dense: it does not (default: pruned "
+        "with repair, else dense)",
+        json_schema_extra=REPAIR,
+    )
+    target: Literal["own", "dense"] = Field(
+        default="own",
+        description="what repair aims at: own, the sub-layer's own output on what it sees; dense, what the dense "
+        "model's hidden state would need",
+        json_schema_extra=REPAIR,
+    )
+    rolls: int = Field(
+        default=1,
+        ge=1,
+        description="random partitions that are tried in each layer; the one with the least error stays",
+        json_schema_extra=HOW,
     )
     schedule: str = Field(
         default="linear",
@@ -152,7 +187,19 @@ class Recipe(Strict):
 
     @classmethod
     def _prepared(cls, values: Any) -> Any:
-        """Fields of the text may stand beside the recipe's own, as flags and TOML keys do."""
+        """Fields of the text may stand beside the recipe's own, as flags and TOML keys do; repair wants more of it."""
+        values = cls._text_apart(values)
+        if not isinstance(values, Mapping):
+            return values
+        preset, text = PRESETS.get(str(values.get("method"))), values.get("text", Text())
+        repair = values.get("repair") or (preset.repair if preset else "none")
+        if repair == "none" or not isinstance(text, Text | Mapping):
+            return values
+        text = Text(**text) if isinstance(text, Mapping) else text
+        return {**values, "text": text.with_defaults(_FOR_REPAIR)}
+
+    @classmethod
+    def _text_apart(cls, values: Any) -> Any:
         if not isinstance(values, Mapping) or not (flat := {k: v for k, v in values.items() if k in TEXT_KEYS}):
             return values
         own = values.get("text", Text())
@@ -181,12 +228,13 @@ class Recipe(Strict):
     def files(self) -> list[str]:
         """What it may name on the disk: text, ratios, a profile, and the files of parts of one's own."""
         parts = (part.rpartition(":")[0] for part in (self.criterion, self.grouping, self.merge) if part)
-        named = (self.text.source, self.allocate, self.entropy_profile, self.family, *parts)
+        named = (*sources_of(self.text.source), self.allocate, self.entropy_profile, self.family, *parts)
         return [name for name in named if name]
 
     def flat(self) -> dict[str, Any]:
         """Every value by the name that users spell; ``stock``, and ``set`` as a table, where they say something."""
         values = self.model_dump(exclude={"text", "set", *(() if self.stock else ("stock",))})
+        values = {name: value for name, value in values.items() if name not in _ADDED or value != _ADDED[name]}
         return {**values, **self.text.flat(), **({"set": dict(self.set)} if self.set else {})}
 
     @field_validator("set", mode="before")
@@ -198,6 +246,15 @@ class Recipe(Strict):
         if not isinstance(value, list | tuple):
             raise RecipeError(f"set: a table of parameters or a list of NAME=VALUE is expected, got {value!r}.")
         return tuple(_setting(pair) if isinstance(pair, str) else pair for pair in value)
+
+    @field_validator("ridge", mode="before")
+    @classmethod
+    def _ridge_read(cls, value: Any) -> Any:
+        found = _number(value) if isinstance(value, str) else value
+        good = isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found < float("inf")
+        if found != "auto" and not good:
+            raise RecipeError(f"ridge is 'auto' or a number from 0 on; got {value!r}.")
+        return found if found == "auto" else float(found)
 
     @field_validator("ratio")
     @classmethod
@@ -244,12 +301,31 @@ class Recipe(Strict):
         ranked = "transfer-entropy" if axis == "block" else base.allocate
         how = (axis, self.allocate or ranked, self.ratio_of or base.ratio_of)
         parts = complete(self.criterion or base.criterion, self.activation or preset_activation, grouping, merge)
-        method = Method(None, *parts, self.groups, *how)
+        repair = self.repair or base.repair
+        propagate: Propagate = self.propagate or ("dense" if repair == "none" else "pruned")
+        method = Method(None, *parts, self.groups, *how, repair, propagate)
         _check_axis(self, method)
         _check_allocation(self, method)
+        _check_repair(self, method)
         same = (name for name, preset in PRESETS.items() if is_preset(preset, method))
-        none = bool(self.groups or self.set) or axis == "block"  # nothing is scored where whole layers go
+        none = (
+            bool(self.groups or self.set or self.rolls > 1) or axis == "block"
+        )  # nothing is scored where whole layers go
         return method._replace(preset=None if none else next(same, None))
+
+
+def _check_repair(recipe: Recipe, method: Method) -> None:
+    """Refuse options of repair where there is none, and rolls where nothing is rolled."""
+    if method.axis == "block" and method.walks_alone:
+        raise RecipeError("--axis block leaves whole layers as they are, so there is nothing to repair; leave it out.")
+    for name in ("ridge", "target"):
+        if method.repair == "none" and getattr(recipe, name) != Recipe.model_fields[name].default:
+            raise RecipeError(f"--{name} {getattr(recipe, name)} needs --repair least-squares.")
+    if recipe.rolls > 1 and (method.grouping != "random" or method.merge != "prune"):
+        raise RecipeError(
+            f"--rolls {recipe.rolls} tries random partitions, which needs --grouping random and --merge prune; these "
+            f"are '{method.grouping}' and '{method.merge}'."
+        )
 
 
 def _check_axis(recipe: Recipe, method: Method) -> None:
@@ -325,6 +401,13 @@ def _check_allocation(recipe: Recipe, method: Method) -> None:
             f"--stock keeps the same number in every layer, and --allocate {method.allocate} does not. Leave one out; "
             "'dicer export OUT --to stock' pads layers that differ."
         )
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _setting(pair: str) -> tuple[str, Any]:

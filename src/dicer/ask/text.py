@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from pydantic import Field
 
 from dicer.ask.panels import TEXT
@@ -14,7 +17,8 @@ class Text(Strict):
     source: str = Field(
         default="builtin",
         alias="calib",
-        description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a file or folder of texts or rows",
+        description="builtin, bookcorpus, c4, wikitext2, OWNER/NAME, or a file or folder of texts or rows; several, "
+        "with commas between, share the samples",
     )
     config: str | None = Field(
         default=None,
@@ -41,6 +45,24 @@ class Text(Strict):
         description="seed of the choice of calibration samples, apart from --seed",
         json_schema_extra=TEXT,
     )
+
+    def part(self, source: str, samples: int) -> Text:
+        """The same of one text of several, with its share of the samples; what was said stays what was said."""
+        return self.model_construct(
+            self.model_fields_set, **{**self.model_dump(), "source": source, "samples": samples}
+        )
+
+    def with_defaults(self, values: Mapping[str, int]) -> Text:
+        """The same with other defaults: they count where nothing else was said, and as not said themselves."""
+        unsaid = {name: value for name, value in values.items() if name not in self.model_fields_set}
+        return self.model_construct(self.model_fields_set, **{**self.model_dump(), **unsaid})
+
+
+def sources_of(source: str) -> tuple[str, ...]:
+    """The texts that are named, with commas between; a file whose name has a comma is one."""
+    if "," not in source or Path(source).exists():
+        return (source,)
+    return tuple(part.strip() for part in source.split(","))
 
 
 TEXT_KEYS = tuple(Text.keys())

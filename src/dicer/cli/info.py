@@ -178,7 +178,7 @@ def _parts(flag: str, known: Mapping[str, Any]) -> Table:
     table.add_column("link", no_wrap=True)
     for name, part in known.items():
         parameters = "\n".join(f"{key}={value.default}" for key, value in part.parameters.items())
-        needs = ", ".join(part.needs)
+        needs = "\n".join(part.needs)
         table.add_row(name, needs or "-", parameters or "-", part.about, part.source, part.link or "-")
     return table
 

@@ -13,6 +13,7 @@ from dicer.ask.axes import AXES, axes_of
 from dicer.ask.layers import select_layers
 from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
+from dicer.decide.amounts.by_cosine import cosine_ratios
 from dicer.decide.amounts.by_entropy import entropy_ratios
 from dicer.decide.amounts.by_rank import block_removal, global_units
 from dicer.decide.amounts.equal import PAD, equal_units, stock_numbers
@@ -212,6 +213,21 @@ def amounts_by_entropy(budget: Budget, recipe: Recipe, profile: Profile) -> Amou
         budget.sub_layers, te, blocks or None, budget.target, budget.bounds, recipe.schedule, recipe.split
     )
     return _amounts(budget.sub_layers, whole_units(budget.sub_layers, ratios, budget.bounds, budget.target), provenance)
+
+
+def amounts_by_cosine(budget: Budget, turning: Sequence[float]) -> Amounts:
+    """Ratios from how much each layer turns the hidden state.
+
+    Args:
+        budget: what is to go.
+        turning: mean of 1 - cos of every layer's input and output, from the first layer on.
+
+    Raises:
+        RecipeError: a target that the bounds cannot reach.
+    """
+    ratios = cosine_ratios(budget.sub_layers, dict(enumerate(turning)), budget.target, budget.bounds)
+    kept = whole_units(budget.sub_layers, ratios, budget.bounds, budget.target)
+    return _amounts(budget.sub_layers, kept, {"turning": [float(f"{value:.6g}") for value in turning]})
 
 
 def amounts_by_rank(budget: Budget, scores: Mapping[SubLayer, Tensor]) -> Amounts:

@@ -5,35 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from dicer.ask.axes import kind_of
 from dicer.ask.portable import portable
-from dicer.decide.budget import amounts_by_entropy, amounts_by_rank, lists_needed
-from dicer.decide.merging import Survivors
+from dicer.decide.budget import amounts_by_cosine, amounts_by_entropy, amounts_by_rank, lists_needed
+from dicer.decide.choose import Scores, batches_of, choose, scores_of
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.decide.task import Asked, Decided, asked_groups, without_empty
+from dicer.decide.walk_cut import evidence_notes, walk_cut
 from dicer.errors import RecipeError
-from dicer.measure.batches import BATCH_TOKENS, own_batches
 from dicer.measure.entropy.cache import entropy_profile
 from dicer.measure.experts import FEW_TOKENS
-from dicer.measure.statistics import LayerStatistics, Sums, stream
 from dicer.measure.stores.store import LayerStore
+from dicer.measure.turning import turning
 from dicer.measure.walk import Visit, walk
 from dicer.model.units import SubLayer
 from dicer.progress import Progress, silent
-
-GRADIENT_TOKENS = 1024  # in a forward and backward pass, which also holds logits and their gradients
-
-
-class Scores(NamedTuple):
-    """What is known of a sub-layer before it is said how many of its units stay."""
-
-    values: Tensor
-    sums: Sums
 
 
 @dataclass
@@ -65,22 +52,29 @@ def score(tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent
     texts = [task.calibration for task in tasks if task.calibration is not None]
     if any(not text.same_tokens(texts[0]) for text in texts):
         raise RecipeError("methods that share a pass must share their calibration tokens; score these apart.")
-    tasks = [_by_entropy(task, store, progress) for task in tasks]
+    tasks = [_measured(task, store, progress) for task in tasks]
+    together = [task for task in tasks if not (isinstance(task, Decided) and task.method.walks_alone)]
+    walked = iter(_walk(together, store, progress))
     plans = []
-    for task, seen in zip(tasks, _walk(tasks, store, progress), strict=True):
-        if isinstance(task, Decided):
-            plans.append(_plan(task, seen))
+    for task in tasks:
+        if not isinstance(task, Decided):
+            plans.append(_by_rank(task, next(walked), store, progress))
+        elif task.method.walks_alone:
+            plans.append(_plan(task, _Seen(walk_cut(task, store, progress))))
         else:
-            plans.append(_by_rank(task, seen, store, progress))
+            plans.append(_plan(task, next(walked)))
     return plans
 
 
-def _by_entropy(task: Asked, store: LayerStore, progress: Progress) -> Asked:
-    """Decide how much stays by transfer entropy, where that was asked for and has to be measured."""
-    if task.method.allocate != "transfer-entropy" or isinstance(task, Decided):
+def _measured(task: Asked, store: LayerStore, progress: Progress) -> Asked:
+    """Decide how much stays by what is measured of the dense model, where that was asked for."""
+    if task.method.allocate not in ("transfer-entropy", "cosine") or isinstance(task, Decided):
         return task
     if task.calibration is None:
         raise RecipeError("transfer entropy is measured on a text: read it first (dicer.decide.task.with_text).")
+    if task.method.allocate == "cosine":
+        turned = turning(store, max(task.layers), batches_of([task]), progress)
+        return task.decided(amounts_by_cosine(task.budget, turned))
     profile = entropy_profile(
         task.source,
         store,
@@ -98,9 +92,11 @@ def _by_entropy(task: Asked, store: LayerStore, progress: Progress) -> Asked:
 def _by_rank(task: Asked, seen: _Seen, store: LayerStore, progress: Progress) -> PrunePlan:
     """Decide by the scores of all sub-layers; Gram matrices were not kept, so what needs them is another walk."""
     decided = task.decided(amounts_by_rank(task.budget, {p: scored.values for p, scored in seen.scores.items()}))
-    if "gram" in {*task.parts.grouping.needs, *task.parts.merge.needs}:
+    if task.method.walks_alone:
+        return _plan(decided, _Seen(walk_cut(decided, store, progress)))
+    if task.recipe.rolls > 1 or any("gram" in n for n in (*task.parts.grouping.needs, *task.parts.merge.needs)):
         return _plan(decided, _walk([decided], store, progress)[0])
-    seen.plans = {place: _choose(decided, place, scored) for place, scored in seen.scores.items()}
+    seen.plans = {place: choose(decided, place, scored) for place, scored in seen.scores.items()}
     return _plan(decided, seen)
 
 
@@ -113,7 +109,7 @@ def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list
     visits = walk(
         store,
         layers,
-        _batches(tasks),
+        batches_of(tasks),
         axes={axis for task in tasks for axis in task.axes},
         needs=frozenset().union(*(task.needs for task in tasks)),
         gradient=any(task.needs_gradient for task in tasks),
@@ -130,38 +126,20 @@ def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list
 
 def _see(task: Asked, seen: _Seen, visit: Visit) -> None:
     """Score one sub-layer, and choose at once where it is known how much stays."""
-    scored = Scores(task.parts.criterion(visit.weights, _statistics(task, visit.place, "criterion", visit)), visit.sums)
+    scored = scores_of(task, visit)
     if task.source.family.axes[visit.place.axis].routed and visit.sums.needs:
         tokens = visit.sums.get("tokens", "mod").tolist() if kind_of(visit.place.axis).routed else [visit.sums.count]
         seen.tokens[visit.place] = [int(count) for count in tokens]
     if isinstance(task, Decided):
-        seen.plans[visit.place] = _choose(task, visit.place, scored)
+        seen.plans[visit.place] = choose(task, visit.place, scored)
     else:  # of Gram matrices only one layer at a time may have one
-        seen.scores[visit.place] = Scores(scored.values, visit.sums.without("gram"))
-
-
-def _statistics(task: Asked, place: SubLayer, part: str, seen: Visit | Scores) -> LayerStatistics:
-    """What a part of the method reads of a sub-layer: the criterion the recipe's activation, a merge what is merged."""
-    kind, method = kind_of(place.axis), task.method
-    activation = {"criterion": method.activation, "grouping": method.grouped_by or method.activation}.get(part, "mod")
-    rng = stream(task.recipe.seed, place.layer, kind.stream_name(part))
-    gradient = seen.gradient if isinstance(seen, Visit) else None
-    return LayerStatistics(kind.activation(activation), seen.sums, rng, gradient)
-
-
-def _batches(tasks: Sequence[Asked]) -> Sequence[Tensor]:
-    """This process's share of the tokens, cut into what one forward pass takes; none where no task looks at text."""
-    text = next((task.calibration for task in tasks if task.calibration is not None), None)
-    if text is None:
-        return ()
-    most = GRADIENT_TOKENS if any(task.needs_gradient for task in tasks) else BATCH_TOKENS
-    size = min((task.compute.batch_size for task in tasks if task.compute.batch_size), default=None)
-    return own_batches(text.tokens, size, most, text.mask)
+        seen.scores[visit.place] = Scores(scored.values, visit.sums.without_grams())
 
 
 def _plan(task: Decided, seen: _Seen) -> PrunePlan:
     source, amounts = task.source, task.amounts
     notes = [*amounts.provenance.get("notes", ()), *_groups_note(task), *_tokens_note(seen.tokens)]
+    notes += evidence_notes(task)
     axes, empty = without_empty(task, seen.plans)
     return PrunePlan(
         model={"name": source.name, "model_type": str(source.config.model_type), "fingerprint": source.fingerprint},
@@ -193,32 +171,3 @@ def _groups_note(task: Decided) -> list[str]:
     if not fewer:
         return []
     return [f"--groups {asked} is more than {len(fewer)} of {len(keep)} modules keep; those have a group a unit"]
-
-
-def _choose(task: Decided, place: SubLayer, scored: Scores) -> LayerPlan:
-    """Groups and survivors of one sub-layer, and the means that a bias will make up for."""
-    units, keep = len(scored.values), task.amounts.keep[place]
-    survivors = Survivors(torch.arange(keep)) if keep in (0, units) else _survivors(task, place, scored, keep)
-    means = None
-    if task.recipe.compensate == "bias" and (keep < units or survivors.merge is not None):
-        means = (scored.sums.get("channel_sum", "mod") / scored.sums.count).float().cpu()
-        if not means.isfinite().all():
-            raise RecipeError(
-                f"the mean activations of {place} are not finite, so no bias can make up for them: try --dtype float32."
-            )
-    return LayerPlan(units, survivors.keep, scored.values, survivors.merge, means)
-
-
-def _survivors(task: Decided, place: SubLayer, scored: Scores, keep: int) -> Survivors:
-    """What groups leave; where the units lie in parts that must stay alike, each part by itself."""
-    parts = task.source.family.axes[place.axis].parts
-    size, found = len(scored.values) // parts, []
-    for part in range(parts):
-        own = slice(part * size, (part + 1) * size)
-        values, sums = scored.values[own], scored.sums if parts == 1 else scored.sums.part(own)
-        grouped, merged = (_statistics(task, place, what, Scores(values, sums)) for what in ("grouping", "merge"))
-        labels = task.parts.grouping(values, keep // parts, grouped)
-        found.append(task.parts.merge(values, labels, keep // parts, merged))
-    if parts == 1:
-        return found[0]
-    return Survivors(torch.cat([survivors.keep + part * size for part, survivors in enumerate(found)]))

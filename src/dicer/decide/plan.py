@@ -15,89 +15,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dicer.ask.axes import kind_of
-from dicer.decide.plan_file import FORMAT, PlanFile, Widths, first_fault
+from dicer.decide.layer_plan import MERGE, REPAIR, Repair
+from dicer.decide.layer_plan import LayerPlan as LayerPlan
+from dicer.decide.layer_plan import Merge as Merge
+from dicer.decide.plan_file import FORMAT, WITHOUT_REPAIR, PlanFile, Widths, first_fault
 from dicer.decide.plan_file import TENSORS as TENSORS
 from dicer.errors import PlanError
 from dicer.files import as_output_error, write_whole
 
 PLAN_JSON = "dicer_plan.json"
-
-_MERGE = ("row", "weight_in", "weight_out")
-
-
-@dataclass(frozen=True)
-class Merge:
-    """The sparse maps M_in and M_out [K, N] of one layer; every unit belongs to at most one survivor.
-
-    Attributes:
-        row: int64 [N], the survivor (its place in ``keep``) that a unit goes into, -1 for none.
-        weight_in: float32 [N], its entry of M_in (gate and up rows).
-        weight_out: float32 [N], its entry of M_out (down columns).
-    """
-
-    row: Tensor
-    weight_in: Tensor
-    weight_out: Tensor
-
-    def fits(self, units: int, keep: int) -> bool:
-        """Whether these are maps of so many units to so many survivors."""
-        weights = (self.weight_in, self.weight_out)
-        if self.row.dtype != torch.int64 or any(tensor.shape != (units,) for tensor in (self.row, *weights)):
-            return False
-        if any(weight.dtype != torch.float32 or not weight.isfinite().all() for weight in weights):
-            return False
-        return int(self.row.min()) >= -1 and int(self.row.max()) < keep
-
-    def matrices(self, keep: int) -> tuple[Tensor, Tensor]:
-        """(M_in, M_out), each a sparse float32 [K, N]."""
-        unit = torch.nonzero(self.row >= 0).flatten()  # [M]
-        place = torch.stack([self.row[unit], unit])  # [2, M]
-        first, second = (
-            torch.sparse_coo_tensor(place, weight[unit], (keep, len(self.row)), check_invariants=True)
-            for weight in (self.weight_in, self.weight_out)
-        )
-        return first, second
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What stays of one layer along one axis.
-
-    Attributes:
-        units: N, before.
-        keep: int64 [K], sorted; empty where the whole sub-layer goes.
-        scores: float32 [N], what the criterion said; kept for whoever wants to know which units mattered.
-        merge: how the units that go live on in others; None where nothing is merged.
-        means: float32 [N * C], the dense model's mean inputs of the output projection, C for each unit; a bias makes up
-            for what the cut takes of them. None where nothing is compensated.
-    """
-
-    units: int
-    keep: Tensor
-    scores: Tensor
-    merge: Merge | None = None
-    means: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything by its name in the file."""
-        merged = {} if self.merge is None else vars(self.merge)
-        found = {"keep": self.keep, "scores": self.scores, **merged, "means": self.means}
-        return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
-
-    def explain(self) -> str:
-        """How much stays and goes."""
-        return f"{self.units} -> {len(self.keep)} ({1 - len(self.keep) / self.units:.1%} removed)"
-
-    def explain_scores(self) -> str:
-        """How scores of kept and dropped units compare."""
-        kept = torch.zeros(self.units, dtype=torch.bool)
-        kept[self.keep] = True
-        sides = (("kept", self.scores[kept]), ("dropped", self.scores[~kept]))
-        return "score: " + ", ".join(f"{name} median {scores.median():.4g}" for name, scores in sides if len(scores))
-
-    def merge_matrices(self) -> tuple[Tensor, Tensor] | None:
-        """(M_in, M_out), each a sparse float32 [K, N]; None where nothing is merged."""
-        return None if self.merge is None else self.merge.matrices(len(self.keep))
 
 
 @dataclass(frozen=True)
@@ -157,10 +83,12 @@ class PrunePlan:
         axes: dict[str, dict[str, Any]] = {}
         for axis, layers in self.axes.items():
             for index, layer in sorted(layers.items()):
-                axes.setdefault(axis, {})[str(index)] = {"units": layer.units, "keep": len(layer.keep)}
+                axes.setdefault(axis, {})[str(index)] = layer.widths()
                 tensors |= {f"{axis}.{index}.{name}": tensor for name, tensor in layer.tensors().items()}
         record = {
-            "format": FORMAT,
+            "format": FORMAT
+            if any(layer.repair for part in self.axes.values() for layer in part.values())
+            else WITHOUT_REPAIR,
             "model": self.model,
             "recipe": self.recipe,
             "calibration": self.calibration,
@@ -214,8 +142,10 @@ class PrunePlan:
                     lines.append(
                         f"layer {index} {axis}: {both} kept by both, {len(a) - both} and {len(b) - both} by one"
                     )
-                elif not _same_tensors(mine[index], theirs[index], _MERGE):
+                elif not _same_tensors(mine[index], theirs[index], MERGE):
                     lines.append(f"layer {index} {axis}: the same kept, others merged into them differently")
+                elif not _same_tensors(mine[index], theirs[index], REPAIR):
+                    lines.append(f"layer {index} {axis}: the same kept, repaired differently")
                 elif not _same_tensors(mine[index], theirs[index], ("means",)):
                     lines.append(f"layer {index} {axis}: the same kept, compensated differently")
         return lines
@@ -267,7 +197,7 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -
     def fault(what: str) -> ValueError:
         return ValueError(f"layer {index} {what}")
 
-    own = {name: tensors.get(f"{axis}.{index}.{name}") for name in ("keep", "scores", *_MERGE, "means")}
+    own = {name: tensors.get(f"{axis}.{index}.{name}") for name in ("keep", "scores", *MERGE, "means", *REPAIR)}
     keep, scores, means, units = own["keep"], own["scores"], own["means"], said.units
     if keep is None or scores is None:
         raise fault(f"has no '{'scores' if keep is not None else 'keep'}' among its tensors")
@@ -279,12 +209,24 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -
         raise fault(f"keeps {len(keep)} units in one file and {said.keep} in the other")
     if means is not None and (means.ndim != 1 or not len(means) or len(means) % units or not means.isfinite().all()):
         raise fault(f"has means that do not fit its {units} units")
-    found = [tensor for name in _MERGE if (tensor := own[name]) is not None]
-    if not found:
-        return LayerPlan(units, keep, scores, means=means)
-    if len(found) < len(_MERGE):
+    found = [tensor for name in MERGE if (tensor := own[name]) is not None]
+    merge = Merge(*found) if len(found) == len(MERGE) else None
+    if found and merge is None:
         raise fault("has a part of a merge only")
-    merge = Merge(*found)
-    if not kind_of(axis).can_merge or not merge.fits(units, len(keep)):
+    if merge is not None and not (kind_of(axis).can_merge and merge.fits(units, len(keep))):
         raise fault(f"has a merge that does not fit its {units} units")
-    return LayerPlan(units, keep, scores, merge, means)
+    layer = LayerPlan(units, keep, scores, merge, means, _repair(own, said))
+    if layer.repair is not None and not layer.repair.fits(len(keep)):
+        raise fault("has a repaired output projection that does not fit its units")
+    if layer.repair is not None and layer.repair.digest() != (said.repair or {}).get("sha256"):
+        raise fault("has another repaired output projection than its JSON file says")
+    return layer
+
+
+def _repair(own: Mapping[str, Tensor | None], said: Widths) -> Repair | None:
+    weight, bias = (own[name] for name in REPAIR)
+    if (weight is None) != (said.repair is None):
+        raise ValueError("a repaired output projection stands in one of its files only")
+    if weight is None or said.repair is None:
+        return None
+    return Repair(weight, bias, {name: value for name, value in said.repair.items() if name != "sha256"})

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from dicer.ask.axes import AXES, kind_name
 
-FORMAT = 3  # 1 knew neurons alone, and of 1 and 2 the tensors had another name; both are still read
+# 1 knew neurons alone, and of 1 and 2 the tensors had another name; all are still read. 4 is written where output
+# projections were solved anew, so that a dicer that does not know that refuses it.
+FORMAT, WITHOUT_REPAIR = 4, 3
 TENSORS = "dicer_plan.tensors"  # no .safetensors beside the weights, which loaders take for more of them
 _OLD_TENSORS = "dicer_plan.safetensors"
 
@@ -20,6 +22,7 @@ class Widths(BaseModel):
 
     units: int = Field(ge=1)
     keep: int = Field(ge=0)
+    repair: dict[str, Any] | None = None
 
 
 class _Model(BaseModel):
@@ -40,7 +43,7 @@ class _Allocation(BaseModel):
 class PlanFile(BaseModel):
     """dicer_plan.json; more keys may stand beside."""
 
-    format: Literal[1, 2, 3]
+    format: Literal[1, 2, 3, 4]
     model: _Model
     recipe: dict[str, Any]
     calibration: dict[str, Any]
@@ -52,7 +55,7 @@ class PlanFile(BaseModel):
     @property
     def tensors(self) -> str:
         """The name of the file beside it."""
-        return TENSORS if self.format == FORMAT else _OLD_TENSORS
+        return TENSORS if self.format >= WITHOUT_REPAIR else _OLD_TENSORS
 
     @field_validator("allocation", mode="before")
     @classmethod

@@ -90,7 +90,14 @@ class Asked:
         }
         if needs and kind_of(axis).routed:
             needs.add(Need("tokens", "mod", axis))  # too few are warned of
+        needs |= {Need("channel_gram", "mod", axis)} if self.recipe.rolls > 1 else set()
         return needs | ({Need("channel_sum", "mod", axis)} if self.recipe.compensate == "bias" else set())
+
+    @property
+    def walked_needs(self) -> frozenset[Need]:
+        """The same with what repair reads; where the cuts go along, something is always read."""
+        kind: Kind = "channel_sum" if self.method.repair == "none" else "channel_gram"
+        return self.needs | {Need(kind, "mod", axis) for axis in self.axes}
 
     @property
     def needs_gradient(self) -> bool:
@@ -100,8 +107,10 @@ class Asked:
     @property
     def runs_model(self) -> bool:
         """Whether tokens have to go through the model."""
-        measures = self.method.allocate == "transfer-entropy" and self.recipe.entropy_profile is None
-        return bool(self.needs) or self.needs_gradient or measures
+        measures = self.method.allocate == "cosine" or (
+            self.method.allocate == "transfer-entropy" and self.recipe.entropy_profile is None
+        )
+        return bool(self.needs) or self.needs_gradient or self.method.walks_alone or measures
 
     @property
     def notes(self) -> list[str]:
@@ -193,6 +202,7 @@ def prepare(source: ModelSource, recipe: Recipe, compute: Compute | None = None)
     if method.axis == "block" and getattr(source.config, "scale_attn_by_inverse_layer_idx", False):
         raise RecipeError(f"{source.name} scales attention by the layer's number, so no layer can go whole.")
     _check_routed(source, recipe, method, parts)
+    _check_second_order(source, recipe, method, parts)
     budget = make_budget(source, recipe, method)
     task = Asked(
         source=source,
@@ -227,6 +237,18 @@ def _check_routed(source: ModelSource, recipe: Recipe, method: Method, parts: Pa
         raise RecipeError(
             "transfer entropy is measured of attention, MLPs and blocks, and not of experts: use --allocate uniform "
             "or global."
+        )
+
+
+def _check_second_order(source: ModelSource, recipe: Recipe, method: Method, parts: Parts) -> None:
+    """Refuse what reads the inputs of one output projection where units have several, or share the tokens out."""
+    axes = [source.family.axes[name] for name in axes_of(method.axes, source.family.axes)]
+    several = next((axis.name for axis in axes if axis.routed or axis.parts > 1), None)
+    needs = {need for need in parts.criterion.needs if need in ("channel_gram", "channel_square_sum")}
+    if several is not None and (method.walks_alone or recipe.rolls > 1 or needs):
+        raise RecipeError(
+            f"--repair, --propagate, --rolls and criteria such as '{parts.criterion.name if needs else 'obs'}' read "
+            f"one output projection, and {several} of {source.name} has several: use others, or --axis attention."
         )
 
 

@@ -88,7 +88,8 @@ def score_all(
         if isinstance(task, Exception):
             continue
         text = task.recipe.text if task.calibration else None
-        passes.setdefault((text, _kind(task)), []).append(_Member(number, task))
+        kind = f"alone {number}" if task.method.walks_alone else _kind(task)
+        passes.setdefault((text, kind), []).append(_Member(number, task))
         norms = _tried(partial(_with_text, source, Wanted(_norms_recipe(task), task.compute), texts))
         members = passes.setdefault((task.recipe.text, "sums"), [])
         if not isinstance(norms, Exception) and all(_norms_key(task) != member.owner for member in members):
@@ -127,11 +128,11 @@ def _run_pass(members: list[_Member], store: LayerStore, progress: Progress) -> 
 
 def _kind(task: Asked) -> str:
     """Passes of different cost stay apart, so that the time of each says something about its methods."""
-    if task.method.allocate == "transfer-entropy" and not isinstance(task, Decided):
+    if task.method.allocate in ("transfer-entropy", "cosine") and not isinstance(task, Decided):
         return "entropy"
     if task.needs_gradient:
         return "gradient"
-    if any(need.kind == "gram" for need in task.needs):
+    if any("gram" in need.kind for need in task.needs):
         return "gram"
     return "sums" if task.needs else "weights"
 

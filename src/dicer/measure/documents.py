@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from dicer.ask.text import Text
+from dicer.ask.text import Text, sources_of
 from dicer.errors import CalibrationError, unknown
 from dicer.measure.chat import Template, chat_field, chat_text
 from dicer.measure.rows import (
@@ -93,7 +93,8 @@ def check_source(source: str, known: Iterable[str] = ("builtin", *HUB_TEXTS), wh
 
 def check_text(text: Text) -> None:
     """The same for a calibration text, which may also be any data set of the hub."""
-    check_source(text.source, ("builtin", *HUB_TEXTS, text.source if text.source.count("/") == 1 else "OWNER/NAME"))
+    for source in sources_of(text.source):
+        check_source(source, ("builtin", *HUB_TEXTS, source if source.count("/") == 1 else "OWNER/NAME"))
 
 
 def entries(path: Path, split: str = "train") -> Iterator[str | Row]:

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dicer.errors import DicerError, RecipeError, unknown
 
-SUMS = ("square_sum", "sum", "gram")  # over tokens
+SUMS = ("square_sum", "sum", "gram", "channel_sum", "channel_square_sum", "channel_gram")  # over tokens
 ROUTED = ("tokens", "routed_norm")  # of what tokens are sent to: experts
 NEEDS = (*SUMS, *ROUTED, "gradient")
 
@@ -53,8 +53,7 @@ class Part:
     Attributes:
         name: what users type.
         function: what it does.
-        needs: statistics of a layer that must be collected for it, of ``square_sum``, ``sum``, ``gram``, ``gradient``,
-            and of experts ``tokens`` and ``routed_norm``.
+        needs: statistics of a layer that must be collected for it, of the names in ``NEEDS``.
         source: paper and equation.
         link: where to read it; empty for one's own.
         settings: values of its parameters that are not the defaults.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 
 from dicer.errors import RecipeError
+from dicer.machine import free_memory
 from dicer.model.units import UnitWeights
 from dicer.processes import all_reduce, sum_of, world_size
 
-Kind = Literal["square_sum", "sum", "gram", "channel_sum", "tokens", "routed_norm"]
+Kind = Literal[
+    "square_sum", "sum", "gram", "channel_sum", "channel_square_sum", "channel_gram", "tokens", "routed_norm"
+]
+GRAM_FLOAT64 = 12_000  # inputs of an output projection, above which their Gram matrix is kept in float32
 
 
 class Need(NamedTuple):
@@ -30,13 +35,53 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def gram_dtype(inputs: int, device: torch.device) -> torch.dtype:
+    """What a Gram matrix of so many inputs is kept and solved in."""
+    return torch.float32 if inputs > GRAM_FLOAT64 else widest(device)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products in full precision: TF32 has ten bits, and a system of equations loses the others."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def new_gram(inputs: int, device: torch.device) -> Tensor:
+    """A Gram matrix of zeros, [inputs, inputs].
+
+    Raises:
+        RecipeError: there is no memory for it and for the two more that solving takes.
+    """
+    dtype = gram_dtype(inputs, device)
+    size, free = inputs * inputs * dtype.itemsize, free_memory(device)
+    if free is not None and 3 * size > free:
+        raise RecipeError(
+            f"the Gram matrix of {inputs:,} inputs takes {size / 1e9:.1f} GB ({str(dtype).removeprefix('torch.')}), "
+            f"and solving it as much again twice, but {device} has {free / 1e9:.1f} GB free: use another --device, or "
+            "a criterion and no repair that needs none."
+        )
+    return torch.zeros(inputs, inputs, dtype=dtype, device=device)
+
+
+_BLOCK = 256
+
+
 class Sums:
     """The sums of one axis of one layer, filled batch by batch.
 
-    ``square_sum`` and ``sum`` are float64 [U] (float32 within a batch), over all channels of a unit; ``channel_sum`` is
-    float64 [U * C], for each channel by itself; ``gram`` is float32 [U, U], as at 18,944 neurons it already takes
-    1.4 GB. Of experts, ``tokens`` are those sent to each, ``routed_norm`` is the sum of their outputs' norms times the
-    router's weights (both float64 [E]), and ``gram`` is of the outputs of all of them, over all tokens.
+    ``square_sum`` and ``sum`` are float64 [U] (float32 within a batch), over all channels of a unit; ``channel_sum``
+    and ``channel_square_sum`` are float64 [U * C], for each channel by itself; ``gram`` is float32 [U, U], as at 18,944
+    neurons it already takes 1.4 GB; ``channel_gram`` is [U * C, U * C], in float64 up to 12,000 of them. Of experts,
+    ``tokens`` are those sent to each, ``routed_norm`` is the sum of their outputs' norms times the router's weights
+    (both float64 [E]), and ``gram`` is of the outputs of all of them, over all tokens.
+
+    Where a target other than the activations themselves is pursued, ``cross`` [U * C, d] and ``missing`` [d] hold what
+    the output lacks: ``sum_t a(t) r(t)^T`` and ``sum_t r(t)``; ``lacking`` is ``sum_t |r(t)|^2``, [].
 
     Args:
         needs: what is asked for.
@@ -47,6 +92,9 @@ class Sums:
         self.needs = frozenset(needs)
         self.channels = channels
         self.count = 0
+        self.cross: Tensor | None = None
+        self.missing: Tensor | None = None
+        self.lacking: Tensor | None = None
         self._counted: Tensor | None = None
         self._totals: dict[Need, Tensor] = {}
 
@@ -60,9 +108,7 @@ class Sums:
 
     def add(self, activation: str, values: Tensor) -> None:
         """Take in one batch of one activation, [..., U * C]."""
-        flat = values.detach().reshape(-1, values.shape[-1]).float()  # [T, U*C]
-        if self._counted is not None:
-            flat = flat[self._counted.reshape(-1).to(flat.device)]
+        flat = self._flat(values)  # [T, U*C]
         for need in self.needs:
             if need.activation != activation:
                 continue
@@ -72,10 +118,39 @@ class Sums:
                     self._totals[need] = flat.new_zeros(len(by_unit), len(by_unit))
                 self._totals[need].addmm_(by_unit, by_unit.T)
                 continue
-            batch = (flat.square() if need.kind == "square_sum" else flat).sum(0)  # [U*C]
-            if need.kind != "channel_sum":
+            if need.kind == "channel_gram":
+                self._add_gram(need, flat)
+                continue
+            batch = (flat.square() if "square" in need.kind else flat).sum(0)  # [U*C]
+            if "channel" not in need.kind:
                 batch = batch.reshape(-1, self.channels).sum(1)  # [U]
             self._totals[need] = self._totals.get(need, 0.0) + batch.to(widest(batch.device))
+
+    def add_missing(self, values: Tensor, missing: Tensor) -> None:
+        """Take in what the output lacks, [B, T, d], beside the inputs of the output projection, [B, T, U * C]."""
+        wide = gram_dtype(values.shape[-1], values.device)
+        flat, rest = self._flat(values).to(wide), self._flat(missing).to(wide)
+        with exact_products():
+            cross = flat.T @ rest
+        self.cross = cross if self.cross is None else self.cross.add_(cross)
+        self.missing = rest.sum(0) + (0.0 if self.missing is None else self.missing)
+        self.lacking = rest.square().sum() + (0.0 if self.lacking is None else self.lacking)
+
+    def _flat(self, values: Tensor) -> Tensor:
+        """The tokens that count, float32 [T, ...]."""
+        flat = values.detach().reshape(-1, values.shape[-1]).float()
+        return flat if self._counted is None else flat[self._counted.reshape(-1).to(flat.device)]
+
+    def _add_gram(self, need: Need, flat: Tensor) -> None:
+        """Add A^T A block by block below the diagonal, as it is symmetric; :meth:`get` fills in the rest."""
+        inputs = flat.shape[1]
+        if need not in self._totals:
+            self._totals[need] = new_gram(inputs, flat.device)
+        total, wide = self._totals[need], flat.to(self._totals[need].dtype)
+        with exact_products():
+            for start in range(0, inputs, _BLOCK):
+                rows = slice(start, start + _BLOCK)
+                total[rows, : start + _BLOCK].addmm_(wide[:, rows].T, wide[:, : start + _BLOCK])
 
     def start(self, units: int, device: torch.device) -> None:
         """Begin with zeros: where tokens are sent to units, some may see none.
@@ -85,9 +160,8 @@ class Sums:
             device: where the sums are made.
         """
         for need in self.needs:
-            shape, dtype = self._form(need, units, device)
             if need not in self._totals:
-                self._totals[need] = torch.zeros(shape, dtype=dtype, device=device)
+                self._totals[need] = self._zeros(need, units, device)
 
     def counts(self, tokens: Tensor) -> Tensor:
         """Which of the tokens, by their place in the batch, count: bool [N]."""
@@ -127,9 +201,12 @@ class Sums:
         own._totals = {n: t[units, units] if n.kind == "gram" else t[units] for n, t in self._totals.items()}
         return own
 
-    def _form(self, need: Need, units: int, device: torch.device) -> tuple[tuple[int, ...], torch.dtype]:
-        shapes = {"gram": (units, units), "channel_sum": (units * self.channels,)}
-        return shapes.get(need.kind, (units,)), torch.float32 if need.kind == "gram" else widest(device)
+    def _zeros(self, need: Need, units: int, device: torch.device) -> Tensor:
+        inputs = units * self.channels
+        if need.kind == "channel_gram":
+            return new_gram(inputs, device)
+        shape = {"gram": (units, units)}.get(need.kind, (inputs if "channel" in need.kind else units,))
+        return torch.zeros(shape, dtype=torch.float32 if need.kind == "gram" else widest(device), device=device)
 
     def all_reduce(self, units: int, device: torch.device) -> None:
         """Make these the sums over all processes' tokens; a process without tokens takes part with zeros.
@@ -142,14 +219,27 @@ class Sums:
             return
         self.count = sum_of(self.count)
         for need in sorted(self.needs):
-            shape, dtype = self._form(need, units, device)
-            all_reduce(self._totals.setdefault(need, torch.zeros(shape, dtype=dtype, device=device)))
+            if need not in self._totals:
+                self._totals[need] = self._zeros(need, units, device)
+            all_reduce(self._totals[need])
 
-    def without(self, kind: Kind) -> Sums:
-        """The same sums but for one kind."""
-        rest = Sums((need for need in self.needs if need.kind != kind), self.channels)
+    def all_reduce_missing(self, units: int, outputs: int, device: torch.device) -> None:
+        """The same for ``cross`` and ``missing``; ``outputs`` is d."""
+        if world_size() == 1:
+            return
+        inputs = units * self.channels
+        dtype = gram_dtype(inputs, device)
+        if self.cross is None or self.missing is None or self.lacking is None:
+            self.cross = torch.zeros(inputs, outputs, dtype=dtype, device=device)
+            self.missing, self.lacking = torch.zeros_like(self.cross[0]), torch.zeros_like(self.cross[0, 0])
+        for total in (self.cross, self.missing, self.lacking):
+            all_reduce(total)
+
+    def without_grams(self) -> Sums:
+        """The same sums but for Gram matrices, of which no two layers may have one."""
+        rest = Sums((need for need in self.needs if "gram" not in need.kind), self.channels)
         rest.count = self.count
-        rest._totals = {need: total for need, total in self._totals.items() if need.kind != kind}
+        rest._totals = {need: total for need, total in self._totals.items() if "gram" not in need.kind}
         return rest
 
     def get(self, kind: Kind, activation: str) -> Tensor:
@@ -160,8 +250,15 @@ class Sums:
         """
         for need, total in self._totals.items():
             if need[:2] == (kind, activation):
-                return total
+                return _mirrored(total) if kind == "channel_gram" else total
         raise _not_collected(kind)
+
+
+def _mirrored(lower: Tensor) -> Tensor:
+    """A symmetric matrix whose blocks above the diagonal are filled from those below it, in place."""
+    for start in range(_BLOCK, len(lower), _BLOCK):
+        lower[start - _BLOCK : start, start:] = lower[start:, start - _BLOCK : start].T
+    return lower
 
 
 def _not_collected(kind: str) -> RecipeError:
@@ -181,16 +278,18 @@ class LayerStatistics:
     """What a criterion may read of one layer, besides its weights.
 
     Attributes:
-        activation: which activation the recipe names; ``square_sum``, ``sum`` and ``gram`` are of this one.
+        activation: which activation the recipe names; all sums are of this one.
         sums: all sums of the layer.
         rng: this layer's own stream of the recipe's seed.
         loss_gradient: dL/dW in the form of the weights; criteria read it as ``gradient``.
+        keep: how many units will stay, where that is known; what ranks one after the other may stop there.
     """
 
     activation: str = "post"
     sums: Sums = field(default_factory=empty_sums)
     rng: np.random.Generator = field(default_factory=lambda: stream(0, 0, "criterion"))
     loss_gradient: UnitWeights | None = None
+    keep: int | None = None
 
     @property
     def count(self) -> int:
@@ -206,6 +305,21 @@ class LayerStatistics:
     def sum(self) -> Tensor:
         """sum_t a_i(t), float64 [U]."""
         return self.sums.get("sum", self.activation)
+
+    @property
+    def channel_sum(self) -> Tensor:
+        """The sum for each channel by itself, float64 [U * C]."""
+        return self.sums.get("channel_sum", self.activation)
+
+    @property
+    def channel_square_sum(self) -> Tensor:
+        """The sum of squares for each channel by itself, float64 [U * C]."""
+        return self.sums.get("channel_square_sum", self.activation)
+
+    @property
+    def channel_gram(self) -> Tensor:
+        """sum_t a(t) a(t)^T over all channels of all units, [U * C, U * C]; float64 up to 12,000, then float32."""
+        return self.sums.get("channel_gram", self.activation)
 
     @property
     def gram(self) -> Tensor:

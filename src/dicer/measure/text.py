@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dicer.ask.text import Text
+from dicer.ask.text import Text, sources_of
 from dicer.errors import CalibrationError
-from dicer.measure.batches import COUNTED, in_one
+from dicer.measure.batches import ABSENT, COUNTED, in_one
 from dicer.measure.chat import Template
 from dicer.measure.documents import as_documents, entries, hub_documents, is_local, read_documents
 from dicer.measure.ready import ready_rows, unread_fields
@@ -66,6 +66,8 @@ def load_calibration(text: Text, tokenize: Tokenize | None) -> Calibration:
     Raises:
         CalibrationError: the source cannot be had, or is too short for one sample.
     """
+    if len(sources := sources_of(text.source)) > 1:
+        return _mixed(text, sources, tokenize)
     if text.source == "builtin":
         return _builtin(text, _need(tokenize))
     if not is_local(text.source):
@@ -78,6 +80,29 @@ def load_calibration(text: Text, tokenize: Tokenize | None) -> Calibration:
         return _ready(path, every, first[0], text)
     documents = as_documents(every, text.field, template_of(tokenize))
     return _sample(documents, path.resolve().name, text, _need(tokenize))
+
+
+def _mixed(text: Text, sources: Sequence[str], tokenize: Tokenize | None) -> Calibration:
+    """Samples of several texts in equal shares, the first texts one more where they do not come out even."""
+    if text.samples < len(sources):
+        raise CalibrationError(f"{text.samples} samples of {len(sources)} texts: ask for one of each at least.")
+    each, more = divmod(text.samples, len(sources))
+    parts = [
+        load_calibration(text.part(source, each + (number < more)), tokenize) for number, source in enumerate(sources)
+    ]
+    rows = [row for part in parts for row in _rows_of(part)]
+    tokens, mask = in_one(rows)
+    names = ", ".join(str(part.provenance["source"]) for part in parts)
+    provenance = {"source": names, "kind": "mixture", "parts": [part.provenance for part in parts]}
+    return _calibration(tokens, provenance, [note for part in parts for note in part.notes], mask)
+
+
+def _rows_of(part: Calibration) -> Iterator[tuple[list[int], list[bool]]]:
+    """Each row without what is not there, and which of its tokens count."""
+    mask = torch.full_like(part.tokens, COUNTED) if part.mask is None else part.mask
+    for tokens, kinds in zip(part.tokens, mask, strict=True):
+        there = kinds != ABSENT
+        yield tokens[there].tolist(), (kinds[there] == COUNTED).tolist()
 
 
 def template_of(tokenize: Tokenize | None) -> Template | None:

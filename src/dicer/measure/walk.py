@@ -76,7 +76,7 @@ def walk(
             with torch.no_grad(), ExitStack() as stack:
                 for name, axis in found.items():
                     if not axis.routed:
-                        stack.enter_context(_listening(layer, axis, sums[name]))
+                        stack.enter_context(listening_to(layer, axis, sums[name]))
                 for routed in {axis.routed for axis in found.values() if axis.routed}:
                     own_axes = {name: axis for name, axis in found.items() if axis.routed == routed}
                     experts = Experts(layer.get_submodule(routed), routed)
@@ -101,7 +101,7 @@ def _visit(place: SubLayer, layer: nn.Module, axis: Axis, sums: Sums, gradient: 
 
 
 @contextmanager
-def _listening(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
+def listening_to(layer: nn.Module, axis: Axis, sums: Sums) -> Iterator[None]:
     """Feed the sub-layer's activations to the sums while it runs; nothing is kept of them."""
     wanted = {need.activation for need in sums.needs}
     with ExitStack() as stack:

@@ -32,9 +32,11 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
         layer: which units stay, and how others merge into them.
 
     Returns:
-        The tensor with K units along ``piece.dim``: selected rows bit by bit, or the merge map applied in float32 and
-        rounded once to the tensor's own dtype.
+        The tensor with K units along ``piece.dim``: selected rows bit by bit, or the merge map applied in float32 (or
+        the repaired output projection), rounded once to the tensor's own dtype.
     """
+    if piece.is_output and layer.repair is not None:
+        return layer.repair.weight.movedim(1, piece.dim).to(tensor.dtype)
     matrices = layer.merge_matrices()
     if matrices is None:
         return tensor.index_select(piece.dim, piece.rows(layer.keep, layer.units).to(tensor.device))
@@ -49,30 +51,14 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
 
 
 def compensation(weight: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
-    """What a sub-layer's output loses on average by the cut: ``W (a - M_out^T M_in a)`` (FLAP, An et al. 2024).
-
-    Without a merge this is ``W[:, removed] @ a[removed]``. Where units merge, the survivor's activation is taken to be
-    ``M_in a``: exact for ``dominant``, linearised for ``mean``.
+    """What is added to the output projection's bias, float32 [d] (:meth:`.LayerPlan.lost`).
 
     Args:
         weight: the output projection as on disk.
         piece: where the units lie in it.
-        layer: which units stay, and the mean activations a [N * C] of the dense model.
-
-    Returns:
-        float32 [d], to be added to the output projection's bias.
+        layer: which units stay, and the mean activations.
     """
-    if layer.means is None:
-        raise PlanError("the plan has no mean activations, so there is nothing to compensate with.")
-    lost = layer.means.clone()  # [N*C]
-    matrices = layer.merge_matrices()
-    if matrices is None:
-        lost[piece.rows(layer.keep, layer.units)] = 0.0
-    else:
-        survivors = torch.sparse.mm(matrices[0], lost[:, None])  # [K,1]
-        lost -= torch.sparse.mm(matrices[1].T, survivors)[:, 0]
-    by_channel = weight.movedim(piece.dim, 0).float().cpu()  # [N*C, d]
-    return lost.float() @ by_channel
+    return layer.lost(weight.movedim(piece.dim, 0))
 
 
 @dataclass(frozen=True)
@@ -150,6 +136,8 @@ def _check(plan: PrunePlan, shapes: list[LayerShape], axes: Mapping[str, Axis]) 
             if found != layer.units:
                 raise PlanError(f"the plan has {layer.units} units of {axis} in layer {index}, the model has {found}.")
             channels = found * axes[axis].channels
+            if layer.repair is not None and layer.repair.weight.shape[1] * found != len(layer.keep) * channels:
+                raise PlanError(f"the plan's repaired output projection of {axis} in layer {index} is not the model's.")
             if layer.means is not None and len(layer.means) != channels:
                 raise PlanError(
                     f"the plan has means of {len(layer.means)} channels for {axis} in layer {index}, the model has "

@@ -5,7 +5,8 @@ from types import MappingProxyType
 
 from dicer.measure.criteria.activation import act_l2, act_mean
 from dicer.measure.criteria.experts import frequency, reap
-from dicer.measure.criteria.output import output_l2
+from dicer.measure.criteria.obs import leverage, obs
+from dicer.measure.criteria.output import act_weight, cfsp, fluctuation, output_l2
 from dicer.measure.criteria.random import random
 from dicer.measure.criteria.registry import Criterion, criterion, find_criterion
 from dicer.measure.criteria.taylor import taylor
@@ -13,7 +14,12 @@ from dicer.measure.criteria.weight import weight_l2
 from dicer.measure.parts import registry
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
-    registry((random, act_l2, act_mean, output_l2, weight_l2, taylor, reap, frequency))
+    registry(
+        (
+            *(random, act_l2, act_mean, weight_l2, taylor, output_l2, act_weight, fluctuation, cfsp, leverage, obs),
+            *(reap, frequency),
+        )
+    )
 )
 
 __all__ = ["CRITERIA", "Criterion", "criterion", "find_criterion"]

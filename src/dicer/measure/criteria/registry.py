@@ -53,8 +53,7 @@ def criterion(
 
     Args:
         name: what users type.
-        needs: ``square_sum``, ``sum``, ``gram``, ``gradient``, of experts ``tokens`` and
-            ``routed_norm``; empty for weights alone.
+        needs: names of :data:`dicer.measure.parts.NEEDS`, properties of the statistics; empty for weights alone.
         source: paper and equation.
         link: where to read it.
     """

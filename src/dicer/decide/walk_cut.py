@@ -1,0 +1,123 @@
+"""The walk of one method whose cuts change what comes behind them, or whose output projections are solved anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dicer.ask.axes import kind_of
+from dicer.decide.choose import batches_of, choose, own_batches_of, scores_of
+from dicer.decide.layer_plan import LayerPlan
+from dicer.decide.repair import ENOUGH, LEAST, masked, repaired
+from dicer.decide.task import Decided
+from dicer.errors import RecipeError
+from dicer.measure.batches import ABSENT, COUNTED, Batches, counted_of
+from dicer.measure.propagate import CutVisit, Tokens, propagate
+from dicer.measure.stores.store import LayerStore
+from dicer.measure.text import Calibration
+from dicer.model.units import SubLayer
+from dicer.progress import Progress
+
+_HELD = 8  # one of so many samples is held out
+
+
+def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLayer, LayerPlan]:
+    """What stays of every sub-layer, its output projection solved anew where that was asked for.
+
+    Raises:
+        RecipeError: too little text to hold any out, or numbers that are not finite.
+    """
+    text = task.calibration
+    if text is None:
+        raise RecipeError("repair looks at a text: read it first (dicer.decide.task.with_text).")
+    found: dict[SubLayer, LayerPlan] = {}
+
+    def cut(visit: CutVisit) -> Mapping[str, Tensor]:
+        if visit.place not in task.places:
+            return {}
+        layer = choose(task, visit.place, scores_of(task, visit))
+        if task.method.repair != "none":
+            layer = repaired(visit, layer, task.recipe.ridge)
+        found[visit.place] = layer
+        return masked(visit.axis, visit.tensors, layer)
+
+    gradients = None
+    if task.needs_gradient:
+        gradients = store.gradients(
+            batches_of([task]),
+            task.layers,
+            task.axes,
+            checkpointing=task.compute.gradient_checkpointing,
+            progress=progress,
+        )
+    propagate(
+        store,
+        task.layers,
+        _tokens(task, text),
+        cut,
+        axes=task.axes,
+        needs=task.walked_needs,
+        pruned=task.method.propagate == "pruned",
+        dense=task.recipe.target == "dense",
+        gradients=gradients,
+        progress=progress,
+    )
+    return found
+
+
+def _tokens(task: Decided, text: Calibration) -> Tokens:
+    """The samples in batches, with some held out where a ridge is to be found on them."""
+    if task.method.repair == "none" or task.recipe.ridge != "auto":
+        return Tokens(batches_of([task]))
+    held = held_out(text)
+    parts = [own_batches_of(task, text, rows) for rows in (~held, held)]
+    pairs = [
+        (tokens, torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted)
+        for part in parts
+        for tokens, counted in zip(part, counted_of(part), strict=True)
+    ]
+    return Tokens(Batches(pairs), len(parts[1]))
+
+
+def held_out(text: Calibration) -> Tensor:
+    """Which samples are held out, bool [S]: every eighth, at least one, and none that is also among the others.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    count = len(text.tokens)
+    held = torch.zeros(count, dtype=torch.bool)
+    held[min(_HELD, count) - 1 :: _HELD] = True
+    _, same = torch.unique(text.tokens, dim=0, return_inverse=True)
+    held &= ~torch.isin(same, same[~held])
+    if not held.any() or held.all():
+        raise RecipeError(
+            f"--ridge auto holds samples out, and of these {count} none differs from all others: give more calibration "
+            "text, or a --ridge such as 0.01."
+        )
+    return held
+
+
+def evidence_notes(task: Decided) -> list[str]:
+    """What to know where there are few tokens for each input of an output projection that stays."""
+    text = task.calibration
+    if task.method.repair == "none" or text is None:
+        return []
+    tokens = text.tokens.numel() if text.mask is None else int((text.mask == COUNTED).sum())
+    length = text.tokens.shape[1] if text.mask is None else int((text.mask != ABSENT).sum(1).max())
+    axes, notes = task.source.family.sized(task.source.config), []
+    for axis in task.axes:
+        kept = [keep for place, keep in task.amounts.keep.items() if place.axis == axis]
+        inputs = max(kept, default=0) * axes[axis].channels
+        if tokens >= ENOUGH * inputs:
+            continue
+        what = "one factor a column is solved for, not the columns" if tokens < LEAST * inputs else "repair may overfit"
+        units, wanted = kind_of(axis).units, math.ceil(ENOUGH * inputs / length)
+        notes.append(
+            f"{tokens:,} calibration tokens are {tokens / inputs:.1f} for each of the {inputs:,} inputs that stay of a "
+            f"layer's {units}, so {what}; {ENOUGH} for each would be --samples {wanted} --seq-len {length}"
+        )
+    return notes

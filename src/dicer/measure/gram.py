@@ -1,0 +1,44 @@
+"""Systems of equations of a Gram matrix: solved by Cholesky with a ridge, refused where they have no answer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dicer.errors import RecipeError
+from dicer.measure.statistics import exact_products
+
+
+def factor(gram: Tensor, ridge: float, what: str) -> Tensor:
+    """The Cholesky factor of ``gram + ridge * mean(diag) I``, lower [N, N].
+
+    Args:
+        gram: [N, N], symmetric.
+        ridge: relative to the mean of the diagonal.
+        what: the matrix is of, for the message.
+
+    Raises:
+        RecipeError: it is not finite, or singular also with the ridge.
+    """
+    diagonal = gram.diagonal()
+    if not diagonal.isfinite().all():
+        raise RecipeError(f"the Gram matrix of {what} is not finite: its activations overflow; try --dtype float32.")
+    mean = float(diagonal.mean()) or 1.0
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * mean)
+    with exact_products():
+        lower, fault = torch.linalg.cholesky_ex(damped)
+    if int(fault):
+        raise RecipeError(
+            f"the Gram matrix of {what} is singular at ridge {ridge:g}: ask for a larger --ridge, or more calibration "
+            "tokens."
+        )
+    found: Tensor = lower
+    return found
+
+
+def inverse(gram: Tensor, ridge: float, what: str) -> Tensor:
+    """``(gram + ridge * mean(diag) I)^-1``, [N, N]."""
+    with exact_products():
+        found: Tensor = torch.cholesky_inverse(factor(gram, ridge, what))
+    return found
