@@ -33,7 +33,7 @@ class Wrong(Exception):  # noqa: N818 - a finding
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("dicer_plan")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("dicer_plan")
             for name, tensor in load_file(file).items()}  # fmt: skip
 
 
