@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,22 @@ def masked_logits(model_type: str, dense: Path, pruned: Path, plan: PrunePlan) -
         return logits(passing(load(model_type, dense), plan.blocks))
     if "experts" in plan.axes:
         return _without_experts(model_type, dense, pruned, plan)
-    before, after = tensors_of(dense), tensors_of(pruned)
-    if before.keys() != after.keys():
-        raise Wrong(f"other tensors: {sorted(before.keys() ^ after.keys())[:3]}")
+    before = tensors_of(dense)
+    after = _as_named(tensors_of(pruned), before)
     folder = pruned.with_name(f"{pruned.name}_masked")
     shutil.copytree(dense, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     found = {name: _masked(name, tensor, after[name], _keeps(plan, name)) for name, tensor in before.items()}
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     return logits(load(model_type, folder))
+
+
+def _as_named(tensors: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Tensors by names that have one more word before them, where all do (GPT-2's ``transformer.``)."""
+    more = {name.partition(".")[2]: name for name in names}
+    found = {name if name in names else more.get(name, name): tensor for name, tensor in tensors.items()}
+    if found.keys() != {*names}:
+        raise Wrong(f"other tensors: {sorted(found.keys() ^ {*names})[:3]}")
+    return found
 
 
 def _keeps(plan: PrunePlan, name: str) -> Keeps:

