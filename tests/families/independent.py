@@ -122,7 +122,7 @@ def _as_planned(name: str, count: int, rows: list[int], keeps: Keeps) -> None:
     """See that as many rows stay as units, and where a row is a unit, that it is the same ones."""
     fitting = [(units, keep) for units, keep in keeps.values() if len(rows) * units == count * len(keep)]
     exact = [keep for units, keep in fitting if units == count]
-    if not fitting or (exact and rows not in exact):
+    if not fitting or (len(exact) == len(fitting) and rows not in exact):
         raise Wrong(f"{name} keeps other rows than its plan says")
 
 
@@ -153,14 +153,15 @@ def _without_experts(model_type: str, dense: Path, pruned: Path, plan: PrunePlan
         cut, (units, keep) = after.get(name), _keeps(plan, name).get("experts", (0, []))
         if cut is None or cut.shape == tensor.shape or re.search(r"experts\.\d+\.", name):
             continue  # experts with numbers in their names have moved up
-        if tensor.shape[0] != units or kept_rows(name, tensor, cut, 0) not in (keep, None):
+        dim = next(dim for dim in range(tensor.dim()) if tensor.shape[dim] != cut.shape[dim])
+        if tensor.shape[dim] != units or kept_rows(name, tensor, cut, dim) not in (keep, None):
             raise Wrong(f"{name} keeps other rows than its plan says")
         lost = torch.tensor(sorted({*range(units)} - {*keep}))
-        own = _same_content(model, tensor)
-        if own is not None and tensor.dim() == 2 and "experts" not in name:
+        memory, own = _same_content(model, tensor)
+        if own is not None and tensor.dim() == 2 and "experts" not in name and tensor.shape[0] == units:
             routers[own.data_ptr()] = lost
-        elif own is not None and _CORRECTION.search(name):
-            own.data[lost] = -1e9
+        elif own is not None and _CORRECTION.search(memory):
+            own.data[..., lost] = -1e9
     if len(routers) < len(plan.axes["experts"]):
         raise Wrong("some router has kept all its rows")
     with _NeverChosen(routers) as mode:
@@ -170,10 +171,11 @@ def _without_experts(model_type: str, dense: Path, pruned: Path, plan: PrunePlan
     return found
 
 
-def _same_content(model: Any, tensor: Tensor) -> Any:
-    """The parameter or buffer in memory that a tensor on disk is."""
+def _same_content(model: Any, tensor: Tensor) -> tuple[str, Any]:
+    """The parameter or buffer in memory that a tensor on disk is, with its name there."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return next((own for _, own in named if own.shape == tensor.shape and torch.equal(own.data, tensor)), None)
+    same = ((name, own) for name, own in named if own.shape == tensor.shape and torch.equal(own.data, tensor))
+    return next(same, ("", None))
 
 
 class _NeverChosen(TorchFunctionMode):

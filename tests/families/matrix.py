@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +67,13 @@ _WORDS = (
     (r"change nothing, so no comparison", "units cannot be told apart"),
     (r"has other tensors there", "a small twin has other tensors"),
     (r"same number in every layer, and of one width", "one number and one width for all layers"),
+    (r"written, as it could not be opened again: no list of decoder layers", "in the pruned folder no layers are found"),
     (r"no list of decoder layers", "no list of decoder layers"),
+    (r"others that are none \(zero or skip", "its router has rows for more than its experts (zero or skip experts)"),
+    (r"is a table of whole numbers", "a table of whole numbers gives tokens their experts"),
+    (r"do not lie side by side", "its experts do not lie in gate_up_proj and down_proj"),
+    (r"has no language model for a '(\w+)'", "saved, it is a type that has no language model"),
+    (r"can be built with the widths that are left", "no class of transformers takes the config that is left"),
 )
 Row = dict[str, str]
 
@@ -100,9 +107,9 @@ def few_words(why: str) -> str:
         if re.search(pattern, why):
             return words
     inner = re.search(r"cannot be built \((.*)\)$", why)
-    said = re.sub(r"/\S+", "", inner[1] if inner else why)
-    said = re.sub(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?", "#", said.split(". ")[0])
-    return ("cannot be built: " if inner else "") + (said if len(said) <= 110 else said[:107] + "...")
+    said = re.sub(r"/\S+", "", inner[1] if inner else why).removeprefix("PlanError: ").split(". ")[0]
+    said = re.sub(r"(?<![A-Za-z_\d])\d+(?:[x.]\d+)*(?:e[-+]?\d+)?", "#", said).split("; choose")[0]
+    return ("cannot be built: " if inner else "") + textwrap.shorten(said, 130, placeholder=" ...")
 
 
 def column_of(family: FoundFamily, axis: str) -> str:
@@ -176,7 +183,7 @@ def _said(column: str, proofs: Sequence[Proof], family: FoundFamily, names: Sequ
         return why, why
     bad = [proof for proof in proofs if not proof.holds]
     if bad:
-        some = f"{', '.join(p.axis for p in bad)}: " if len(proofs) > 1 else ""
+        some = f"{', '.join(p.axis for p in bad)}: " if len(bad) < len(proofs) else ""
         why = few_words(bad[0].why_not)
         return (some + why,) * 2
     if column == "blocks":

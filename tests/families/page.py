@@ -8,6 +8,8 @@ from pathlib import Path
 
 import transformers
 
+from families.tiny import CAUSAL
+
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 _SHOWN = {  # cell -> heading; what can never differ has no column of its own
     "neurons uniform": "neurons",
@@ -33,8 +35,8 @@ model's class without weights and looking at which tensors follow which key of t
 This is what comes of it for every type of transformers {version} that has a class for text (and for images and text): {built}
 types that can be built here as tiny models, {unbuilt} that cannot.
 
-| | PASS | of those that have such units |
-| --- | --- | --- |
+| | PASS | in AutoModelForCausalLM alone ({causal} types) | have such units |
+| --- | --- | --- | --- |
 {totals}
 
 Silently wrong: {wrong}.
@@ -75,14 +77,20 @@ def write_page(rows: Mapping[str, Mapping[str, str]]) -> None:
 def page(rows: Mapping[str, Mapping[str, str]]) -> str:
     """The page as text."""
     built = {name: row for name, row in rows.items() if not row["neurons uniform"].startswith("not built")}
+    causal = {name: rows[name] for name in CAUSAL}
     totals = "\n".join(
-        f"| {_title(cell)} | {passed(rows, cell)} | {sum(row[cell] != '-' for row in built.values())} |"
+        f"| {_title(cell)} | {passed(rows, cell)} | {passed(causal, cell)} | {sum(r[cell] != '-' for r in built.values())} |"
         for cell in _SHOWN
     )
     wrong = sorted({f"{name} ({cell})" for name, row in rows.items() for cell, s in row.items() if s.startswith("WRONG")})
     version = ".".join(transformers.__version__.split(".")[:2])
     top = _TOP.format(
-        version=version, built=len(built), unbuilt=len(rows) - len(built), totals=totals, wrong=", ".join(wrong) or "none"
+        version=version,
+        built=len(built),
+        unbuilt=len(rows) - len(built),
+        causal=len(causal),
+        totals=totals,
+        wrong=", ".join(wrong) or "none",
     )
     numbers = _numbers(built)
     head = ["| type | " + " | ".join(_SHOWN.values()) + " |", "| --- " * (len(_SHOWN) + 1) + "|"]

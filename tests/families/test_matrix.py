@@ -53,7 +53,8 @@ def test_page() -> None:
 def test_reasons_do_not_jitter() -> None:
     said = {said for row in EXPECTED.values() for said in row.values() if not said.startswith(("PASS", "-", "not built"))}
     assert not [reason for reason in said if re.search(r"/tmp|\d+\.\d+|\de[-+]\d", reason)]
-    assert few_words("what is cut cannot be built (X: sizes 48 and 24.5 in /tmp/a/b)") == "cannot be built: X: sizes # and # in "
+    why = "what is cut cannot be built (XError: 48 by 4x8 and 2.5e-03 of a Gemma4 in /tmp/a/b of it. More.)"
+    assert few_words(why) == "cannot be built: XError: # by # and # of a Gemma4 in of it"
     assert len(COLUMNS) * len(FORMS) == len(cells())
 
 
