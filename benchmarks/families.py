@@ -84,8 +84,12 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.stderr[-2000:])
         row = json.loads(done.stdout.splitlines()[-1])
-        times = [f"{row['prove'][axis]:.1f}" if axis in row["prove"] else "-" for axis in ("mlp", "attention", "experts", "block")]
-        print(f"| {name} | {row['parameters'] / 1e9:.1f} B | {row['find']:.1f} | {' | '.join(times)} | {row['peak']:.1f} |")
+        times = [
+            f"{row['prove'][axis]:.1f}" if axis in row["prove"] else "-"
+            for axis in ("mlp", "attention", "experts", "block")
+        ]
+        cells = [name, f"{row['parameters'] / 1e9:.1f} B", f"{row['find']:.1f}", *times, f"{row['peak']:.1f}"]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What a pruned folder should compute, found without dicer's own account of where units lie.
 
 The dense and the pruned folder are compared tensor by tensor: the weights are random, so every row of what was cut is
-found again in one place of the dense tensor, and the rows that are not are what went. These are set to zero in the dense
-model, which transformers then runs. What the plan says is held against the same rows. Whole experts: the router's logits
-of those that went are minus infinity; whole layers: the layer hands on what it is given.
+found again in one place of the dense tensor, and the rows that are not are what went. These are set to zero in the
+dense model, which transformers then runs. What the plan says is held against the same rows. Whole experts: the
+router's logits of those that went are minus infinity; whole layers: the layer hands on what it is given.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Wrong(Exception):  # noqa: N818 - a finding
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint."""
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("dicer_plan")
-            for name, tensor in load_file(file).items()}  # fmt: skip
+    files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("dicer_plan")]
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Loads folders in one process that has transformers and no dicer: ``python load_elsewhere.py JOB.json OUT``.
 
-The job lists (folder, auto class); a folder with ``modeling_pruned.py`` is loaded with ``trust_remote_code=True``, every
-other one plainly. OUT.safetensors gets the logits by the folder's place in the list, OUT.json what failed.
+The job lists (folder, auto class); a folder with ``modeling_pruned.py`` is loaded with ``trust_remote_code=True``,
+every other one plainly. OUT.safetensors gets the logits by the folder's place in the list, OUT.json what failed.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A cell is PASS, ``-`` where the type has no such units, or why it is refused. PA
 real run from a folder to a folder that a process without dicer loads, held against the masked dense model (see
 :mod:`families.independent`). Where the second fails after the first, the cell begins with WRONG: none may.
 
-``--update`` writes ``expected.json`` and ``docs/families.md``; without it the differences to ``expected.json`` are shown.
+``--update`` writes ``expected.json`` and ``docs/families.md``; without it the differences to the former are shown.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ _WORDS = (
     (r"change nothing, so no comparison", "units cannot be told apart"),
     (r"has other tensors there", "a small twin has other tensors"),
     (r"same number in every layer, and of one width", "one number and one width for all layers"),
-    (r"written, as it could not be opened again: no list of decoder layers", "in the pruned folder no layers are found"),
+    (
+        r"written, as it could not be opened again: no list of decoder layers",
+        "in the pruned folder no layers are found",
+    ),
     (r"no list of decoder layers", "no list of decoder layers"),
     (r"others that are none \(zero or skip", "its router has rows for more than its experts (zero or skip experts)"),
     (r"is a table of whole numbers", "a table of whole numbers gives tokens their experts"),
@@ -290,9 +293,7 @@ def _without_block(dense: Path, source: ModelSource, family: FoundFamily) -> Cal
     return write
 
 
-def _run(
-    found: Found, own: tuple[str, ...], model_type: str, dense: Path, write: Callable[[Path], PrunePlan]
-) -> None:
+def _run(found: Found, own: tuple[str, ...], model_type: str, dense: Path, write: Callable[[Path], PrunePlan]) -> None:
     """Prune, and run the masked model; what fails here was proven and cannot be done."""
     out = dense.with_name(own[0].replace(" ", "_"))
     try:
@@ -318,7 +319,9 @@ def _held_against(row: Row, run: Run, loaded: Any) -> None:
     spread = float(run.masked.std())
     apart = float((loaded - run.masked).abs().max())
     if not (loaded.isfinite().all() and apart <= _SAME * spread):
-        row |= dict.fromkeys(run.cells, f"WRONG: loaded elsewhere it is not the masked model (off by {apart / spread:.0e})")
+        row |= dict.fromkeys(
+            run.cells, f"WRONG: loaded elsewhere it is not the masked model (off by {apart / spread:.0e})"
+        )
     elif (run.folder / "modeling_pruned.py").exists() and "uniform" in run.cells[0]:
         row |= {cell: f"{row[cell]}, own code" for cell in run.cells}
 

@@ -30,10 +30,10 @@ GOALS = {
 }
 _TOP = """# Which families, and what of them
 
-Written by `make families-update`: not by hand. dicer has no list of models. It finds where the units lie by building a
-model's class without weights and looking at which tensors follow which key of the config, and proves on the spot that they do.
-This is what comes of it for every type of transformers {version} that has a class for text (and for images and text): {built}
-types that can be built here as tiny models, {unbuilt} that cannot.
+Written by `make families-update`: not by hand. dicer has no list of models. It finds where the units lie by building
+a model's class without weights and looking at which tensors follow which key of the config, and proves on the spot
+that they do. This is what comes of it for every type of transformers {version} that has a class for text (and for
+images and text): {built} types that can be built here as tiny models, {unbuilt} that cannot.
 
 | | PASS | in AutoModelForCausalLM alone ({causal} types) | have such units |
 | --- | --- | --- | --- |
@@ -44,27 +44,28 @@ Silently wrong: {wrong}.
 ## What PASS means
 Two things, both of them.
 
-- **dicer's proof**, which also runs on every user's model before anything is scored: on a small twin, the model that is cut is
-  the dense one in which the removed units are zero (of experts: the router's logits are minus infinity; of whole layers: the
-  layer hands on what it is given), within 1e-4 of the logits' standard deviation; the cut changes the logits; and other
-  units than those that went would not give the same.
-- **a check that shares no code with it**: a tiny checkpoint is pruned from folder to folder, at random units, and loaded by a
-  process in which dicer cannot be imported: plainly, or with the model file in the folder where that says "own code" or the
-  layers differ. Where units lie is then found again by comparing the two folders' rows, which are random and so all different;
-  the dense model without these is run by transformers. Again 1e-4.
+- **dicer's proof**, which also runs on every user's model before anything is scored: on a small twin, the model that
+  is cut is the dense one in which the removed units are zero (of experts: the router's logits are minus infinity; of
+  whole layers: the layer hands on what it is given), within 1e-4 of the logits' standard deviation; the cut changes
+  the logits; and other units than those that went would not give the same.
+- **a check that shares no code with it**: a tiny checkpoint is pruned from folder to folder, at random units, and
+  loaded by a process in which dicer cannot be imported: plainly, or with the model file in the folder where that says
+  "own code" or the layers differ. Where units lie is then found again by comparing the two folders' rows, which are
+  random and so all different; the dense model without these is run by transformers. Again 1e-4.
 
-What that does not show: the twin has random weights, few layers (each kind once or twice), few tokens, narrow MLPs and few
-heads. The hidden size, activations, norms, rotary settings, sparsities and scales are those of the user's config, as a wrong
-structure shows in them (BitNet's norm over neurons and the sparse activations of Gemma 3n load cleanly and are wrong: only
-the numbers see it). It shows that the cut is exact; it says nothing of how good a pruned model is, nor of a config whose
-settings are other than the ones here: that is why the proof is made anew for each model.
+What that does not show: the twin has random weights, few layers (each kind once or twice), few tokens, narrow MLPs
+and few heads. The hidden size, activations, norms, rotary settings, sparsities and scales are those of the user's
+config, as a wrong structure shows in them (BitNet's norm over neurons and the sparse activations of Gemma 3n load
+cleanly and are wrong: only the numbers see it). It shows that the cut is exact; it says nothing of how good a pruned
+model is, nor of a config whose settings are other than the ones here: that is why the proof is made anew for each
+model.
 
 ## How to read it
-`-`: it has no such units. *differing*: layers of different widths. Experts are the same number in every layer and of one width, as
-the classes hold all of a layer in one tensor; so they have no such column. *not the first*: every layer but the first can go.
-*own code*: also with one width for all layers the folder carries `modeling_pruned.py`, as no config can say it (heads by
-`hidden_size / heads`, say). A number is a reason below; what is refused is refused in one line before anything is computed, and
-`--family FILE.toml` says a structure that is not found.
+`-`: it has no such units. *differing*: layers of different widths. Experts are the same number in every layer and of
+one width, as the classes hold all of a layer in one tensor; so they have no such column. *not the first*: every layer
+but the first can go. *own code*: also with one width for all layers the folder carries `modeling_pruned.py`, as no
+config can say it (heads by `hidden_size / heads`, say). A number is a reason below; what is refused is refused in one
+line before anything is computed, and `--family FILE.toml` says a structure that is not found.
 
 """
 
@@ -82,7 +83,9 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
         f"| {_title(cell)} | {passed(rows, cell)} | {passed(causal, cell)} | {sum(r[cell] != '-' for r in built.values())} |"
         for cell in _SHOWN
     )
-    wrong = sorted({f"{name} ({cell})" for name, row in rows.items() for cell, s in row.items() if s.startswith("WRONG")})
+    wrong = sorted(
+        {f"{name} ({cell})" for name, row in rows.items() for cell, s in row.items() if s.startswith("WRONG")}
+    )
     version = ".".join(transformers.__version__.split(".")[:2])
     top = _TOP.format(
         version=version,
@@ -97,7 +100,9 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
     lines = [f"| {name} | " + " | ".join(_cell(row[c], numbers) for c in _SHOWN) + " |" for name, row in built.items()]
     reasons = [f"{number}. {reason}" for reason, number in numbers.items()]
     unbuilt = [
-        f"- {name}: {row['neurons uniform'].removeprefix('not built: ')}" for name, row in rows.items() if name not in built
+        f"- {name}: {row['neurons uniform'].removeprefix('not built: ')}"
+        for name, row in rows.items()
+        if name not in built
     ]
     parts = [*head, *lines, "", "## Reasons", *reasons, "", "## Not built", *unbuilt]
     return top + "\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""The matrix is what is checked in: a third of the types by turns, all with ``DICER_FAMILIES=all`` (``make families``)."""
+"""The matrix is what is checked in: a third of the types by turns, all of them by ``make families``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from safetensors.torch import load_file, save_file
 import dicer
 from families.independent import Wrong, logits, masked_logits, tensors_of
 from families.load_elsewhere import logits_elsewhere
-from families.matrix import COLUMNS, FORMS, cells, chosen_types, compact, differences, expanded, few_words, read_expected
+from families.matrix import (
+    COLUMNS,
+    FORMS,
+    cells,
+    chosen_types,
+    compact,
+    differences,
+    expanded,
+    few_words,
+    read_expected,
+)
 from families.matrix import rows as matrix_rows
 from families.page import GOALS, PAGE, page, passed
 from families.tiny import TYPES, tiny_input, tiny_model
@@ -51,7 +61,9 @@ def test_page() -> None:
 
 
 def test_reasons_do_not_jitter() -> None:
-    said = {said for row in EXPECTED.values() for said in row.values() if not said.startswith(("PASS", "-", "not built"))}
+    said = {
+        said for row in EXPECTED.values() for said in row.values() if not said.startswith(("PASS", "-", "not built"))
+    }
     assert not [reason for reason in said if re.search(r"/tmp|\d+\.\d+|\de[-+]\d", reason)]
     why = "what is cut cannot be built (XError: 48 by 4x8 and 2.5e-03 of a Gemma4 in /tmp/a/b of it. More.)"
     assert few_words(why) == "cannot be built: XError: # by # and # of a Gemma4 in of it"
@@ -122,6 +134,8 @@ def test_other_plan(granite: tuple[Path, Any], tmp_path: Path) -> None:
 
 def test_folder_that_does_not_load(granite: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = granite
-    found = logits_elsewhere([(tmp_path, "AutoModelForCausalLM"), (folder / "dense", "AutoModelForCausalLM")], tiny_input())
+    found = logits_elsewhere(
+        [(tmp_path, "AutoModelForCausalLM"), (folder / "dense", "AutoModelForCausalLM")], tiny_input()
+    )
     assert isinstance(found[0], str)
     assert torch.allclose(found[1], logits(tiny_model("granite")), atol=1e-5)

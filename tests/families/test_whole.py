@@ -1,4 +1,4 @@
-"""The families that people use, each by ``dicer prune`` from a folder to a process without dicer; and what is refused."""
+"""The families that people use, by ``dicer prune`` from a folder to a process without dicer; what is refused."""
 
 from __future__ import annotations
 
@@ -192,7 +192,9 @@ def test_quantized_experts_unsaid(refused: Refused, tmp_path: Path) -> None:
         ("granite", {"num_hidden_layers": LAYERS + 1}, (f"layers.{LAYERS}.",)),
         pytest.param(
             *("granite", {"num_hidden_layers": LAYERS - 1}, (f"layers.{LAYERS - 1}.",)),
-            marks=pytest.mark.xfail(reason="a whole layer more is taken for one that predicts further ahead", strict=True),
+            marks=pytest.mark.xfail(
+                reason="a whole layer more is taken for one that predicts further ahead", strict=True
+            ),
         ),
     ],
 )
