@@ -63,7 +63,7 @@ def masked_logits(model_type: str, dense: Path, pruned: Path, plan: PrunePlan) -
     before = tensors_of(dense)
     after = _as_named(tensors_of(pruned), before)
     folder = pruned.with_name(f"{pruned.name}_masked")
-    shutil.copytree(dense, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(dense, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
     found = {name: _masked(name, tensor, after[name], _keeps(plan, name)) for name, tensor in before.items()}
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     return logits(load(model_type, folder))

@@ -157,7 +157,9 @@ def _examined(
         own = [proofs[name] for name in asked]
         uniform, differing = _said(column, own, family, names)
         found.row |= {f"{column} uniform": uniform, f"{column} differing": differing}
-    with patch("dicer.pipeline.prove", _of_proofs(family, proofs)):  # the same model's: once is enough
+    # The same model for all runs: to open it and to prove it once is enough.
+    opened = patch("dicer.pipeline.open_model", lambda *_: stock)
+    with opened, patch("dicer.pipeline.prove", _of_proofs(family, proofs)):
         for cell, write in _runs(dense, stock, family, by_column, found.row):
             _run(found, cell, model_type, dense, write)
     return found
