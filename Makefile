@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SERVING ?= .venv-serving
 JOBS ?= 2
 
-.PHONY: demo test test-serving check format golden clean-env mutants bench install
+.PHONY: demo test test-serving check format golden clean-env mutants bench families families-update install
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,14 @@ format: install
 # Writes the table of hashes anew that tests/test_golden.py holds every plan and every weight against.
 golden: install
 	$(BIN)/python tests/golden.py --write
+
+# Every type that the installed transformers has, held against tests/families/expected.json (the tests do a third by turns).
+families: install
+	DICER_FAMILIES=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/families/test_matrix.py $(ARGS)
+
+# Writes that list and docs/families.md anew.
+families-update: install
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m families.matrix --update
 
 # A pruned checkpoint must load where only torch, transformers and safetensors are installed: builds such a place.
 clean-env: install

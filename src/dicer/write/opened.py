@@ -156,7 +156,7 @@ def _run(model: Any, source: ModelSource, what: str) -> None:
     with as_model_error(source.name, what):
         if isinstance(source.family, FoundFamily):
             with torch.device("meta"):
-                dense = source.family.stock_class._from_config(copy.deepcopy(source.config))
+                dense = source.family.stock_class._from_config(copy.deepcopy(source.config), dtype=model.dtype)
             if _fault(dense) is not None:
                 return
         raise error
