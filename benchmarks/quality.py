@@ -96,12 +96,28 @@ RECIPES: dict[str, dict[str, Any]] = {
     "obs solved global": {"criterion": "obs", **SOLVED, "allocate": "global"},
     "obs solved cosine bias": {"criterion": "obs", **SOLVED, "allocate": "cosine", "compensate": "bias"},
     "obs solved, not the first": {"criterion": "obs", **SOLVED, "first": False},
+    "obs solved 1e-1, not the first": {"criterion": "obs", **SOLVED, "ridge": 1e-1, "first": False},
+    "obs solved 1e-1 cosine, not the first": {
+        "criterion": "obs",
+        **SOLVED,
+        "ridge": 1e-1,
+        "allocate": "cosine",
+        "first": False,
+    },
     "obs solved target dense, not the first": {"criterion": "obs", **SOLVED, "target": "dense", "first": False},
     "best": {"method": "best"},
 }
 NO_TEXT = ("weight-l2", "optipfair-static")
 PEERS = ("taylor", "optipfair-static", "optipfair-data", "act-weight", "flap", "modegpt", "blocks")
-OURS = ("rc-a", "rc-a rolls solved", "output-l2 solved", "obs solved", "obs solved cosine", "obs solved, not the first")
+OURS = (
+    "rc-a",
+    "rc-a rolls solved",
+    "output-l2 solved",
+    "obs solved",
+    "obs solved cosine",
+    "obs solved, not the first",
+    "obs solved 1e-1, not the first",
+)
 
 
 class Part(NamedTuple):
@@ -118,6 +134,7 @@ PARTS = {
     "main": Part((*PEERS, *OURS), ("5-28",), (0.25, 0.5), ("32x512",), 3),
     "ablation": Part(tuple(RECIPES), ("5-28",), (0.25, 0.5), ("32x512",), 1),
     "sizes": Part((*PEERS, *OURS), ("5-28",), (0.25, 0.5), ("10x128", "128x512"), 1),
+    "most": Part(OURS[2:], ("5-28",), (0.25, 0.5), ("256x512",), 1),
     "layers": Part((*PEERS, *OURS), ("all",), (0.25, 0.5), ("32x512",), 1),
 }
 
@@ -283,7 +300,7 @@ def main() -> None:
         try:
             setting = {key: value for key, value in one.items() if key != "recipe"}
             found.append({**one, **bench.run(one["recipe"], **setting), "dense": dense})
-        except dicer.DicerError as error:
+        except (dicer.DicerError, RuntimeError) as error:  # the others are still worth their time
             print(f"{one}: {error}", flush=True)
             continue
         print(f"{time.perf_counter() - start:.0f} s: {json.dumps(found[-1])}", file=sys.stderr, flush=True)
