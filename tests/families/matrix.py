@@ -49,13 +49,13 @@ _CHUNK = 16  # types that are loaded by one process
 # What a tensor's name has where there are such units, found or not.
 _HINTS = {
     "neurons": re.compile(
-        r"^(?!.*(expert|router|gate\.weight|vision|visual|audio)).*(mlp|ffn|feed_forward|fc1|\.ff\.|intermediate|lin1)"
+        r"^(?!.*(experts|router|\.gate\.|vision|visual|audio)).*(mlp|ffn|feed_forward|fc1|\.ff\.|intermediate|lin1)"
     ),
     "heads": re.compile(
-        r"^(?!.*(vision|visual|audio)).*\.(q_proj|query|c_attn|qkv|query_key_value|q_lin|q_b_proj|Wqkv|c_q|wq)\b"
+        r"^(?!.*(vision|visual|audio)).*\.(q_proj|query|c_attn|\w*qkv\w*|query_key_value|q_lin|q_b_proj|c_q|wq\w*)\b"
     ),
-    "experts": re.compile(r"experts\b"),
-    "expert neurons": re.compile(r"experts\b"),
+    "experts": re.compile(r"\bexperts\b"),
+    "expert neurons": re.compile(r"\bexperts\b"),
 }
 # Reasons in few words, that stay the same from run to run; the first that is found in what dicer says.
 _WORDS = (
@@ -149,7 +149,7 @@ def _examined(
 ) -> Found:
     family = source.family
     assert isinstance(family, FoundFamily)
-    names = [*tensors_of(dense)]
+    names = [name for name, tensor in tensors_of(dense).items() if tensor.dim() == 2 or "experts" in name]
     found = Found({})
     by_column = {column: [a for a in family.axes if column_of(family, a) == column] for column in COLUMNS}
     for column, axes in by_column.items():
