@@ -83,13 +83,14 @@ class Proof:
         """
         if self.axis == "block" and self.but_first and 0 in plan.blocks:
             raise UnknownFamily(
-                f"the first layer cannot go whole: {self.but_first}. Leave it out with --layers 1-, or prune another --axis."
+                f"the first layer cannot go whole: {self.but_first}. Leave it out with --layers 1-, or prune "
+                "another --axis."
             )
         kept = {len(layer.keep) / layer.units for layer in plan.axes.get(self.axis, {}).values()}
         if self.differing and len(kept) > 1:
             raise UnknownFamily(
-                f"layers of this model cannot differ in width along {self.axis}: {self.differing}. Use --allocate uniform "
-                "on all layers, or another --axis."
+                f"layers of this model cannot differ in width along {self.axis}: {self.differing}. Use "
+                "--allocate uniform on all layers, or another --axis."
             )
 
 
@@ -102,8 +103,8 @@ def check_proofs(source: ModelSource, proofs: Sequence[Proof]) -> None:
     for proof in proofs:
         if not proof.holds:
             raise UnknownFamily(
-                f"{source.name}: the structure that was found for {proof.axis} of a '{source.family.model_type}' does not "
-                f"hold: {proof.why_not}. Choose another --axis, or say the structure with --family FILE.toml."
+                f"{source.name}: the structure that was found for {proof.axis} of a '{source.family.model_type}' "
+                f"does not hold: {proof.why_not}. Choose another --axis, or say the structure with --family FILE.toml."
             )
 
 
@@ -239,8 +240,8 @@ def _numbers(axis: str, tensor: str, error: float, moved: float) -> str:
     if moved < 1e-6:
         return f"its units do nothing: without them the logits are the same ({tensor})"
     return (
-        f"the model with units of {axis} cut out (of {tensor} and what belongs to it) differs from the one in which they "
-        f"are zero by {error:.2g} standard deviations of the logits"
+        f"the model with units of {axis} cut out (of {tensor} and what belongs to it) differs from the one in which "
+        f"they are zero by {error:.2g} standard deviations of the logits"
     )
 
 

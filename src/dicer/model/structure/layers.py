@@ -126,9 +126,9 @@ def _item_a_layer(config: Any, key: str, count: int) -> tuple[str, ...]:
     """Keys whose value has an item for every layer; one that lists the layers' numbers has not."""
     found = []
     for name, value in _beside(config, key).items():
-        if isinstance(value, list | tuple) and len(value) == count:
-            if not ("layer" in name and list(value) == list(range(count))):
-                found.append(name)
+        an_item_each = isinstance(value, list | tuple) and len(value) == count
+        if an_item_each and not ("layer" in name and list(value) == list(range(count))):
+            found.append(name)
     return tuple(found)
 
 
