@@ -94,6 +94,17 @@ class Proof:
             )
 
 
+def proven(plan: PrunePlan, proofs: Sequence[Proof]) -> PrunePlan:
+    """The same plan with its proofs in it.
+
+    Raises:
+        UnknownFamily: it holds what they do not speak of.
+    """
+    for proof in proofs:
+        proof.check_plan(plan)
+    return replace(plan, proof=[proof.record() for proof in proofs]) if proofs else plan
+
+
 def check_proofs(source: ModelSource, proofs: Sequence[Proof]) -> None:
     """Refuse what is not proven.
 
