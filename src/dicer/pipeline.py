@@ -36,7 +36,8 @@ from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
 from dicer.write.opened import as_source, check_cut
-from dicer.write.prove import Proof, check_proofs, prove, proven
+from dicer.write.proof import Proof, check_proofs, proven
+from dicer.write.prove import prove
 from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line

@@ -34,7 +34,8 @@ from dicer.decide.plan import PrunePlan, load_plan
 from dicer.errors import DicerError
 from dicer.model.source import ModelSource, open_model
 from dicer.model.structure.find import FoundFamily, find_family
-from dicer.write.prove import Proof, prove
+from dicer.write.proof import Proof
+from dicer.write.prove import prove
 from families.independent import Wrong, masked_logits, tensors_of
 from families.load_elsewhere import logits_elsewhere
 from families.reasons import few_words

@@ -32,7 +32,8 @@ from dicer.study.grid import ORIGINAL, Experiment, Run, identity
 from dicer.study.record import make_record
 from dicer.study.records import locked, read_records, record_path, run_id, write_record
 from dicer.study.run_record import plan_entries, surroundings
-from dicer.write.prove import Proof, check_proofs, prove
+from dicer.write.proof import Proof, check_proofs
+from dicer.write.prove import prove
 from dicer.write.surgery import plan_cut
 
 
