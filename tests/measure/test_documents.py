@@ -30,13 +30,14 @@ def test_whole_local_file(tmp_path, monkeypatch):
 
 
 def test_look_at_a_source(tmp_path, monkeypatch):
-    """Nothing is read: not a file, which may be broken, nor a pipe, which could be read once only."""
+    """Nothing is read: a file may be broken; a pipe is refused, as it could be read once only, or never end."""
     (tmp_path / "broken.jsonl.gz").write_bytes(b"no zip")
     os.mkfifo(tmp_path / "pipe.txt")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for source in (tmp_path / "broken.jsonl.gz", tmp_path / "pipe.txt", "builtin", "c4", "owner/name"):
+    for source in (tmp_path / "broken.jsonl.gz", "builtin", "c4", "owner/name"):
         check_text(Text(calib=str(source)))
     for source, says in (
+        (tmp_path / "pipe.txt", "pipe.txt cannot be read: it is a pipe, and only plain files are read."),
         (tmp_path / "none.txt", "none.txt cannot be read: No such file"),
         ("bookcorpsu", "unknown calibration text 'bookcorpsu'. Did you mean 'bookcorpus'?"),
         ("a/b/c", "unknown calibration text 'a/b/c'"),

@@ -12,6 +12,7 @@ from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
 from dicer.ask.text import sources_of
 from dicer.errors import RecipeError
+from dicer.reading import open_plain, reason
 
 _TEXTS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
 
@@ -76,7 +77,7 @@ def _by_content(file: str) -> str:
 
 def _digest(file: str) -> str:
     try:
-        with Path(file).open("rb") as content:
+        with open_plain(file) as content:
             return f"sha256 {hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
     except OSError as error:
-        raise RecipeError(f"{file} cannot be read: {error.strerror or error}.") from None
+        raise RecipeError(f"{file} cannot be read: {reason(error)}.") from None

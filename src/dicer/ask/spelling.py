@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from dicer.ask.recipe import Recipe
 from dicer.ask.strict import given
 from dicer.ask.text import Text
 from dicer.errors import RecipeError, unknown
+from dicer.reading import read_toml, reason
 
 # Every flag and TOML key -> its field; the order is that of the help.
 FIELDS: Mapping[str, FieldInfo] = MappingProxyType(
@@ -54,11 +54,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         RecipeError: the file cannot be read, is no TOML, or has a key or value that no recipe has; the line names it.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = read_toml(path)
         make_wanted(values)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RecipeError(f"recipe {path} cannot be read: {reason}.") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {reason(error)}.") from None
     except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
     return values

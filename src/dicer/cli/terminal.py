@@ -16,6 +16,7 @@ from rich.table import Table
 
 from dicer.errors import OutputError
 from dicer.files import as_output_error, check_writable, finite, write_whole
+from dicer.reading import read_json
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
 
@@ -154,11 +155,9 @@ def check_file(path: Path | None, *, overwrite: bool, keys: Collection[str], inp
 
 
 def _is_result(path: Path, keys: Collection[str]) -> bool:
-    if path.stat().st_size > _LARGEST_RESULT:
-        return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        found = read_json(path, _LARGEST_RESULT)
+    except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.keys() >= set(keys)
 

@@ -22,6 +22,8 @@ from dicer.decide.plan_file import FORMAT, WITHOUT_REPAIR, PlanFile, Widths, fir
 from dicer.decide.plan_file import TENSORS as TENSORS
 from dicer.errors import PlanError
 from dicer.files import as_output_error, write_whole
+from dicer.machine import free_memory
+from dicer.reading import TABLES, check_plain, read_bytes
 
 PLAN_JSON = "dicer_plan.json"
 
@@ -175,8 +177,8 @@ def load_plan(path: Path) -> PrunePlan:
     if folder.is_file():
         raise PlanError(f"{path} is no plan: give the folder of one, or its {PLAN_JSON}.")
     try:
-        file = PlanFile.model_validate_json((folder / PLAN_JSON).read_bytes())
-        tensors = load_file(folder / file.tensors)
+        file = PlanFile.model_validate_json(read_bytes(folder / PLAN_JSON, TABLES))
+        tensors = _tensors(folder / file.tensors)
         axes = {
             axis: {int(i): _layer(tensors, axis, i, layers[i]) for i in sorted(layers, key=int)}
             for axis, layers in file.axes.items()
@@ -184,13 +186,14 @@ def load_plan(path: Path) -> PrunePlan:
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name if error.filename else TENSORS
         raise PlanError(f"no plan at {path}: {name} is missing. 'dicer plan' writes one.") from None
-    except PermissionError as error:
+    except (PermissionError, IsADirectoryError) as error:
         raise PlanError(f"the plan at {path} cannot be read: {error.strerror}.") from None
     except ValidationError as error:
         reason = first_fault(error)
         raise PlanError(f"the plan at {path} is broken: {reason}. Make it again with 'dicer plan'.") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
+        why = getattr(error, "strerror", None) or error
+        raise PlanError(f"the plan at {path} is broken: {why}. Make it again with 'dicer plan'.") from None
     allocation = {} if file.allocation is None else file.allocation.model_dump()
     return PrunePlan(
         file.model.model_dump(),
@@ -202,6 +205,15 @@ def load_plan(path: Path) -> PrunePlan:
         allocation,
         file.proof,
     )
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a plan, all at once: what has no room in memory is none, whatever its file says."""
+    check_plain(path)
+    size, free = path.stat().st_size, free_memory(torch.device("cpu"))
+    if free is not None and size > free:
+        raise ValueError(f"{path.name} has {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free")
+    return load_file(path)
 
 
 def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -> LayerPlan:

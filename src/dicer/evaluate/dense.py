@@ -18,6 +18,7 @@ from dicer.model.families import FAMILIES
 from dicer.model.find import find_model, read_config
 from dicer.model.source import load_any, open_model
 from dicer.model.tokenizer import read_tokenizer
+from dicer.reading import open_plain
 
 
 @dataclass
@@ -134,6 +135,6 @@ def _fingerprint(model: str | os.PathLike[str], config: dict[str, Any], folder: 
         return open_model(model).fingerprint
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

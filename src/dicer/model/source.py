@@ -34,6 +34,7 @@ from dicer.model.structure.find import FoundFamily, find_family
 from dicer.model.structure.skeleton import model_class, on_disk, stock_class, stock_config
 from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
 from dicer.model.tokenizer import own_code, read_tokenizer
+from dicer.reading import TABLES, read_json, reason
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ class ModelSource:
         if self.folder is None:
             return None
         try:
-            named = json.loads((self.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            named = read_json(self.folder / "tokenizer_config.json", TABLES)
         except FileNotFoundError:
             named = {}
         except (OSError, ValueError) as error:
-            raise ModelError(f"{self.name}: tokenizer_config.json cannot be read: {error}.") from None
+            raise ModelError(f"{self.name}: tokenizer_config.json cannot be read: {reason(error)}.") from None
         if named.get("tokenizer_class") or self.raw_config.get("tokenizer_class"):
             return None
         tokenizer = None if own_code(self.folder) else self.tokenizer()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dicer.errors import ModelError
+from dicer.reading import TABLES, check_plain, read_json, reason
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -167,17 +167,16 @@ class SafetensorsSource:
     def _open(self, file: str) -> Iterator[Any]:
         path = self._folder / file
         try:
+            check_plain(path)
             with safe_open(path, framework="pt") as shard:
                 yield shard
-        except FileNotFoundError:  # so safetensors also calls a file that may not be opened
-            if path.exists():
-                raise ModelError(f"{path} cannot be opened. Check its permissions.") from None
+        except FileNotFoundError:
             raise ModelError(
                 f"{self._folder}: weight file {file} is missing. Fetch the model again, or finish the download."
             ) from None
-        except PermissionError:
-            raise ModelError(f"{path} cannot be opened. Check its permissions.") from None
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {reason(error)}. Check its permissions.") from None
+        except SafetensorError as error:
             raise ModelError(
                 f"{path} cannot be read: {error}. The file is truncated or corrupt; fetch it again."
             ) from None
@@ -215,13 +214,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """
     index = folder / INDEX
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index, TABLES)["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
     except FileNotFoundError:
         raise ModelError(_no_weights(folder)) from None
     except OSError as error:
-        raise ModelError(f"{index} cannot be read: {error.strerror}. Check its permissions.") from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index} cannot be read: {reason(error)}. Check its permissions.") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} is not a weight index: {error!r}. Fetch the model again.") from None
     for file in files.values():
         if Path(file).name != file or not file.endswith(".safetensors"):

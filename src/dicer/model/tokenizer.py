@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from dicer.errors import ModelError
 from dicer.model.find import as_model_error
+from dicer.reading import TABLES, read_json
 
 # Only to tell a folder without tokenizer from one whose tokenizer is broken, once AutoTokenizer has failed.
 _LOOKS_LIKE_ONE = re.compile(r"tok|vocab|merges|tekken|spiece|sentencepiece|bpe|\.model$", re.IGNORECASE)
@@ -46,8 +46,8 @@ def own_code(folder: Path) -> str | None:
     """The class that only code of the folder has, if the tokenizer is of one."""
     for file in ("tokenizer_config.json", "config.json"):
         try:
-            named = json.loads((folder / file).read_text(encoding="utf-8")).get("auto_map") or {}
-        except (OSError, ValueError, AttributeError, RecursionError):
+            named = read_json(folder / file, TABLES).get("auto_map") or {}
+        except (OSError, ValueError, AttributeError):
             continue
         classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
         found = [c for c in classes if c] if isinstance(classes, list) else [classes] * bool(classes)

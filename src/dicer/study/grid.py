@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from dicer.ask.portable import base_name, portable_evaluation, portable_text
 from dicer.ask.recipe import Recipe
 from dicer.ask.spelling import make_wanted
 from dicer.errors import ExperimentError, RecipeError, unknown
+from dicer.reading import read_toml, reason
 
 ORIGINAL = "original"
 _PATHS = (
@@ -91,22 +91,11 @@ def read_experiment(path: Path) -> Experiment:
         ExperimentError: one line with the file, the key and what was expected there.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return make_experiment(read_toml(path))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ExperimentError(f"experiment {path} cannot be read: {reason}.") from None
-    except RecursionError:
-        raise _too_deep(path) from None
-    try:
-        return make_experiment(values)
+        raise ExperimentError(f"experiment {path} cannot be read: {reason(error)}.") from None
     except (ExperimentError, RecipeError) as error:
         raise ExperimentError(f"experiment {path}: {error}") from None
-    except RecursionError:  # dotted keys are read without recursion, however many parts they have
-        raise _too_deep(path) from None
-
-
-def _too_deep(path: Path) -> ExperimentError:
-    return ExperimentError(f"experiment {path} cannot be read: its tables or lists are nested too deeply.")
 
 
 def make_experiment(values: Mapping[str, Any]) -> Experiment:

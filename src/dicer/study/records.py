@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from dicer.errors import ExperimentError, OutputError
 from dicer.files import as_output_error, finite, remove_unfinished, write_whole
+from dicer.reading import open_plain, read_bytes, reason
 from dicer.study.record import FORMAT, Record, parse_record
 
 LOCK = ".dicer-lock"
@@ -59,9 +60,9 @@ def read_record(path: Path) -> Record:
         ExperimentError: it cannot be read, is of another format, or is damaged; the line says where.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, _LONGEST_LINE)
     except OSError as error:
-        raise ExperimentError(f"the record {path} cannot be read: {error.strerror or error}.") from None
+        raise ExperimentError(f"the record {path} cannot be read: {reason(error)}.") from None
     return _parsed(content, f"the record {path}", "move it out of the results folder")
 
 
@@ -112,7 +113,7 @@ def _packed(path: Path) -> Iterator[Record]:
     """The records of a packed file, line by line: what unpacks without end is left before it fills the memory."""
     number = size = 0
     try:
-        with gzip.open(path) as file:
+        with open_plain(path) as packed, gzip.GzipFile(fileobj=packed) as file:
             while line := file.readline(_LONGEST_LINE + 1):
                 number, size = number + 1, size + len(line)
                 if len(line) > _LONGEST_LINE or size > _LARGEST:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dicer.decide.plan import PLAN_JSON, TENSORS
 from dicer.errors import ModelError, OutputError
-from dicer.model.beside import TEMPLATES, files_beside
+from dicer.model.beside import TEMPLATES, files_beside, leads_out
 from dicer.model.source import ModelSource
 from dicer.model.tensors import INDEX, SafetensorsSource
 from dicer.write.config import MODELING_FILE
@@ -62,7 +62,7 @@ def look_over(folder: Path) -> Upload:
 def _wanted(folder: Path, source: ModelSource, *, has_code: bool) -> Iterator[tuple[str, Path]]:
     weights = source.tensors.files if isinstance(source.tensors, SafetensorsSource) else []
     for name in (*weights, *_OURS, *((MODELING_FILE,) if has_code else ())):
-        if (folder / name).is_file():
+        if (folder / name).is_file() and not leads_out(folder / name, folder):
             yield name, folder / name
     for path, reason in files_beside(folder):
         if reason is None:

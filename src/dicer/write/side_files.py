@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dicer.errors import ModelError
-from dicer.model.beside import files_beside
+from dicer.model.beside import MOST_BYTES, files_beside
+from dicer.reading import read_bytes, reason
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -16,8 +17,8 @@ def copy_side_files(source: Path, target: Path) -> None:
     Raises:
         ModelError: one of the model's files cannot be read; what cannot be written stays an OSError.
     """
-    for path, reason in files_beside(source):
-        if reason is not None:
+    for path, why in files_beside(source):
+        if why is not None:
             continue
         place = target / path.relative_to(source)
         if path.name == "README.md":
@@ -28,7 +29,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     try:
-        content = source.read_bytes()
+        content = read_bytes(source, MOST_BYTES)
     except OSError as error:
-        raise ModelError(f"{source} cannot be read: {error.strerror}. Check its permissions.") from None
+        raise ModelError(f"{source} cannot be read: {reason(error)}. Check its permissions.") from None
     target.write_bytes(content)

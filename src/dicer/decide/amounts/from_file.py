@@ -11,6 +11,7 @@ from dicer.ask.axes import AXES, kind_name
 from dicer.decide.amounts.prunable import Prunable
 from dicer.errors import RecipeError, unknown
 from dicer.model.units import SubLayer
+from dicer.reading import read_json, reason
 
 
 def read_ratios(path: Path | str, sub_layers: Sequence[Prunable], layers: int) -> list[float]:
@@ -28,10 +29,10 @@ def read_ratios(path: Path | str, sub_layers: Sequence[Prunable], layers: int) -
         RecipeError: one line that names the file, for whatever is wrong with it.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = read_json(path)
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read ({error.strerror}): give --allocate a JSON file.") from error
-    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} cannot be read ({reason(error)}): give --allocate a JSON file.") from error
+    except ValueError as error:
         raise RecipeError(f"{path} is not JSON ({error}): write an object like {_EXAMPLE}.") from error
     if not isinstance(record, dict):
         raise RecipeError(f"{path} holds no object: write one like {_EXAMPLE}.")

@@ -22,6 +22,7 @@ from dicer.model.find import cache_folder
 from dicer.model.source import ModelSource
 from dicer.processes import from_first, rank
 from dicer.progress import Progress, silent
+from dicer.reading import read_json
 
 # Where a config comes from, and what "dtype" below says; all else may change what a model computes.
 _WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
@@ -123,7 +124,7 @@ def _digest(
 
 def _read(name: str) -> _Held:
     try:
-        content = json.loads((cache_folder() / "entropy" / name).read_text(encoding="utf-8"))
+        content = read_json(cache_folder() / "entropy" / name)
         measured = {str(key): float(value) for key, value in content["measured"].items()}
         if not all(map(math.isfinite, measured.values())):
             return _Held({}, {})

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from dicer.errors import RecipeError, unknown
 from dicer.model.units import SubLayer
+from dicer.reading import read_text, reason
 
 At = Literal["norm", "hidden"]
 Search = Literal["independent", "greedy"]
@@ -131,9 +132,9 @@ def read_profile(path: Path) -> Profile:
         RecipeError: the file cannot be read, or holds no profile; the line names it.
     """
     try:
-        return _parse(path.read_text(encoding="utf-8"))
+        return _parse(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"entropy profile {path} cannot be read: {getattr(error, 'strerror', error)}.") from None
+        raise RecipeError(f"entropy profile {path} cannot be read: {reason(error)}.") from None
     except RecipeError as error:
         raise RecipeError(f"entropy profile {path}: {error}") from None
 

@@ -16,6 +16,7 @@ from dicer.errors import ModelError
 from dicer.model.structure.layers import Layers
 from dicer.model.structure.skeleton import Shape
 from dicer.model.units import Axis, Slice
+from dicer.reading import read_toml, reason
 
 
 class _Table(BaseModel):
@@ -127,9 +128,9 @@ def read_family(path: str | Path) -> FamilyRow:
         ModelError: it cannot be read, or is no such file.
     """
     try:
-        return FamilyRow.model_validate(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        return FamilyRow.model_validate(read_toml(path))
     except OSError as error:
-        raise ModelError(f"the family file {path} cannot be read: {error.strerror or error}.") from None
+        raise ModelError(f"the family file {path} cannot be read: {reason(error)}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

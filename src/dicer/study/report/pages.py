@@ -13,6 +13,7 @@ from typing import Any
 
 from dicer.errors import ExperimentError, OutputError
 from dicer.files import as_output_error, check_writable, remove_unfinished, unfinished, write_whole
+from dicer.reading import open_plain
 from dicer.study.columns import perplexity_kind
 from dicer.study.record import Done, Failed, Record
 from dicer.study.records import read_records
@@ -25,7 +26,7 @@ from dicer.study.report.tables import TableView, full_table, paper_tables, paper
 TITLE = "Pruning experiments"
 # How every report begins, below the style of the page: what tells an earlier report from a file of the user's.
 _EARLIER = re.compile(rf"{TITLE}\W.*?\d+ finished runs, \d+ failed; settings: \d+\.", re.DOTALL)
-_BEGINNING = 8192  # characters
+_BEGINNING = 8192  # bytes
 
 
 def write_report(results: Path, out: Path) -> list[Path]:
@@ -78,8 +79,8 @@ def _is_report(folder: Path, names: set[str]) -> bool:
     """Whether each page that a report would replace was written by one, and there is one."""
     beginnings = []
     for name in names & {"report.html", "report.md"}:
-        with (folder / name).open(encoding="utf-8", errors="replace") as file:
-            beginnings.append(file.read(_BEGINNING))
+        with open_plain(folder / name) as file:
+            beginnings.append(file.read(_BEGINNING).decode("utf-8", errors="replace"))
     return bool(beginnings) and all(_EARLIER.search(text) for text in beginnings)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dicer.errors import ModelError
+from dicer.reading import read_bytes
 from dicer.write.config import MODELING_FILE
 
 NOW = Path(__file__).parents[1] / "export" / MODELING_FILE
@@ -32,7 +33,7 @@ def written_by(folder: Path) -> str | None:
         ModelError: it is of another hand, and is not run.
     """
     code = folder / MODELING_FILE
-    if not code.is_file() or (found := code.read_bytes()) == NOW.read_bytes():
+    if not code.is_file() or (found := read_bytes(code)) == read_bytes(NOW):
         return None
     version = KNOWN.get(hashlib.sha256(found).hexdigest())
     if version is None:

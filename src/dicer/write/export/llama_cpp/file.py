@@ -17,6 +17,7 @@ from dicer.errors import ModelError, OutputError
 from dicer.files import as_output_error, check_writable, folder_beside
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
+from dicer.reading import open_plain
 from dicer.write.export.llama_cpp.arch import Layout, choose
 from dicer.write.export.llama_cpp.keys import context_notes, refuse_odd, write_keys
 from dicer.write.export.llama_cpp.layers import tensors
@@ -133,7 +134,7 @@ def check_file(out: Path, *, overwrite: bool, source: ModelSource | None = None)
             raise OutputError(f"{out} is no regular file; choose another name.")
         if not overwrite:
             raise OutputError(f"{out} exists; choose another name or pass --overwrite.")
-        with target.open("rb") as file:
+        with open_plain(target) as file:
             if file.read(4) != b"GGUF":
                 raise OutputError(f"{out} is no GGUF file, so --overwrite leaves it; choose another name.")
     return target

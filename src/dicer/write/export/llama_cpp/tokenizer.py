@@ -16,6 +16,7 @@ from gguf.vocab import SentencePieceVocab
 
 from dicer.errors import ModelError
 from dicer.model.source import ModelSource
+from dicer.reading import TABLES, read_bytes, read_json, reason
 
 _SPECIAL = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _NO_SCORE = -1000.0  # of what no merge makes
@@ -111,9 +112,11 @@ def read_vocabulary(source: ModelSource, size: int) -> Vocabulary:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found: dict[str, Any] = read_json(path, TABLES)
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}.") from None
+        raise ModelError(f"{path} cannot be read: {reason(error)}.") from None
     return found
 
 
@@ -149,7 +152,7 @@ def _byte_level(source: ModelSource, tokenizer: Any, model: dict[str, Any], size
 
 
 def _put(found: Vocabulary, number: int, token: str, kind: TokenType) -> None:
-    if number < len(found.tokens):
+    if 0 <= number < len(found.tokens):
         found.tokens[number], found.types[number] = token, int(kind)
 
 
@@ -160,7 +163,7 @@ def _sentence_piece(source: ModelSource, folder: Path, size: int) -> Vocabulary:
     found = _empty("llama", "default", size)
     found.scores = [_NO_SCORE] * size
     try:
-        proto = schema.ModelProto.FromString((folder / "tokenizer.model").read_bytes())  # type: ignore[attr-defined]
+        proto = schema.ModelProto.FromString(read_bytes(folder / "tokenizer.model", TABLES))  # type: ignore[attr-defined]
         pieces = list(SentencePieceVocab(folder).all_tokens())
     except Exception as error:  # protobuf, sentencepiece and gguf each have their own kinds
         raise ModelError(f"{source.name}: tokenizer.model cannot be read: {error}.") from None
