@@ -60,9 +60,9 @@ def test_every_field_is_a_flag_of_eval(command, model, monkeypatch, named):
             for bad in ("a", "a=0", "a=many", {"a": 1.5})
         ),
         ({"tasks": "tiny", "limits": {"tyni": 1}}, "limits: unknown task 'tyni'. Did you mean 'tiny'?"),
-        ({"batch_size": "many"}, "batch_size is 'auto' or a number from 1 on; got 'many'."),
-        ({"batch_size": 0}, "batch_size is 'auto' or a number from 1 on; got 0."),
-        ({"batch_size": True}, "batch_size is 'auto' or a number from 1 on; got True."),
+        ({"batch_size": "many"}, "batch_size is 'auto' or a number from 1 to 16,777,216; got 'many'."),
+        ({"batch_size": 0}, "batch_size is 'auto' or a number from 1 to 16,777,216; got 0."),
+        ({"batch_size": True}, "batch_size is 'auto' or a number from 1 to 16,777,216; got True."),
         ({"window": 1}, "window: Input should be greater than or equal to 2, got 1."),
         ({"also_window": 1}, "also_window: "),
         ({"limit": 0}, "limit: "),

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from dicer.ask.panels import MACHINE
-from dicer.ask.strict import Strict
+from dicer.ask.strict import LARGEST, Strict
 
 
 class Compute(Strict):
@@ -24,6 +24,7 @@ class Compute(Strict):
     batch_size: int | None = Field(
         default=None,
         ge=1,
+        le=LARGEST,
         description="samples in a forward pass (default: 4,096 tokens' worth)",
         json_schema_extra=MACHINE,
     )

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from dicer.ask.panels import MACHINE, TASKS, TEXT
-from dicer.ask.strict import Strict
+from dicer.ask.strict import LARGEST, Strict
 from dicer.errors import RecipeError, unknown
 from dicer.files import is_there
 
@@ -80,9 +80,13 @@ class Evaluation(Strict):
         default="", description="put before the protocol's task names, e.g. local_", json_schema_extra=TASKS
     )
     num_fewshot: int | None = Field(
-        default=None, ge=0, description="examples in the prompt (default: the task's own)", json_schema_extra=TASKS
+        default=None,
+        ge=0,
+        le=LARGEST,
+        description="examples in the prompt (default: the task's own)",
+        json_schema_extra=TASKS,
     )
-    limit: int | None = Field(default=None, ge=1, description="documents a task (default: all)")
+    limit: int | None = Field(default=None, ge=1, le=LARGEST, description="documents a task (default: all)")
     limits: dict[str, int] = Field(
         default={},
         description="documents of single tasks or groups, over limit, with commas between",
@@ -103,16 +107,20 @@ class Evaluation(Strict):
         description="token perplexity on builtin, wikitext2 (hub) or a .txt/.jsonl(.gz)",
         json_schema_extra={"metavar": "TEXT"},
     )
-    window: int = Field(default=_WINDOW, ge=2, description="tokens in a window of that text", json_schema_extra=TEXT)
+    window: int = Field(
+        default=_WINDOW, ge=2, le=LARGEST, description="tokens in a window of that text", json_schema_extra=TEXT
+    )
     also_window: int | None = Field(
         default=None,
         ge=2,
+        le=LARGEST,
         description="another window length, measured over as much of the text",
         json_schema_extra=TEXT,
     )
     windows: int | None = Field(
         default=None,
         ge=1,
+        le=LARGEST,
         description="how many windows, from the start (default: all; 8 of each text with --against)",
         json_schema_extra=TEXT,
     )
@@ -159,8 +167,8 @@ class Evaluation(Strict):
     @classmethod
     def _size_read(cls, value: Any) -> Any:
         size = int(value) if isinstance(value, str) and value.isdecimal() else value
-        if size != "auto" and (type(size) is not int or size < 1):
-            raise RecipeError(f"batch_size is 'auto' or a number from 1 on; got {value!r}.")
+        if size != "auto" and (type(size) is not int or not 1 <= size <= LARGEST):
+            raise RecipeError(f"batch_size is 'auto' or a number from 1 to {LARGEST:,}; got {value!r}.")
         return size
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from dicer.ask.methods import (
     is_preset,
 )
 from dicer.ask.panels import ENTROPY, HOW, REPAIR, WHAT
-from dicer.ask.strict import Strict
+from dicer.ask.strict import LARGEST, Strict
 from dicer.ask.text import TEXT_KEYS, Text, sources_of
 from dicer.errors import RecipeError, unknown
 
@@ -58,6 +58,7 @@ class Recipe(Strict):
     groups: int | None = Field(
         default=None,
         ge=1,
+        le=LARGEST,
         description="random groups C that keep K/C neurons each (default: C = K)",
         json_schema_extra=HOW,
     )
@@ -82,7 +83,7 @@ class Recipe(Strict):
         default=1.0, description="no module loses more than this fraction", gt=0, le=1, json_schema_extra=WHAT
     )
     min_width: int = Field(
-        default=1, ge=1, description="neurons that every layer keeps at least", json_schema_extra=WHAT
+        default=1, ge=1, le=LARGEST, description="neurons that every layer keeps at least", json_schema_extra=WHAT
     )
     drop_threshold: float | None = Field(
         default=None,
@@ -122,6 +123,7 @@ class Recipe(Strict):
     rolls: int = Field(
         default=1,
         ge=1,
+        le=10_000,
         description="random partitions that are tried in each layer; the one with the least error stays",
         json_schema_extra=HOW,
     )
@@ -155,7 +157,7 @@ class Recipe(Strict):
         default="all", description="'all', or indices and ranges as in 5,6,9-12 or 5-; -1 is the last layer"
     )
     width_multiple: int = Field(
-        default=1, ge=1, description="round the kept width to a multiple of this", json_schema_extra=WHAT
+        default=1, ge=1, le=LARGEST, description="round the kept width to a multiple of this", json_schema_extra=WHAT
     )
     stock: bool = Field(
         default=False,

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, Validatio
 
 from dicer.errors import RecipeError, unknown
 
+LARGEST = 2**24  # of a number that something is made of: samples, tokens, windows; no machine has more in memory
+
 
 class Strict(BaseModel):
     """A value that does not change, knows no other fields than its own, and takes no text for a number."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from dicer.ask.panels import TEXT
-from dicer.ask.strict import Strict
+from dicer.ask.strict import LARGEST, Strict
 
 
 class Text(Strict):
@@ -35,8 +35,8 @@ class Text(Strict):
         description="text field of the hub data set or of the file's rows",
         json_schema_extra=TEXT,
     )
-    samples: int = Field(default=10, ge=1, description="calibration samples")
-    seq_len: int = Field(default=128, ge=2, description="tokens in a sample")
+    samples: int = Field(default=10, ge=1, le=LARGEST, description="calibration samples")
+    seq_len: int = Field(default=128, ge=2, le=LARGEST, description="tokens in a sample")
     seed: int = Field(
         default=42,
         ge=0,

@@ -27,6 +27,8 @@ from dicer.model.source import ModelSource, tokenize_with
 from dicer.model.structure.find import FoundFamily
 from dicer.model.units import SubLayer
 
+_BEYOND = 8  # times a model's positions, which may be exceeded where they are rotary
+
 
 class Parts(NamedTuple):
     """What a method is made of, with the parameters that were set."""
@@ -309,6 +311,11 @@ def check_tokens(tokens: Tensor, source: ModelSource) -> None:
         )
     if source.family.learned_positions and tokens.shape[1] > limit:
         raise RecipeError(f"samples of {tokens.shape[1]} tokens are longer than the model's {limit} positions.")
+    if tokens.shape[1] > _BEYOND * limit:
+        raise RecipeError(
+            f"samples of {tokens.shape[1]:,} tokens are more than {_BEYOND} times as long as the model's {limit:,} "
+            "positions, where nothing that it computes means anything; give shorter ones."
+        )
 
 
 def without_empty(

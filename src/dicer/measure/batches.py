@@ -8,9 +8,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from dicer.errors import CalibrationError
+from dicer.machine import free_memory
 from dicer.processes import rank, world_size
 
 BATCH_TOKENS = 4096  # in a forward pass
+_TOKEN_BYTES = 24  # of a token of a sample, as a Python list and as a tensor
 ABSENT, SEEN, COUNTED = 0, 1, 2  # a token that is not there; one that others see and no sum counts; any other
 
 
@@ -68,6 +71,20 @@ def own_batches(
     return Batches(pairs)
 
 
+def check_room(samples: int, length: int) -> None:
+    """See to it that samples of so many tokens fit into memory, with what is made of them.
+
+    Raises:
+        CalibrationError: they do not.
+    """
+    need, free = samples * length * _TOKEN_BYTES, free_memory(torch.device("cpu"))
+    if free is not None and need > free:
+        raise CalibrationError(
+            f"{samples:,} samples of up to {length:,} tokens take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB of "
+            "memory are free. Ask for fewer or shorter ones."
+        )
+
+
 def in_one(rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> tuple[Tensor, Tensor | None]:
     """Rows of any length as int64 [S, T] and their mask, None where it would say nothing.
 
@@ -75,6 +92,7 @@ def in_one(rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> tuple[Tensor
         rows: the tokens of each and which of them count.
     """
     longest = max(len(ids) for ids, _ in rows)
+    check_room(len(rows), longest)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.full((len(rows), longest), ABSENT, dtype=torch.uint8)
     for number, (ids, counted) in enumerate(rows):

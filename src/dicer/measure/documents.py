@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dicer.ask.text import Text, sources_of
 from dicer.errors import CalibrationError, unknown
+from dicer.measure.batches import check_room
 from dicer.measure.chat import Template, chat_field, chat_text
 from dicer.measure.rows import (
     FILE_ENDINGS,
@@ -93,6 +94,7 @@ def check_source(source: str, known: Iterable[str] = ("builtin", *HUB_TEXTS), wh
 
 def check_text(text: Text) -> None:
     """The same for a calibration text, which may also be any data set of the hub."""
+    check_room(text.samples, text.seq_len)
     for source in sources_of(text.source):
         check_source(source, ("builtin", *HUB_TEXTS, source if source.count("/") == 1 else "OWNER/NAME"))
 

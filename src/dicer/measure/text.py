@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dicer.ask.text import Text, sources_of
 from dicer.errors import CalibrationError
-from dicer.measure.batches import ABSENT, COUNTED, in_one
+from dicer.measure.batches import ABSENT, COUNTED, check_room, in_one
 from dicer.measure.chat import Template
 from dicer.measure.documents import as_documents, entries, hub_documents, is_local, read_documents
 from dicer.measure.ready import ready_rows, unread_fields
@@ -66,6 +66,7 @@ def load_calibration(text: Text, tokenize: Tokenize | None) -> Calibration:
     Raises:
         CalibrationError: the source cannot be had, or is too short for one sample.
     """
+    check_room(text.samples, text.seq_len)
     if len(sources := sources_of(text.source)) > 1:
         return _mixed(text, sources, tokenize)
     if text.source == "builtin":

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from dicer.errors import DicerError, ModelError
 from dicer.files import folder_beside
 from dicer.model.beside import TEMPLATES, check_read, is_beside
+from dicer.model.claims import check_config
 from dicer.reading import open_plain, read_json, reason
 
 BUILTIN = "builtin:smollm2"
@@ -167,6 +168,9 @@ def _loaded(gguf: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a .gguf file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from dicer.model.gguf_claims import check_claims
+
+    check_claims(gguf)
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
     with as_model_error(gguf.name, "GGUF file"):
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -180,7 +184,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` as it stands.
 
     Raises:
-        ModelError: it is missing, broken, or does not say what family the model is of.
+        ModelError: it is missing, broken, does not say what family the model is of, or says what no model has.
     """
     try:
         config = read_json(folder / "config.json")
@@ -190,6 +194,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {reason(error)}.") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'} does not say a model_type, so the family is unknown.")
+    check_config(folder.resolve().name, config)
     return config
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from dicer.errors import ModelError
 from dicer.model.beside import left_behind
+from dicer.model.claims import check_config
 from dicer.model.families import FAMILIES, Family, known_family
 from dicer.model.find import as_model_error, find_model, read_config
 from dicer.model.match import Matched, match, same_content, untied
@@ -190,8 +191,8 @@ def open_model(model: str | os.PathLike[str], family_file: str | None = None) ->
     if family is None:
         return _open_found(name, folder, raw_config, family_file)
     refuse_config(name, raw_config, family)
+    check_config(name, raw_config, (tensors := SafetensorsSource(folder)).infos())
     config = _config(name, folder)
-    tensors = SafetensorsSource(folder)
     found = match(name, config, raw_config, family, tensors)
     notes = (*found.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
     return ModelSource(
@@ -209,10 +210,10 @@ def _config(name: str, folder: Path) -> Any:
 def _open_found(name: str, folder: Path, raw_config: Mapping[str, Any], file: str | None = None) -> ModelSource:
     """A model of a family that has no row: its row is found."""
     refuse_quantized(name, raw_config)
+    check_config(name, raw_config, (tensors := SafetensorsSource(folder)).infos())
     config = _config(name, folder)
     with as_model_error(name, "model"):
         kind = model_class(config, raw_config.get("architectures"))
-        tensors = SafetensorsSource(folder)
         found = account(name, config, raw_config, kind, tensors)
         shapes = {n: info.shape for n, info in tensors.infos().items()}
         family = find_family(stock_config(found.config), stock_class(kind), shapes, file=file)

@@ -30,6 +30,8 @@ _AXES = {"ratio": "ratios", "seed": "seeds", "samples": "samples", "calib": "cal
 # Recipe fields that earlier records do not have: what they held then, so that those runs are still known.
 _LATER = {"entropy_profile": None}
 
+_MOST_RUNS = 100_000
+
 Entry = str | dict[str, Any]
 
 
@@ -116,6 +118,7 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
                 f"recipe.{key} is the grid's to say: write {plural} = [{grid.recipe[key]!r}] above it."
             )
     runs: dict[Run, None] = {}
+    _check_number(grid)
     for model in grid.models:
         for values_, text in _points(grid):
             recipe, compute = make_wanted(values_)
@@ -129,6 +132,23 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
     evaluation.require_something()
     models = [*grid.models, *grid.beside]
     return Experiment(sorted(runs, key=lambda run: (models.index(run.model), run.recipe is not None)), evaluation)
+
+
+def _check_number(grid: Grid) -> None:
+    """Refuse lists that multiply to more runs than anybody can do, before they are made."""
+    seeds, ratios = (
+        max(len(own) for own in (getattr(grid, name), *_own_lists(grid, name))) for name in ("seeds", "ratios")
+    )
+    count = len(grid.models) * len(grid.methods) * len(grid.calib) * len(grid.samples) * seeds * ratios
+    if count > _MOST_RUNS:
+        raise ExperimentError(
+            f"the lists multiply to {count:,} runs, and at most {_MOST_RUNS:,} are done. Shorten them."
+        )
+
+
+def _own_lists(grid: Grid, name: str) -> list[list[Any]]:
+    tables = (method for method in grid.methods if isinstance(method, dict))
+    return [own for table in tables if isinstance(own := table.get(name), list)]
 
 
 def _against_one(grid: Grid, evaluation: Evaluation) -> Evaluation:

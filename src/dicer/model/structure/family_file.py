@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from fractions import Fraction
@@ -64,8 +65,8 @@ class AxisRow(_Table):
     @field_validator("factor")
     @classmethod
     def _is_fraction(cls, value: str) -> str:
-        if Fraction(value) <= 0:
-            raise ValueError("a factor is more than 0")
+        if not re.fullmatch(r"\d{1,6}(/\d{1,6})?", value) or Fraction(value) <= 0:
+            raise ValueError("a factor is a number like 2 or 1/2")
         return value
 
     def axis(self, name: str) -> Axis:
