@@ -6,14 +6,19 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from dicer.errors import OutputError
 
 _BEGIN, _END = ".dicer-", ".partial"  # how the name of an unfinished thing begins and ends
+_LOCK = ".lock"  # in it; held by who makes it
+_MOMENT = 60  # seconds, in which a new one may not be locked yet
 
 
 @contextmanager
@@ -21,11 +26,19 @@ def folder_beside(path: Path) -> Iterator[Path]:
     """A new folder in which to make what is then renamed to ``path``; it goes when the block ends, however that ends.
 
     Its name is new and it is open to this user alone, so nobody can have put a link there that would be written
-    through. The folder of ``path`` is made where there is none.
+    through. The folder of ``path`` is made where there is none, and what kills have left there goes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(_END, _BEGIN, path.parent, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    remove_unfinished(path.parent)
+    beginning = f"{_BEGIN}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(_END, beginning, path.parent, ignore_cleanup_errors=True) as folder:
+        lock = filelock.FileLock(Path(folder) / _LOCK, timeout=0, fallback_to_soft=False)
+        with suppress(OSError):  # a file system without locks
+            lock.acquire()
+        try:
+            yield Path(folder)
+        finally:
+            lock.release()
 
 
 def write_whole(path: Path, content: str | bytes, *, sync: bool = False) -> None:
@@ -50,14 +63,52 @@ def write_whole(path: Path, content: str | bytes, *, sync: bool = False) -> None
 
 
 def unfinished(folder: Path) -> set[Path]:
-    """What kills have left of :func:`write_whole` in a folder, or what others are writing there now."""
+    """What kills have left of :func:`folder_beside` in a folder, or what others are writing there now."""
     return set(folder.glob(f"{_BEGIN}*{_END}"))
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Take that away; only for who holds the folder alone."""
+    """Take away what kills have left there; what others write now stays."""
     for left in unfinished(folder):
-        shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir() and not left.is_symlink() and is_own(left) and _is_dead(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_dead(left: Path) -> bool:
+    """Whether nobody holds the lock in it; the number in its name says who has made it and not locked it yet."""
+    maker = left.name.removeprefix(_BEGIN).partition("-")[0]
+    number = int(maker) if maker.isdecimal() else 0
+    is_new = time.time() - left.stat().st_mtime < _MOMENT
+    if is_new and (number == os.getpid() and not (left / _LOCK).exists()):  # another thread, perhaps
+        return False
+    if is_new and number != os.getpid() and _is_alive(number):
+        return False
+    lock = filelock.FileLock(left / _LOCK, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except (filelock.Timeout, OSError):
+        return False
+    lock.release()
+    return True
+
+
+def _is_alive(process: int) -> bool:
+    """Whether there is a process of this number here; where asking would end it, there may be."""
+    if not process:
+        return False
+    try:
+        if os.name == "posix":
+            os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def is_own(path: Path) -> bool:
+    """Whether this user made it, as far as the system says who made what."""
+    return not hasattr(os, "getuid") or path.lstat().st_uid == os.getuid()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from dicer.evaluate.fidelity import fidelity
 from dicer.evaluate.quality import perplexity
 from dicer.evaluate.reference import Reference, reference_of
 from dicer.evaluate.texts import check_texts
+from dicer.holds import check_output, claimed
 from dicer.machine import pick_device
 from dicer.measure.documents import check_source, check_text
 from dicer.measure.stores.resident import ResidentStore
@@ -38,7 +39,7 @@ from dicer.write.checkpoint import write_checkpoint
 from dicer.write.opened import as_source, check_cut
 from dicer.write.proof import Proof, check_proofs, proven
 from dicer.write.prove import prove
-from dicer.write.sink import check_output, check_space
+from dicer.write.sink import check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line
 
@@ -97,8 +98,8 @@ def look(
     compute = recipe.compute_or(compute)
     in_memory = not isinstance(model, str | os.PathLike)
     if output is not None:
-        read = [*recipe.files(), perplexity_text, *_fidelity(fidelity_text).text, None if in_memory else model, *inputs]
-        check_output(Path(output), overwrite=overwrite, inputs=read)
+        texts: dict[str, Any] = {"perplexity_text": perplexity_text, "fidelity_text": fidelity_text}
+        _check_place(model, recipe, output, overwrite=overwrite, inputs=inputs, **texts)
     source = from_memory(model, recipe.family) if in_memory else open_model(model, recipe.family)
     task = prepare(source, recipe, _as_it_is(model, compute) if in_memory else compute)
     if task.runs_model:
@@ -120,6 +121,21 @@ def look(
     if output is not None:
         check_space(Path(output), after.nbytes)
     return Look(task, before, after, pick_device(task.compute.device), targets, proofs)
+
+
+def _check_place(
+    model: Any,
+    recipe: Recipe,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    perplexity_text: str | None,
+    fidelity_text: str | None,
+    inputs: Iterable[str | os.PathLike[str] | None],
+) -> None:
+    texts = [perplexity_text, *_fidelity(fidelity_text).text]
+    read = [*recipe.files(), *texts, model if isinstance(model, str | os.PathLike) else None, *inputs]
+    check_output(Path(output), overwrite=overwrite, inputs=read)
 
 
 def proven_axes(task: Asked) -> list[str]:
@@ -189,6 +205,18 @@ def apply_plan(
     """
     out = Path(output)
     check_output(out, overwrite=overwrite, inputs=[None if isinstance(plan, PrunePlan) else plan, model])
+    with claimed(out):
+        return _applied(plan, model, out, overwrite=overwrite, progress=progress)
+
+
+def _applied(
+    plan: PrunePlan | str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    out: Path,
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> Result:
     loaded = plan if isinstance(plan, PrunePlan) else load_plan(Path(plan))
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
@@ -237,16 +265,25 @@ def prune(
     Raises:
         DicerError: anything that the user can mend; then nothing was written.
     """
-    found = look(
-        model,
-        recipe,
-        compute,
-        output=output,
-        overwrite=overwrite,
-        perplexity_text=perplexity_text,
-        fidelity_text=fidelity_text,
-        inputs=inputs,
-    )
+    texts: dict[str, Any] = {"perplexity_text": perplexity_text, "fidelity_text": fidelity_text}
+    if output is not None:
+        _check_place(model, recipe or Recipe(), output, overwrite=overwrite, inputs=inputs, **texts)
+    with claimed(None if output is None else Path(output)):  # from now on, whatever takes hours
+        found = look(model, recipe, compute, output=output, overwrite=overwrite, inputs=inputs, **texts)
+        return _pruned(found, tokenizer, output, overwrite=overwrite, progress=progress, **texts)
+
+
+def _pruned(
+    found: Look,
+    tokenizer: Any | None,
+    output: str | os.PathLike[str] | None,
+    *,
+    overwrite: bool,
+    perplexity_text: str | None,
+    fidelity_text: str | None,
+    progress: Progress,
+) -> Result:
+    """Score, decide and cut what was looked at."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         task = with_text(found.task, tokenizer)

@@ -18,19 +18,19 @@ from dicer.ask.recipe import Recipe
 from dicer.errors import OutputError
 from dicer.write import sink
 
-POINTS, LAST = 10, 20
+POINTS, LAST = 5, 20
 
 # Imports once, then forks a child for each kill. An event is whatever Python does to a file below the output's parent;
-# the child kills itself just before the one that it was told. Where: ten events spread from the first to the last, each
-# of the last ones (the renames are there), and, as point -1, the middle of a weight file. "new" is an empty folder
-# before the run, "over" holds an older checkpoint that --overwrite replaces.
+# the child kills itself just before the one that it was told. Where: a few events from first to last, each of the last
+# ones (the renames are there), and, as point -1, the middle of a weight file. "new" is an empty folder before the
+# run, "over" holds an older checkpoint that --overwrite replaces, "apart" too; there names cannot be exchanged.
 RUNNER = """
 import json, os, pathlib, shutil, signal, sys
 
 parent, model, spread, last = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 import torch
 torch.set_num_threads(1)
-import dicer, dicer.write.sink
+import dicer, dicer.holds, dicer.write.sink
 from transformers import AutoModelForCausalLM
 from dicer.ask.recipe import Recipe
 
@@ -72,9 +72,11 @@ def run(kind, point):
     if child == 0:
         if point == -1:
             dicer.write.sink.save_file = half_a_file
+        if kind == "apart":
+            dicer.holds.exchange = lambda *_: False
         seen = watch(folder, point)
         dicer.prune(
-            model, Recipe(method="weight-l2", layers="1-2"), output=folder / "out", overwrite=kind == "over"
+            model, Recipe(method="weight-l2", layers="1-2"), output=folder / "out", overwrite=kind != "new"
         )
         (parent / "count").write_text(str(seen[0]))
         os._exit(0)
@@ -82,7 +84,7 @@ def run(kind, point):
 
 
 killed = []
-for kind in ("new", "over"):
+for kind in ("new", "over", "apart"):
     assert run(kind, None)[1] == 0
     total = int((parent / "count").read_text())
     points = {round(i * (total - 1) / (spread - 1)) for i in range(spread)} | {*range(total - last, total), -1}
@@ -118,13 +120,14 @@ def new(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(model, old, tmp_path_factory):
-    """Every kill: (folder that holds ``out``, whether an older checkpoint was there, exit code)."""
+    """Every kill: (folder that holds ``out``, its kind, exit code)."""
     base = tmp_path_factory.mktemp("killed")
     (base / "new").mkdir()
     _restore(base / "over" / "out", old)
+    _restore(base / "apart" / "out", old)
     command = [sys.executable, "-c", RUNNER, base, model, POINTS, LAST]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
-    return [(base / name, name.startswith("over"), code) for name, code in json.loads(done.stdout)]
+    return [(base / name, name.partition("-")[0], code) for name, code in json.loads(done.stdout)]
 
 
 def _restore(folder, files):
@@ -137,37 +140,37 @@ def _prune(model, out, **options):
     dicer.prune(model, Recipe(method="weight-l2", layers="1-2"), output=out, **options)
 
 
-def test_every_child_was_killed_at_ten_points_and_more(killed):
-    for kind in (False, True):
-        assert sum(overwrite == kind for _, overwrite, _ in killed) > POINTS
+def test_every_child_was_killed_at_many_points(killed):
+    for kind in ("new", "over", "apart"):
+        assert sum(other == kind for _, other, _ in killed) > POINTS
     assert [code for _, _, code in killed] == [-signal.SIGKILL] * len(killed)
 
 
 def test_after_a_kill_there_is_no_output_or_a_whole_one(killed, model, old, new):
     states = set()
-    for parent, overwrite, _ in killed:
+    for parent, kind, _ in killed:
         out = parent / "out"
         left = {path.name for path in parent.iterdir()}
         assert left <= {"out", "out.partial"}
         found = _bytes(out) if out.exists() else None
         state = "absent" if found is None else "new" if found == new else "old" if found == old else "broken"
-        states.add((overwrite, state))
-        assert state in (("absent", "old", "new") if overwrite else ("absent", "new")), parent.name
-        if state == "absent" and overwrite:  # nothing is lost: the next run puts it back
+        states.add((kind, state))
+        if state == "absent" and kind == "apart":  # nothing is lost: the next run puts it back
             assert _bytes(parent / "out.partial" / "old") == old
         if state != "absent":
             AutoModelForCausalLM.from_pretrained(out)
     # The kills do fall before, between and after the renames.
-    assert states == {(False, "absent"), (False, "new"), (True, "old"), (True, "absent"), (True, "new")}
+    expected = {"new": ("absent", "new"), "over": ("old", "new"), "apart": ("old", "absent", "new")}
+    assert states == {(kind, state) for kind, found in expected.items() for state in found}
 
 
 def test_the_run_after_a_kill_ends_right(killed, model, new, old):
-    for parent, overwrite, _ in killed:
+    for parent, kind, _ in killed:
         out = parent / "out"
-        if overwrite and not out.exists():
-            with pytest.raises(OutputError, match="not empty"):  # the old one counts as there
+        if kind != "new" and not out.exists():
+            with pytest.raises(OutputError, match="was killed, and the old one lies in"):  # it counts as there
                 _prune(model, out)
-        _prune(model, out, overwrite=overwrite or out.exists())
+        _prune(model, out, overwrite=kind != "new" or out.exists())
         assert [path.name for path in parent.iterdir()] == ["out"]
         assert _bytes(out) == new
 
@@ -187,7 +190,9 @@ def _aside(model, parent, old, *, whole):
 @pytest.mark.parametrize("whole", [False, True])
 def test_an_old_checkpoint_left_aside_is_put_back_or_replaced(model, old, new, tmp_path, whole):
     _aside(model, tmp_path, old, whole=whole)
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(
+        OutputError, match=r"the old one lies in .*out\.partial/old\. Move it back, or pass --overwrite"
+    ):
         _prune(model, tmp_path / "out")
     assert _bytes(tmp_path / "out.partial" / "old") == old
     _prune(model, tmp_path / "out", overwrite=True)
@@ -247,6 +252,7 @@ def test_an_error_in_the_middle_leaves_nothing_of_the_new_one(
 
 def test_a_last_rename_that_fails_puts_the_old_one_back(model, old, tmp_path, monkeypatch):
     _restore(tmp_path / "out", old)
+    monkeypatch.setattr("dicer.holds.exchange", lambda *_: False)
     rename = Path.rename
 
     def fail(path, target):

@@ -24,6 +24,7 @@ from dicer.cli.terminal import (
     show,
     write_result,
 )
+from dicer.holds import claimed
 
 app = typer.Typer()
 
@@ -61,39 +62,40 @@ def entropy_command(
     chosen = LISTS if lists.strip() == "all" else tuple(name.strip() for name in lists.split(","))
     check_choices(chosen, search, at)
     check_file(output, overwrite=overwrite, keys=_KEYS, inputs=[recipe.text.source])
-    from dicer.decide.task import check_tokens
-    from dicer.machine import pick_device
-    from dicer.measure.entropy.cache import entropy_profile
-    from dicer.measure.stores.resident import ResidentStore
-    from dicer.measure.text import load_calibration
-    from dicer.model.source import open_model, tokenize_with
+    with claimed(output):
+        from dicer.decide.task import check_tokens
+        from dicer.machine import pick_device
+        from dicer.measure.entropy.cache import entropy_profile
+        from dicer.measure.stores.resident import ResidentStore
+        from dicer.measure.text import load_calibration
+        from dicer.model.source import open_model, tokenize_with
 
-    quiet_transformers()
-    source = open_model(model)
-    calibration = load_calibration(recipe.text, tokenize_with(source.tokenizer()))
-    check_tokens(calibration.tokens, source)
-    loaded = source.load_model(compute.dtype, pick_device(compute.device))
-    _show_cost(len(source.family.widths(source.config)), chosen, search, calibration.tokens.shape)
-    try:
-        with Bar() as progress:
-            profile = entropy_profile(
-                source,
-                ResidentStore(loaded, source.family),
-                calibration.tokens,
-                mask=calibration.mask,
-                lists=chosen,
-                search=search,
-                at=at,
-                batch_size=compute.batch_size,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        typer.echo("dicer: stopped. The same command goes on where it stopped.", err=True)
-        raise
-    profile = replace(profile, about=_about(source, calibration, loaded.dtype))
-    write_result(output, profile.to_json())
-    _show(profile, [*calibration.notes, *profile.notes])
-    say(f"Profile: {output}")
+        quiet_transformers()
+        source = open_model(model)
+        calibration = load_calibration(recipe.text, tokenize_with(source.tokenizer()))
+        check_tokens(calibration.tokens, source)
+        loaded = source.load_model(compute.dtype, pick_device(compute.device))
+        _show_cost(len(source.family.widths(source.config)), chosen, search, calibration.tokens.shape)
+        try:
+            with Bar() as progress:
+                profile = entropy_profile(
+                    source,
+                    ResidentStore(loaded, source.family),
+                    calibration.tokens,
+                    mask=calibration.mask,
+                    lists=chosen,
+                    search=search,
+                    at=at,
+                    batch_size=compute.batch_size,
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            typer.echo("dicer: stopped. The same command goes on where it stopped.", err=True)
+            raise
+        profile = replace(profile, about=_about(source, calibration, loaded.dtype))
+        write_result(output, profile.to_json())
+        _show(profile, [*calibration.notes, *profile.notes])
+        say(f"Profile: {output}")
 
 
 def _about(source: Any, calibration: Any, dtype: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.text import Text
 from dicer.cli.terminal import console, quiet_transformers, say
 
 if TYPE_CHECKING:
+    from dicer.study.grid import Experiment
     from dicer.study.run import Event, Task
 
 app = typer.Typer()
@@ -117,19 +118,23 @@ def run(
     Stop it whenever you like and start it again: finished runs are kept, failed ones are tried again.
     """
     from dicer.study.grid import read_experiment
+    from dicer.study.records import held_early
 
-    asked = read_experiment(experiment)
+    counts = held_early(_run)(read_experiment(experiment), output)  # before what takes seconds to import
+    say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
+    say(f"Next: dicer report {output} -o FOLDER")
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+def _run(asked: Experiment, output: Path) -> dict[str, int]:
     from dicer.evaluate.quality import evaluate, load_all_tasks
     from dicer.evaluate.reference import refer
     from dicer.study.run import run_experiment
 
     quiet_transformers()
     with Board() as board:
-        counts = run_experiment(asked, output, evaluate=evaluate, check=load_all_tasks, watch=board.watch, refer=refer)
-    say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
-    say(f"Next: dicer report {output} -o FOLDER")
-    if counts["failed"]:
-        raise typer.Exit(1)
+        return run_experiment(asked, output, evaluate=evaluate, check=load_all_tasks, watch=board.watch, refer=refer)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import typer
 
 from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, output_path, quiet_transformers, say
 from dicer.errors import RecipeError
+from dicer.holds import check_output, claimed
 
 app = typer.Typer()
 
@@ -56,13 +57,24 @@ def export(
     """Write MODEL, whose layers may differ in width, as a GGUF file or as a stock checkpoint."""
     if to is Target.STOCK and type is not None:
         raise RecipeError(f"--type {type} is of GGUF files; a stock checkpoint keeps its own dtype.")
+    if to is Target.STOCK:
+        check_output(output, overwrite=overwrite, inputs=[model])
+    with claimed(output):  # before a model is fetched
+        lines = _exported(model, to, output, type, pad, overwrite=overwrite)
+    for line in lines:
+        say(line)
+
+
+def _exported(
+    model: str, to: Target, output: Path, type: Type | None, pad: int | None, *, overwrite: bool
+) -> list[str]:
     from dicer.model.source import open_model
     from dicer.write.export.llama_cpp.file import check_file, export_gguf
     from dicer.write.export.stock import export_stock
 
     quiet_transformers()
     if to is Target.GGUF:
-        check_file(output, overwrite=overwrite)  # before a model is fetched
+        check_file(output, overwrite=overwrite)
     source = open_model(model)
     with Bar() as progress:
         if to is Target.STOCK:
@@ -73,5 +85,4 @@ def export(
             file = export_gguf(source, output, type=type, pad=pad, overwrite=overwrite, progress=progress)
             lines = [f"Wrote {output} ({file.nbytes:,} bytes): {file.type}, llama.cpp's architecture '{file.arch}'."]
             lines += [f"Note: {note}." for note in file.notes]
-    for line in lines:
-        say(line)
+    return lines

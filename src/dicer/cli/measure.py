@@ -25,6 +25,7 @@ from dicer.cli.terminal import (
 )
 from dicer.cli.told import show_fidelity
 from dicer.errors import RecipeError
+from dicer.holds import claimed
 from dicer.progress import Progress
 
 app = typer.Typer()
@@ -62,23 +63,24 @@ def evaluate(
     asked.require_something()
     inputs = [asked.perplexity, asked.questions, asked.against, *asked.text]
     check_file(output, overwrite=overwrite, keys=_EVALUATION_KEYS, inputs=inputs)
-    from dicer.evaluate.quality import evaluate as measure
+    with claimed(output):
+        from dicer.evaluate.quality import evaluate as measure
 
-    with Bar() as progress:
-        more = {} if asked.against is None else {"reference": _reference(asked, machine, progress)}
-        name, loaded, tokenizer = _load([model], machine)[0]
-        result = measure(loaded, tokenizer, asked, name=name, progress=progress, **more)
-    if not result:  # not the first of several processes
-        return
-    if "fidelity" in result:
-        from dicer.evaluate.dense import weight_bytes
+        with Bar() as progress:
+            more = {} if asked.against is None else {"reference": _reference(asked, machine, progress)}
+            name, loaded, tokenizer = _load([model], machine)[0]
+            result = measure(loaded, tokenizer, asked, name=name, progress=progress, **more)
+        if not result:  # not the first of several processes
+            return
+        if "fidelity" in result:
+            from dicer.evaluate.dense import weight_bytes
 
-        result["fidelity"]["bytes"] = weight_bytes(model)
-    if output is not None:  # before anything is printed, which can fail, too
-        write_result(output, {"model": name, "evaluation": asked.record(), **result})
-    _show_evaluation(name, result)
-    if output is not None:
-        say(f"Results: {output}")
+            result["fidelity"]["bytes"] = weight_bytes(model)
+        if output is not None:  # before anything is printed, which can fail, too
+            write_result(output, {"model": name, "evaluation": asked.record(), **result})
+        _show_evaluation(name, result)
+        if output is not None:
+            say(f"Results: {output}")
 
 
 @app.command(name="bench")
@@ -100,18 +102,19 @@ def bench_command(
     """
     sizes = _numbers(batch_sizes)
     check_file(output, overwrite=overwrite, keys=_BENCH_KEYS)
-    from dicer.evaluate.speed import bench
+    with claimed(output):
+        from dicer.evaluate.speed import bench
 
-    loaded = [(name, model) for name, model, _ in _load(models, machine)]
-    with Bar() as progress:
-        result = bench(
-            loaded, tokens=tokens, batch_sizes=sizes, prompt_length=prompt_length, rounds=rounds, progress=progress
-        )
-    if output is not None:
-        write_result(output, result.to_dict())
-    _show_bench(result)
-    if output is not None:
-        say(f"Results: {output}")
+        loaded = [(name, model) for name, model, _ in _load(models, machine)]
+        with Bar() as progress:
+            result = bench(
+                loaded, tokens=tokens, batch_sizes=sizes, prompt_length=prompt_length, rounds=rounds, progress=progress
+            )
+        if output is not None:
+            write_result(output, result.to_dict())
+        _show_bench(result)
+        if output is not None:
+            say(f"Results: {output}")
 
 
 def _refuse_idle(typed: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from dicer.ask.axes import kind_of
 from dicer.ask.spelling import FIELDS, Wanted, make_wanted, read_recipe
 from dicer.cli.flags import with_flags
-from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, output_path, quiet_transformers, say, show
+from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, holding, output_path, quiet_transformers, say, show
 from dicer.cli.told import show_fidelity
 
 app = typer.Typer()
@@ -81,20 +81,22 @@ def prune(
     with `--method` they replace that part of the preset.
     """
     wanted = _wanted(recipe, flags)
-    from dicer import pipeline
-
-    quiet_transformers()
     options: dict[str, Any] = {
         "output": output,
         "overwrite": overwrite,
         "perplexity_text": perplexity,
         "fidelity_text": fidelity,
     }
-    if dry_run:
-        _show_look(pipeline.look(model, *wanted, **options, inputs=[recipe]), output)
-        return
-    with Bar() as progress:
-        result = pipeline.prune(model, *wanted, **options, inputs=[recipe], progress=progress)
+    inputs = [model, *wanted.recipe.files(), recipe]
+    with holding(output, overwrite=overwrite, inputs=inputs, only_look=dry_run):  # before what takes seconds to import
+        from dicer import pipeline
+
+        quiet_transformers()
+        if dry_run:
+            _show_look(pipeline.look(model, *wanted, **options, inputs=[recipe]), output)
+            return
+        with Bar() as progress:
+            result = pipeline.prune(model, *wanted, **options, inputs=[recipe], progress=progress)
     _show_result(result)
 
 
@@ -116,15 +118,15 @@ def plan(
 ) -> None:
     """Decide what of MODEL stays, and write only that: dicer_plan.json and dicer_plan.tensors in OUT."""
     asked, compute = _wanted(recipe, flags)
-    from dicer import pipeline
-    from dicer.write.sink import CheckpointSink, check_output
+    with holding(output, overwrite=overwrite, inputs=[model, *asked.files(), recipe]):
+        from dicer import pipeline
+        from dicer.write.sink import CheckpointSink
 
-    check_output(output, overwrite=overwrite, inputs=[model, *asked.files(), recipe])
-    quiet_transformers()
-    with Bar() as progress:
-        made = pipeline.make_plan(model, asked, compute, progress=progress)
-    with CheckpointSink(output, overwrite=overwrite) as sink:
-        made.save(sink.folder)
+        quiet_transformers()
+        with Bar() as progress:
+            made = pipeline.make_plan(model, asked, compute, progress=progress)
+        with CheckpointSink(output, overwrite=overwrite) as sink:
+            made.save(sink.folder)
     for line in made.explain() if explain else ():
         say(line)
     _show_notes(made.notes)
@@ -139,11 +141,12 @@ def apply(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write the checkpoint that PLAN describes, shard by shard, without loading MODEL."""
-    from dicer import pipeline
+    with holding(output, overwrite=overwrite, inputs=[plan, model]):
+        from dicer import pipeline
 
-    quiet_transformers()
-    with Bar() as progress:
-        result = pipeline.apply_plan(plan, model, output, overwrite=overwrite, progress=progress)
+        quiet_transformers()
+        with Bar() as progress:
+            result = pipeline.apply_plan(plan, model, output, overwrite=overwrite, progress=progress)
     _show_result(result)
 
 

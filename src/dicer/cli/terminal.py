@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from dicer.errors import OutputError
-from dicer.files import as_output_error, check_writable, finite, write_whole
+from dicer.files import as_output_error, check_writable, finite
+from dicer.holds import check_output, claimed, taken
 from dicer.reading import read_json
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
@@ -126,6 +129,26 @@ def quiet_transformers() -> None:
         enable_progress_bars()
 
 
+@contextmanager
+def holding(
+    output: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLike[str] | None] = (), only_look: bool = False
+) -> Iterator[None]:
+    """See to it that an output folder can be written, and hold it while the block lasts.
+
+    Args:
+        output: the folder.
+        overwrite: whether an earlier checkpoint there may be replaced.
+        inputs: what the run reads, as it was typed.
+        only_look: nothing will be written, so nothing is held.
+
+    Raises:
+        OutputError: something else is there, or another run holds it.
+    """
+    check_output(output, overwrite=overwrite, inputs=inputs)
+    with claimed(None if only_look else output):
+        yield
+
+
 def check_file(path: Path | None, *, overwrite: bool, keys: Collection[str], inputs: Iterable[str | None] = ()) -> None:
     """See to it that a result file can be written, before hours go into the result.
 
@@ -168,5 +191,6 @@ def write_result(path: Path, value: object) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    with as_output_error(path):
-        write_whole(path.resolve(), json.dumps(finite(value), indent=2) + "\n")  # of a link, what it points to
+    with taken(path) as place, as_output_error(path):
+        place.new.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+        place.finish()

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
+import os
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import filelock
 from pydantic import ValidationError
 
 from dicer.errors import ExperimentError, OutputError
 from dicer.files import as_output_error, finite, remove_unfinished, write_whole
+from dicer.holds import held_folder
 from dicer.reading import open_plain, read_bytes, reason
 from dicer.study.record import FORMAT, Record, parse_record
 
+First = TypeVar("First")
+Returned = TypeVar("Returned")
+Rest = ParamSpec("Rest")
 LOCK = ".dicer-lock"
 PACKED = ".jsonl.gz"
 # Of what a packed file may unpack to; a record of 80 layers with 30,000 neurons each has 0.5 MB.
@@ -172,18 +177,26 @@ def _place(record: Record) -> Path:
 def locked(results: Path) -> Iterator[None]:
     """Hold a results folder for one run; the system lets go of it when the process ends, however it ends.
 
+    Who holds it already does so.
+
     Raises:
         ExperimentError: another run holds it.
         OutputError: the folder cannot be made.
     """
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(results / LOCK).acquire(timeout=0)
-    except filelock.Timeout:
-        raise ExperimentError(f"another run is writing to {results}; wait for it, or name another folder.") from None
-    except OSError as error:
-        raise OutputError(f"cannot use the results folder {results}: {error.strerror or error}.") from error
-    with held:
+    with held_folder(results, results / LOCK):
         for logs in results.glob("*/*/logs"):
             remove_unfinished(logs)  # of a run that was killed while it wrote
         yield
+
+
+def held_early(
+    work: Callable[Concatenate[First, Path, Rest], Returned],
+) -> Callable[Concatenate[First, Path, Rest], Returned]:
+    """Hold the results folder, the second argument, before anything else; several processes take it by themselves."""
+
+    @functools.wraps(work)
+    def held(first: First, results: Path, *rest: Rest.args, **named: Rest.kwargs) -> Returned:
+        with nullcontext() if "RANK" in os.environ else locked(results):
+            return work(first, results, *rest, **named)
+
+    return held

@@ -30,7 +30,7 @@ from dicer.processes import from_first, rank, world_size
 from dicer.progress import Progress, silent
 from dicer.study.grid import ORIGINAL, Experiment, Run, identity
 from dicer.study.record import make_record
-from dicer.study.records import locked, read_records, record_path, run_id, write_record
+from dicer.study.records import held_early, locked, read_records, record_path, run_id, write_record
 from dicer.study.run_record import plan_entries, surroundings
 from dicer.write.proof import Proof, check_proofs
 from dicer.write.prove import prove
@@ -120,6 +120,7 @@ class Bench:
         self.watch(Event("stage", None, stage, done, total))
 
 
+@held_early
 def run_experiment(
     experiment: Experiment,
     results: Path,

@@ -7,12 +7,14 @@ import csv
 import importlib.resources
 import io
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dicer.errors import ExperimentError, OutputError
-from dicer.files import as_output_error, check_writable, remove_unfinished, unfinished, write_whole
+from dicer.files import as_output_error, check_writable, unfinished
+from dicer.holds import taken
 from dicer.reading import open_plain
 from dicer.study.columns import perplexity_kind
 from dicer.study.record import Done, Failed, Record
@@ -27,6 +29,7 @@ TITLE = "Pruning experiments"
 # How every report begins, below the style of the page: what tells an earlier report from a file of the user's.
 _EARLIER = re.compile(rf"{TITLE}\W.*?\d+ finished runs, \d+ failed; settings: \d+\.", re.DOTALL)
 _BEGINNING = 8192  # bytes
+_OWN = re.compile(r"report\.(html|md)|setting\d+-.+\.(png|csv)")  # the names of its files
 
 
 def write_report(results: Path, out: Path) -> list[Path]:
@@ -44,6 +47,32 @@ def write_report(results: Path, out: Path) -> list[Path]:
         OutputError: ``out`` has other things in it, lies within ``results``, or cannot be written.
     """
     check_place(results, out)
+    with taken(out) as place, as_output_error(f"the report to {out}"):
+        files = _files(results)
+        place.new.mkdir()
+        for path in _others(out) if out.is_dir() else ():  # what the user keeps beside it
+            _copy(path, place.new / path.name)
+        for name, content in files.items():
+            with (place.new / name).open("xb") as file:
+                file.write(content)
+        place.finish()
+    return [out / name for name in files]
+
+
+def _others(out: Path) -> list[Path]:
+    """What lies in the folder of a report and is none of it; what kills have left there is nobody's."""
+    return [path for path in out.iterdir() if not _OWN.fullmatch(path.name) and path not in unfinished(out)]
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, target, symlinks=True)
+    else:
+        shutil.copy2(path, target, follow_symlinks=False)
+
+
+def _files(results: Path) -> dict[str, bytes]:
+    """Name -> content of a report's files."""
     records = read_records(results)
     if not done(records):
         failed = f" ({len(records)} failed)" if records else ""
@@ -53,11 +82,7 @@ def write_report(results: Path, out: Path) -> list[Path]:
     for picture in (picture for section in values["sections"] for picture in section["pictures"]):
         files[f"{picture['name']}.png"] = picture["png"]
         files[f"{picture['name']}.csv"] = picture["csv"]
-    with as_output_error(f"the report to {out}"):
-        remove_unfinished(out)  # of a report that was killed
-        for name, content in files.items():
-            write_whole(out / name, content)
-    return [out / name for name in files]
+    return files
 
 
 def check_place(results: Path, out: Path) -> None:
@@ -66,10 +91,12 @@ def check_place(results: Path, out: Path) -> None:
     Raises:
         OutputError: it lies within the results, holds other things than an earlier report, or cannot be written.
     """
-    check_writable(out / "report.html")
+    check_writable(out, [results])
     with as_output_error(f"the report to {out}"):
         if out.resolve().is_relative_to(results.resolve()):
             raise OutputError(f"{out} lies within the results {results}; give -o a folder outside them.")
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is a file; give -o a folder.")
         held = {path.name for path in set(out.iterdir()) - unfinished(out)} if out.exists() else set()
         if held and not _is_report(out, held):
             raise OutputError(f"{out} is not empty and holds no earlier report; give -o a new or an empty folder.")

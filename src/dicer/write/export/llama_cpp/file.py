@@ -14,7 +14,8 @@ import torch
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from dicer.errors import ModelError, OutputError
-from dicer.files import as_output_error, check_writable, folder_beside
+from dicer.files import as_output_error, check_writable
+from dicer.holds import taken
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
 from dicer.reading import open_plain
@@ -89,14 +90,14 @@ def export_gguf(
     wanted = tensors(layout) | {name: _made(factors) for name, factors in (rope.factors if rope else {}).items()}
     types = {name: _type_of(name, made, TYPES[kind][0]) for name, made in wanted.items()}
     check_space(out, sum(_nbytes(made.shape, types[name]) for name, made in wanted.items()))
-    with as_output_error(out), folder_beside(target) as scratch:
-        writer = gguf.GGUFWriter(scratch / "new.gguf", layout.arch.name)
+    with taken(out) as place, as_output_error(out):
+        writer = gguf.GGUFWriter(place.new, layout.arch.name)
         try:
             _write_head(writer, layout, rope, vocabulary, kind)
             _write_tensors(writer, wanted, types, lambda done: progress("write", done, len(wanted)), source.name)
         finally:
             writer.close()
-        (scratch / "new.gguf").replace(target)
+        place.finish()
     unpacked = sum(t == gguf.GGMLQuantizationType.F16 for t in types.values()) if kind == "q8_0" else 0
     kept = [f"{unpacked} matrices are f16, since their rows are no multiple of {_Q8_ROW}"] if unpacked else []
     notes = [*source.notes, *layout.notes, *context_notes(layout), *(rope.notes if rope else ()), *kept]
