@@ -303,6 +303,26 @@ def check_output(out: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLi
         check_held(target, out, overwrite)
 
 
+def check_single(out: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> Path:
+    """Refuse a place where no file can be made, or where one is that may not go.
+
+    Returns:
+        The path, links followed.
+
+    Raises:
+        OutputError: with what is there.
+    """
+    with as_output_error(out):
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder; name a file.")
+        target = check_writable(out, inputs)
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{out} is no regular file; choose another name.")
+        if target.exists() and not overwrite:
+            raise OutputError(f"{out} exists; choose another name or pass --overwrite.")
+    return target
+
+
 def check_held(target: Path, out: Path, overwrite: bool) -> None:
     """Refuse what is there already, or was set aside, unless it may go."""
     if target.exists() and not target.is_dir():

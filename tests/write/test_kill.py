@@ -18,7 +18,7 @@ from dicer.ask.recipe import Recipe
 from dicer.errors import OutputError
 from dicer.write import sink
 
-POINTS, LAST = 5, 20
+POINTS, LAST = 4, 18
 
 # Imports once, then forks a child for each kill. An event is whatever Python does to a file below the output's parent;
 # the child kills itself just before the one that it was told. Where: a few events from first to last, each of the last

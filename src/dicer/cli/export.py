@@ -10,7 +10,7 @@ import typer
 
 from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, output_path, quiet_transformers, say
 from dicer.errors import RecipeError
-from dicer.holds import check_output, claimed
+from dicer.holds import check_output, check_single, claimed
 
 app = typer.Typer()
 
@@ -57,8 +57,7 @@ def export(
     """Write MODEL, whose layers may differ in width, as a GGUF file or as a stock checkpoint."""
     if to is Target.STOCK and type is not None:
         raise RecipeError(f"--type {type} is of GGUF files; a stock checkpoint keeps its own dtype.")
-    if to is Target.STOCK:
-        check_output(output, overwrite=overwrite, inputs=[model])
+    (check_output if to is Target.STOCK else check_single)(output, overwrite=overwrite, inputs=[model])
     with claimed(output):  # before a model is fetched
         lines = _exported(model, to, output, type, pad, overwrite=overwrite)
     for line in lines:

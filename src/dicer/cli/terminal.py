@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from dicer.errors import OutputError
-from dicer.files import as_output_error, check_writable, finite
-from dicer.holds import check_output, claimed, taken
+from dicer.files import as_output_error, finite
+from dicer.holds import check_output, check_single, claimed, taken
 from dicer.reading import read_json
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
@@ -163,18 +163,9 @@ def check_file(path: Path | None, *, overwrite: bool, keys: Collection[str], inp
     """
     if path is None:
         return
-    with as_output_error(path):
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder; name a file.")
-        target = check_writable(path, inputs)
-        if not target.exists():
-            return
-        if not target.is_file():
-            raise OutputError(f"{path} is no regular file; choose another name.")
-        if not overwrite:
-            raise OutputError(f"{path} exists; choose another name or pass --overwrite.")
-        if not _is_result(target, keys):
-            raise OutputError(f"{path} is no result of this command, so --overwrite leaves it; choose another name.")
+    target = check_single(path, overwrite=overwrite, inputs=inputs)
+    if target.exists() and not _is_result(target, keys):
+        raise OutputError(f"{path} is no result of this command, so --overwrite leaves it; choose another name.")
 
 
 def _is_result(path: Path, keys: Collection[str]) -> bool:

@@ -195,7 +195,7 @@ def held_early(
     """Hold the results folder, the second argument, before anything else; several processes take it by themselves."""
 
     @functools.wraps(work)
-    def held(first: First, results: Path, *rest: Rest.args, **named: Rest.kwargs) -> Returned:
+    def held(first: First, results: Path, /, *rest: Rest.args, **named: Rest.kwargs) -> Returned:
         with nullcontext() if "RANK" in os.environ else locked(results):
             return work(first, results, *rest, **named)
 

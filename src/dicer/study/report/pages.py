@@ -91,10 +91,10 @@ def check_place(results: Path, out: Path) -> None:
     Raises:
         OutputError: it lies within the results, holds other things than an earlier report, or cannot be written.
     """
-    check_writable(out, [results])
     with as_output_error(f"the report to {out}"):
         if out.resolve().is_relative_to(results.resolve()):
             raise OutputError(f"{out} lies within the results {results}; give -o a folder outside them.")
+        check_writable(out, [results])
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file; give -o a folder.")
         held = {path.name for path in set(out.iterdir()) - unfinished(out)} if out.exists() else set()

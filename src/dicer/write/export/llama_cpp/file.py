@@ -14,8 +14,8 @@ import torch
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from dicer.errors import ModelError, OutputError
-from dicer.files import as_output_error, check_writable
-from dicer.holds import taken
+from dicer.files import as_output_error
+from dicer.holds import check_single, taken
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
 from dicer.reading import open_plain
@@ -125,17 +125,10 @@ def check_file(out: Path, *, overwrite: bool, source: ModelSource | None = None)
     Raises:
         OutputError: with what is there.
     """
-    target = check_writable(out, [source.folder] if source is not None and source.folder is not None else [])
-    with as_output_error(out):
-        if target.is_dir():
-            raise OutputError(f"{out} is a folder; name a file, as in {out / 'model.gguf'}.")
-        if not target.exists():
-            return target
-        if not target.is_file():
-            raise OutputError(f"{out} is no regular file; choose another name.")
-        if not overwrite:
-            raise OutputError(f"{out} exists; choose another name or pass --overwrite.")
-        with open_plain(target) as file:
+    inputs = [source.folder] if source is not None and source.folder is not None else []
+    target = check_single(out, overwrite=overwrite, inputs=inputs)
+    if target.exists():
+        with as_output_error(out), open_plain(target) as file:
             if file.read(4) != b"GGUF":
                 raise OutputError(f"{out} is no GGUF file, so --overwrite leaves it; choose another name.")
     return target
