@@ -15,7 +15,7 @@ import dicer
 SOURCE = Path(dicer.__file__).parent
 
 # Folder -> what it may import besides itself and the ground; "" is the door: pipeline and the public names.
-GROUND = {"errors", "progress", "processes", "machine", "files", "reading", "holds"}
+GROUND = {"errors", "progress", "processes", "machine", "files", "reading", "holds", "words"}
 MAY = {
     "ask": (),
     "model": ("ask",),

@@ -181,7 +181,7 @@ def test_markdown(made):
     for name in re.findall(r"\]\((.*?\.png)\)", text):
         assert (made / name).is_file()
     assert "&lt;" not in text
-    assert any(line.endswith(": no <memory> & no luck") for line in lines)
+    assert any(line.endswith(r": no \<memory\> \& no luck") for line in lines)
 
 
 def test_a_setting_is_said_once(made, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from dicer.cli.terminal import (
     Bar,
     ModelArgument,
     OverwriteOption,
+    Stopped,
     check_file,
     output_path,
     quiet_transformers,
@@ -89,9 +91,9 @@ def entropy_command(
                     batch_size=compute.batch_size,
                     progress=progress,
                 )
-        except KeyboardInterrupt:
-            typer.echo("dicer: stopped. The same command goes on where it stopped.", err=True)
-            raise
+        except (KeyboardInterrupt, Stopped) as stopped:
+            number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+            raise Stopped(number, "The same command goes on where it stopped.") from None
         profile = replace(profile, about=_about(source, calibration, loaded.dtype))
         write_result(output, profile.to_json())
         _show(profile, [*calibration.notes, *profile.notes])

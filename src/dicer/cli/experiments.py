@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dicer.cli.terminal import console, quiet_transformers, say
+from dicer.words import LINE, plain
 
 if TYPE_CHECKING:
     from dicer.study.grid import Experiment
@@ -45,7 +46,7 @@ class Board:
     def watch(self, event: Event) -> None:
         """Take in one event."""
         if event.task is None:
-            self._stage = f"{event.text} {event.done}/{event.total}"
+            self._stage = plain(f"{event.text} {event.done}/{event.total}", LINE)
             return
         self._stage = ""
         if event.kind == "evaluating":
@@ -53,7 +54,7 @@ class Board:
         elif event.kind == "done":
             self._took[0] += time.monotonic() - self._began
             self._took[1] += 1
-        self._rows[event.task.name] = (describe(event.task), event.kind, event.text)
+        self._rows[event.task.name] = (describe(event.task), event.kind, plain(event.text, LINE))
         if self._console.is_terminal:
             self._start(event)
         elif event.kind in ("done", "failed"):
@@ -68,7 +69,7 @@ class Board:
     def _line(self, event: Event) -> None:
         ended = sum(state in ("done", "failed", "skipped") for _, state, _ in self._rows.values())
         assert event.task is not None
-        why = f": {event.text}" if event.text else ""
+        why = f": {plain(event.text, LINE // 2)}" if event.text else ""
         left = f", {self.time_left()}" if self.time_left() else ""
         self._console.print(
             f"[{ended}/{len(self._rows)}] {event.kind} {describe(event.task)}{why}{left}", markup=False, soft_wrap=True
@@ -98,12 +99,12 @@ class Board:
 
 def describe(task: Task) -> str:
     """A run in a few words."""
-    recipe = task.run.recipe
+    recipe, name = task.run.recipe, plain(task.source.name, LINE // 4)
     if recipe is None:
-        return f"{task.source.name} {task.run.method}"
-    text = f"{task.run.text} {recipe.text.samples} x {recipe.text.seq_len}"
+        return f"{name} {task.run.method}"
+    text = f"{plain(task.run.text, LINE // 4)} {recipe.text.samples} x {recipe.text.seq_len}"
     ratio = "" if (recipe.allocate or "").endswith(".json") else f" {recipe.ratio:g}"
-    return f"{task.source.name} {task.run.method}{ratio} seed {recipe.seed}, {text}"
+    return f"{name} {task.run.method}{ratio} seed {recipe.seed}, {text}"
 
 
 @app.command()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from dicer.cli import entropy, experiments, export, info, measure, prune, push, verify
-from dicer.cli.terminal import say
+from dicer.cli.terminal import Stopped, say
 from dicer.errors import DicerError
+from dicer.words import LINE, plain
 
 app = typer.Typer(
     add_completion=False,
@@ -60,9 +64,14 @@ def main(words: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         return _refuse("standard output is closed; send it to a file or a pipe.")
     try:
-        code = app(
-            list(sys.argv[1:] if words is None else words) or ["--help"], standalone_mode=False, prog_name="dicer"
-        )
+        with _signals():
+            code = app(
+                list(sys.argv[1:] if words is None else words) or ["--help"], standalone_mode=False, prog_name="dicer"
+            )
+    except Stopped as stopped:
+        code = _refuse(f"stopped. {stopped.more}", 128 + stopped.number)
+    except MemoryError:
+        code = _refuse("the memory of this machine is used up; use a smaller model, text or --batch-size.")
     except DicerError as error:
         code = _refuse(str(error))
     except _UsageError as error:
@@ -80,6 +89,29 @@ def main(words: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-def _refuse(reason: str) -> int:
-    print(f"dicer: {' '.join(reason.splitlines())}", file=sys.stderr)  # noqa: T201
-    return 2
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let signals that end the program clear away what is unfinished first; those that are ignored stay so."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    own = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+
+    def stop(number: int, _: object) -> None:
+        for other in own:  # the clearing away is not to be stopped
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    for number in own:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in own:
+            signal.signal(number, before[number])
+
+
+def _refuse(reason: str, code: int = 2) -> int:
+    print("dicer: " + plain(reason, LINE - len("dicer: ")), file=sys.stderr)  # noqa: T201
+    return code

@@ -130,7 +130,7 @@ def plan(
     for line in made.explain() if explain else ():
         say(line)
     _show_notes(made.notes)
-    say(f"Plan: {output}. Next: dicer apply {output} {model} -o FOLDER")
+    say(f"Plan: {output}. Next: dicer apply {output} {model} -o FOLDER", whole=True)
 
 
 @app.command()
@@ -242,6 +242,6 @@ def _show_result(result: Any) -> None:
     on_disk = sum(file.stat().st_size for file in result.path.rglob("*") if file.is_file())
     say("Time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()) + ".")
     say("Peak memory: " + ", ".join(f"{where} {peak / 1e9:.2f} GB" for where, peak in peak_memory().items()) + ".")
-    say(f"Checkpoint: {result.path} ({on_disk:,} bytes on disk).")
+    say(f"Checkpoint: {result.path} ({on_disk:,} bytes on disk).", whole=True)
     say(result.targets)
-    say(f"Load it: import transformers; {loading_line(str(result.path), needs_code=result.needs_code)}")
+    say(f"Load it: import transformers; {loading_line(str(result.path), needs_code=result.needs_code)}", whole=True)

@@ -20,6 +20,7 @@ from dicer.errors import OutputError
 from dicer.files import as_output_error, finite
 from dicer.holds import check_output, check_single, claimed, taken
 from dicer.reading import read_json
+from dicer.words import LINE, plain
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
 
@@ -32,6 +33,14 @@ OverwriteOption = Annotated[
 
 _SHOW_AFTER = 2.0  # seconds; a bar for less is noise
 _LARGEST_RESULT = 64 * 1024**2  # bytes; whatever is larger is no result of ours, and need not be read to know it
+
+
+class Stopped(BaseException):
+    """A signal that ends the program, once what is unfinished was cleared away."""
+
+    def __init__(self, number: int, more: str = "Nothing unfinished is left.") -> None:
+        super().__init__(number)
+        self.number, self.more = number, more
 
 
 class Bar:
@@ -76,6 +85,7 @@ def console() -> Console:
 
 def show(table: Table) -> None:
     """Print a table; where rich would have to cut its words, every row as lines of its own."""
+    _clean(table)
     out = console()
     with out.capture() as drawn:
         out.print(table)
@@ -91,9 +101,17 @@ def show(table: Table) -> None:
     _print(table)
 
 
-def say(text: str) -> None:
-    """Print a line as it stands."""
-    _print(text)
+def _clean(table: Table) -> None:
+    """Words of others in a table, as they can be printed; lines in a cell stay lines."""
+    if isinstance(table.title, str):
+        table.title = plain(table.title, LINE)
+    for column in table.columns:
+        column._cells = [plain(cell, LINE, keep="\n") if isinstance(cell, str) else cell for cell in column.cells]
+
+
+def say(text: str, *, whole: bool = False) -> None:
+    """Print a line; of a long one the middle goes, unless it is to be copied ``whole``."""
+    _print(plain(text, None if whole else LINE))
 
 
 def _print(what: Table | str) -> None:

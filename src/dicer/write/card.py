@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from dicer.ask.axes import kind_of
 from dicer.decide.plan import PrunePlan
 from dicer.model.sizes import Sizes
+from dicer.words import code, markdown, one_line
 
 
 def loading_line(folder: str, *, needs_code: bool) -> str:
@@ -56,23 +56,6 @@ def _widths(plan: PrunePlan) -> list[str]:
     return [row for _, found in sorted(rows.items()) for row in found]
 
 
-def _line(value: object) -> str:
-    """A value on one line: names come from the model's folder, and a break in one would begin what it likes."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-
-
-def _text(value: object) -> str:
-    """A value that Markdown shows as it is, and no reader takes for a link, a picture or HTML."""
-    return re.sub(r"([\\`*\[\]<>&|])", r"\\\1", _line(value))
-
-
-def _code(value: object) -> str:
-    """A value as inline code, between more backticks than it has in a row itself."""
-    line = _line(value)
-    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
-
-
 def _score(score: Mapping[str, Any], digits: int = 3) -> str:
     """A number and its standard error, where one is known."""
     known = "" if score["stderr"] is None else f" ± {score['stderr']:.{digits}f}"
@@ -94,7 +77,7 @@ def model_card(
     import jinja2
     from huggingface_hub import ModelCardData
 
-    name = _line(plan.model["name"])
+    name = one_line(plan.model["name"])
     front_matter = ModelCardData(
         base_model=name if "/" in name else None,
         library_name="transformers",
@@ -104,7 +87,7 @@ def model_card(
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"text": _text, "code": _code, "score": _score}
+    environment.filters |= {"text": markdown, "code": code, "score": _score}
     template = importlib.resources.files("dicer.write").joinpath("card.md.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         front_matter=front_matter.to_yaml(),

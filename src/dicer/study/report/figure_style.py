@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from dicer.errors import ExperimentError
@@ -79,8 +81,28 @@ def figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ExperimentError("figures need matplotlib: pip install 'dicer[report]'.") from None
+        raise _not_installed() from None
     return Figure(figsize=(width, height), layout="constrained")
+
+
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """Words of records in figures are no formulas while the block lasts, and what a font lacks is a box.
+
+    Raises:
+        ExperimentError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise _not_installed() from None
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        yield
+
+
+def _not_installed() -> ExperimentError:
+    return ExperimentError("figures need matplotlib: pip install 'dicer[report]'.")
 
 
 def png(drawn: Any) -> bytes:

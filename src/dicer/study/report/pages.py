@@ -19,11 +19,12 @@ from dicer.reading import open_plain
 from dicer.study.columns import perplexity_kind
 from dicer.study.record import Done, Failed, Record
 from dicer.study.records import read_records
-from dicer.study.report.figure_style import Picture
+from dicer.study.report.figure_style import Picture, plain_text
 from dicer.study.report.figures import pictures
 from dicer.study.report.paper import heading
 from dicer.study.report.settings import Setting, describe, done, settings
 from dicer.study.report.tables import TableView, full_table, paper_tables, paper_text_tables, shown, text_tables
+from dicer.words import markdown
 
 TITLE = "Pruning experiments"
 # How every report begins, below the style of the page: what tells an earlier report from a file of the user's.
@@ -139,11 +140,13 @@ def _values(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _section(number: int, words: str, setting: Setting, members: Sequence[Done]) -> dict[str, Any]:
+    with plain_text():
+        drawn = pictures(members, f"setting{number}")
     return {
         "id": f"setting{number}",
         "title": f"Setting {number}" + (f": {words}" if words else ""),
         "tables": [*paper_tables(setting, members), full_table(members)],
-        "pictures": [_shown(picture) for picture in pictures(members, f"setting{number}")],
+        "pictures": [_shown(picture) for picture in drawn],
     }
 
 
@@ -200,6 +203,7 @@ def _render(name: str, values: dict[str, Any]) -> str:
 
     text = importlib.resources.files("dicer.study.report.templates").joinpath(name).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=name.endswith(".html.j2"), undefined=jinja2.StrictUndefined)
+    environment.filters["text"] = markdown
     return environment.from_string(text).render(
         **values, heads=_heads, flat=_flat, heading=heading, percent=_percent, number=shown
     )
