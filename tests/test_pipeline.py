@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import threading
-
 import pytest
 import torch
-from texts import DOCUMENTS
 from tiny import save_tiny, tiny_model
 
 import dicer
@@ -33,14 +29,12 @@ def no_weights(monkeypatch):
 @pytest.mark.usefixtures("no_weights")
 def test_look_reads_no_text(model, tmp_path):
     (tmp_path / "broken.jsonl.gz").write_bytes(b"no zip")
-    os.mkfifo(tmp_path / "pipe.txt")
-    for name in ("broken.jsonl.gz", "pipe.txt"):
-        recipe = dicer.Recipe(calib=str(tmp_path / name))
-        found = dicer.look(model, recipe, output=tmp_path / "out", perplexity_text=str(tmp_path / name))
-        assert (found.task.runs_model, found.task.calibration) == (True, None)
+    text = str(tmp_path / "broken.jsonl.gz")
+    found = dicer.look(model, dicer.Recipe(calib=text), output=tmp_path / "out", perplexity_text=text)
+    assert (found.task.runs_model, found.task.calibration) == (True, None)
     with pytest.raises(CalibrationError, match=r"none\.txt cannot be read"):
         dicer.look(model, dicer.Recipe(calib=str(tmp_path / "none.txt")))
-    assert {path.name for path in tmp_path.iterdir()} == {"broken.jsonl.gz", "pipe.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl.gz"]
 
 
 def test_broken_text_after_the_look(model, tmp_path):
@@ -48,20 +42,6 @@ def test_broken_text_after_the_look(model, tmp_path):
     with pytest.raises(CalibrationError, match=r"broken\.jsonl\.gz cannot be read"):
         dicer.prune(model, dicer.Recipe(calib=str(tmp_path / "broken.jsonl.gz")), output=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl.gz"]
-
-
-def test_text_from_a_pipe(model, tmp_path):
-    text = "\n".join(DOCUMENTS)
-    (tmp_path / "text.txt").write_text(text)
-    os.mkfifo(tmp_path / "pipe.txt")
-
-    def write():
-        for content in (text, "", ""):  # whoever opens it again finds nothing
-            (tmp_path / "pipe.txt").write_text(content)
-
-    threading.Thread(target=write, daemon=True).start()
-    plans = [dicer.make_plan(model, dicer.Recipe(calib=str(tmp_path / name))) for name in ("pipe.txt", "text.txt")]
-    assert plans[0].diff(plans[1]) == []
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])

@@ -58,6 +58,7 @@ class Look:
         device: to compute on.
         targets: what will load the result, in one line; empty where only a run of the model can tell.
         proofs: of the structure, where it was found.
+        tokenizer: of a model on disk, where a text will be read.
     """
 
     task: Asked
@@ -66,6 +67,7 @@ class Look:
     device: str
     targets: str = ""
     proofs: Sequence[Proof] = ()
+    tokenizer: Any | None = None
 
 
 def look(
@@ -107,11 +109,16 @@ def look(
     if perplexity_text is not None:
         check_source(perplexity_text, ("builtin",), "perplexity text")
     check_texts(_fidelity(fidelity_text).text)
+    source.generation_config()
+    reads = task.runs_model or perplexity_text is not None or fidelity_text is not None
+    tokenizer = source.tokenizer() if reads else None
     check_proofs(source, proofs := prove(source, proven_axes(task)))
     before, after = foreseen(task)
     targets = ""
     if isinstance(task, Decided):
         check_cut(cut := plan_cut(source, task.outline()))
+        if "auto_map" in cut.config:
+            source.unnamed_tokenizer_class()
         if recipe.stock and "auto_map" in cut.config:
             raise RecipeError(
                 f"{source.name}: transformers' own {source.family.causal_lm} does not take the config that this would "
@@ -120,7 +127,7 @@ def look(
         targets = targets_line(as_source(cut))
     if output is not None:
         check_space(Path(output), after.nbytes)
-    return Look(task, before, after, pick_device(task.compute.device), targets, proofs)
+    return Look(task, before, after, pick_device(task.compute.device), targets, proofs, tokenizer)
 
 
 def _check_place(
@@ -171,7 +178,7 @@ def make_plan(
         DicerError: anything that the user can mend.
     """
     found = look(model, recipe, compute)
-    task = with_text(found.task)
+    task = with_text(found.task, found.tokenizer)
     return proven(score([task], _store(_loaded(found), task.source), progress)[0], found.proofs)
 
 
@@ -224,6 +231,9 @@ def _applied(
     check_proofs(source, proofs := prove(source, [*axes, *(["block"] if loaded.blocks else [])]))
     proven(loaded, proofs)
     cut = plan_cut(source, loaded)
+    source.generation_config()
+    if "auto_map" in cut.config:
+        source.unnamed_tokenizer_class()
     result = Result(loaded, *cut.sizes(), notes=list(source.notes))
     check_space(out, result.after.nbytes)
     with _timed(result.seconds, "write"):
@@ -285,6 +295,7 @@ def _pruned(
 ) -> Result:
     """Score, decide and cut what was looked at."""
     seconds: dict[str, float] = {}
+    tokenizer, own = tokenizer or found.tokenizer, tokenizer
     with _timed(seconds, "load"):
         task = with_text(found.task, tokenizer)
         source = task.source
@@ -318,7 +329,7 @@ def _pruned(
             result.fidelity["bytes"] = result.after.nbytes
     if output is not None:
         result.model = None
-        options: dict[str, Any] = {"overwrite": overwrite, "tokenizer": tokenizer, "perplexity_text": perplexity_text}
+        options: dict[str, Any] = {"overwrite": overwrite, "tokenizer": own, "perplexity_text": perplexity_text}
         with _timed(seconds, "write"):
             write_checkpoint(result, cut, Path(output), progress, **options)
     return result

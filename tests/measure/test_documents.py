@@ -54,12 +54,13 @@ def test_look_at_a_source(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder that the datasets library takes for OWNER/NAME."""
+    """A folder that the datasets library is given for OWNER/NAME."""
+    load = pytest.importorskip("datasets").load_dataset
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
     jsonl(folder / "train.jsonl", [{"text": document, "id": i} for i, document in enumerate(DOCUMENTS)])
     jsonl(folder / "test.jsonl", [{"text": "T" * 100, "id": 0}])
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda _, *rest, **named: load(str(folder), *rest, **named))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "home" / "datasets"))
     return "owner/name"

@@ -133,14 +133,18 @@ def test_saved_data_set(tmp_path, kind):
 
 
 def test_names_of_folders(tmp_path, monkeypatch):
-    """OWNER/NAME is the hub's, and also a folder of it; what only dicer reads is a folder."""
+    """OWNER/NAME is the hub's; where a folder here is called so, it has to be said which one is meant."""
     monkeypatch.chdir(tmp_path)
-    for name in ("owner/texts", "owner/rows", "texts", "c4"):
+    for name in ("owner/texts", "owner/rows", "texts", "c4", "Salesforce/wikitext"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "owner" / "texts" / "a.txt").write_text("a")
     jsonl(tmp_path / "owner" / "rows" / "train.jsonl", ["a"])
-    names = ("owner/texts", "owner/rows", "./owner/rows", "owner/rows/", "texts", "c4", "", "builtin", "nowhere/else")
-    assert [name for name in names if is_local(name)] == ["owner/texts", "./owner/rows", "owner/rows/", "texts"]
+    names = ("./owner/texts", "./owner/rows", "owner/rows/", "texts", "c4", "", "builtin", "nowhere/else", "a/b.txt")
+    own = ["./owner/texts", "./owner/rows", "owner/rows/", "texts", "a/b.txt"]
+    assert [name for name in names if is_local(name)] == own
+    for name, folder in (("owner/texts", "owner/texts"), ("owner/rows",) * 2, ("wikitext2", "Salesforce/wikitext")):
+        with pytest.raises(CalibrationError, match=rf"'{name}' is a data set of the hub, and .* write \./{folder} for"):
+            check_text(Text(calib=name))
     with pytest.raises(CalibrationError, match=r"texts is a folder without a file that ends in \.txt, "):
         check_text(Text(calib="texts"))
 

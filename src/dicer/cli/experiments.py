@@ -113,15 +113,25 @@ def run(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="RESULTS", help="Folder of the records, one JSON file a run.")
     ] = Path("results"),
+    no_code: Annotated[
+        bool,
+        typer.Option("--no-code", help="Refuse a file that names code to run: criteria in FILE.py, task folders."),
+    ] = False,
 ) -> None:
     """Prune and measure every point of a grid; what RESULTS already has is not done again.
 
     Stop it whenever you like and start it again: finished runs are kept, failed ones are tried again.
+
+    An experiment of somebody else can name code (a criterion in FILE.py, a folder of tasks), which is run: read it
+    first, or say `--no-code`.
     """
     from dicer.study.grid import read_experiment
     from dicer.study.records import held_early
 
-    counts = held_early(_run)(read_experiment(experiment), output)  # before what takes seconds to import
+    asked = read_experiment(experiment)
+    if no_code:
+        asked.refuse_code()
+    counts = held_early(_run)(asked, output)  # before what takes seconds to import
     say(", ".join(f"{number} {what}" for what, number in counts.items()) + f". Records: {output}")
     say(f"Next: dicer report {output} -o FOLDER")
     if counts["failed"]:

@@ -25,6 +25,7 @@ from dicer.measure.rows import (
 )
 from dicer.reading import check_plain, reason
 
+_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # OWNER/NAME
 # How many documents of a streamed data set, its first ones, are drawn from; more would mean more download.
 _HUB_DOCUMENTS = 10_000
 
@@ -52,15 +53,24 @@ HUB_TEXTS = MappingProxyType(
 def is_local(source: str) -> bool:
     """Whether a text's name is that of a file, or of a folder that is there.
 
-    OWNER/NAME stays a data set of the hub, which the library also takes from a folder, unless only dicer can read it.
+    OWNER/NAME is a data set of the hub: a folder begins with ``.`` or ``/``, ends in ``/``, or is no such name.
+
+    Raises:
+        CalibrationError: it could be a data set of the hub and a folder here: which one, it has to say.
     """
-    path = Path(source)
-    if not source or source == "builtin" or source in HUB_TEXTS:
+    if not source or source == "builtin":
         return False
-    if ending_of(path) in PLAIN + ROWS or not path.is_dir():
-        return ending_of(path) in PLAIN + ROWS
-    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
-    return not hub_id or is_saved(path) or any(ending_of(file) in PLAIN for file in text_files(path))
+    name = HUB_TEXTS[source].path if source in HUB_TEXTS else source
+    if ending_of(Path(name)) in PLAIN + ROWS:
+        return True
+    if not re.fullmatch(_HUB_ID, name):
+        return Path(name).is_dir()
+    if Path(name).is_dir():  # which the library would read in place of the hub's
+        raise CalibrationError(
+            f"'{source}' is a data set of the hub, and there is a folder {name} here: write ./{name} for the folder, "
+            "or work in another one for the hub's."
+        )
+    return False
 
 
 def check_source(source: str, known: Iterable[str] = ("builtin", *HUB_TEXTS), what: str = "calibration text") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dicer.errors import ModelError
-from dicer.reading import SETTINGS, TABLES, check_plain, reason
+from dicer.reading import SETTINGS, TABLES, check_plain, read_json, reason
 
 TEMPLATES = "additional_chat_templates"  # the one subfolder of a model that is fetched, and taken along
 MOST_BYTES = 256 * 1024**2  # of one file; the largest tokenizers have 40 MB
@@ -41,6 +41,7 @@ _READ = re.compile(
     r"tok|vocab|merges|tekken|spiece|sentencepiece|bpe|\.model$",
     re.IGNORECASE,
 )
+_PARSED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Of dicer; the configs of an adapter and of weights in another layout, which are not there.
 _OURS = re.compile(
     r"\.|config\.json$|base_model_card\.md$|dicer_(plan|export)|adapter_|params\.json$|optimizer|scheduler\.|rng_state|openvino_"
@@ -95,10 +96,14 @@ def check_read(folder: Path) -> None:
             )
         try:
             check_plain(path)
+            if path.name in _PARSED and not isinstance(read_json(path, TABLES), dict):
+                raise ValueError("it holds no JSON object")
         except FileNotFoundError:  # a link to nothing
             continue
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {reason(error)}. Check its permissions.") from None
+        except ValueError as error:
+            raise ModelError(f"{path} cannot be read: {error}. Fetch it again.") from None
         most = SETTINGS if path.name.endswith("config.json") else TABLES
         if not path.name.endswith(".safetensors") and path.stat().st_size > most:
             raise ModelError(

@@ -47,6 +47,13 @@ def find_model(model: str) -> tuple[str, Path]:
         ) from None
 
 
+def which_is_meant(model: str) -> tuple[str, ...]:
+    """A note where a folder is read whose name could also be that of a model of the hub."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) or not Path(model).is_dir():
+        return ()
+    return (f"{model} is the folder of that name here, and not the model of the hub; ./{model} says so, too",)
+
+
 def _found(model: str) -> tuple[str, Path]:
     if model.startswith("builtin:"):
         return model, _converted(_builtin_file(model))
@@ -223,6 +230,13 @@ def as_model_error(name: str, what: str) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{name}: the {what} cannot be loaded: {said}") from None
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is what libraries in Rust end with where they did not foresee something; no Exception, by intent."""
+    return type(error).__name__ == "PanicException"

@@ -18,7 +18,7 @@ from dicer.errors import ModelError
 from dicer.model.beside import left_behind
 from dicer.model.claims import check_config
 from dicer.model.families import FAMILIES, Family, known_family
-from dicer.model.find import as_model_error, find_model, read_config
+from dicer.model.find import as_model_error, find_model, read_config, which_is_meant
 from dicer.model.match import Matched, match, same_content, untied
 from dicer.model.odd import (
     code_notes,
@@ -34,7 +34,7 @@ from dicer.model.structure.account import account
 from dicer.model.structure.find import FoundFamily, find_family
 from dicer.model.structure.skeleton import model_class, on_disk, stock_class, stock_config
 from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
-from dicer.model.tokenizer import own_code, read_tokenizer
+from dicer.model.tokenizer import own_code, read_tokenizer, token_ids
 from dicer.reading import TABLES, read_json, reason
 
 
@@ -160,8 +160,7 @@ class Tokenize:
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return token_ids(self._tokenizer, text)
 
     def _chat(self, messages: list[dict[str, Any]], **more: Any) -> str:
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **more))
@@ -188,13 +187,15 @@ def open_model(model: str | os.PathLike[str], family_file: str | None = None) ->
     refuse_adapter(name, folder)
     raw_config = read_config(folder)
     family = known_family(str(raw_config.get("model_type"))) if family_file is None else None
+    meant = which_is_meant(os.fspath(model))
     if family is None:
-        return _open_found(name, folder, raw_config, family_file)
+        opened = _open_found(name, folder, raw_config, family_file)
+        return replace(opened, notes=(*meant, *opened.notes))
     refuse_config(name, raw_config, family)
     check_config(name, raw_config, (tensors := SafetensorsSource(folder)).infos())
     config = _config(name, folder)
     found = match(name, config, raw_config, family, tensors)
-    notes = (*found.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
+    notes = (*meant, *found.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
     return ModelSource(
         name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
     )

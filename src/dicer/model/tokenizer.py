@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dicer.errors import ModelError
-from dicer.model.find import as_model_error
+from dicer.model.find import as_model_error, is_panic
 from dicer.reading import TABLES, read_json
 
 # Only to tell a folder without tokenizer from one whose tokenizer is broken, once AutoTokenizer has failed.
@@ -27,8 +30,9 @@ def read_tokenizer(name: str, folder: Path) -> Any | None:
     from transformers import AutoTokenizer
 
     try:
-        with as_model_error(name, "tokenizer"):
+        with as_model_error(name, "tokenizer"), _no_word_of_panics():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            _try(tokenizer)
     except ModelError:
         if code := own_code(folder):
             raise ModelError(
@@ -40,6 +44,45 @@ def read_tokenizer(name: str, folder: Path) -> Any | None:
         return None
     # Some classes come up empty where there are no files, with nothing but their special tokens.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def _try(tokenizer: Any) -> None:
+    """Use a tokenizer once: some are read without complaint and fail, or panic, at the first text."""
+    ids = token_ids(tokenizer, "One text, another.") if len(tokenizer) > len(tokenizer.all_special_tokens) else []
+    if not all(isinstance(token, int) for token in ids):
+        raise ValueError("it makes no numbers of a text")
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, without those that a tokenizer puts around it.
+
+    Raises:
+        ModelError: it panics.
+    """
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ModelError(f"the tokenizer cannot read a text: {' '.join(str(error).split())[:200]}.") from None
+    return ids
+
+
+@contextmanager
+def _no_word_of_panics() -> Iterator[None]:
+    """Let nothing be written to stderr: Rust says there at length what then comes as an error, too."""
+    try:
+        before = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:  # noqa: PTH123 - no file of others
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def own_code(folder: Path) -> str | None:

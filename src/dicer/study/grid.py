@@ -85,6 +85,22 @@ class Experiment:
     runs: list[Run] = field(default_factory=list)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
+    def refuse_code(self) -> None:
+        """Refuse whatever would run code that this file names.
+
+        Raises:
+            ExperimentError: with the first such name.
+        """
+        recipes = [run.recipe for run in self.runs if run.recipe is not None]
+        parts = [part for recipe in recipes for part in (recipe.criterion, recipe.grouping, recipe.merge) if part]
+        named = [part for part in parts if ".py:" in part]
+        if self.evaluation.include_path is not None:  # task files name functions
+            named.append(self.evaluation.include_path)
+        if named:
+            raise ExperimentError(
+                f"it names code, {named[0]}, and --no-code runs none; read it, then leave --no-code out."
+            )
+
 
 def read_experiment(path: Path) -> Experiment:
     """An experiment file, checked.
