@@ -69,6 +69,7 @@ def new_gram(inputs: int, device: torch.device) -> Tensor:
 
 
 _BLOCK = 256
+_ROW = 512  # tokens, where a layer does not say where a sample ends
 
 
 class Sums:
@@ -121,6 +122,9 @@ class Sums:
             if need.kind == "channel_gram":
                 self._add_gram(need, flat)
                 continue
+            if need.kind == "channel_sum":
+                self._add_rows(need, values)
+                continue
             batch = (flat.square() if "square" in need.kind else flat).sum(0)  # [U*C]
             if "channel" not in need.kind:
                 batch = batch.reshape(-1, self.channels).sum(1)  # [U]
@@ -140,6 +144,17 @@ class Sums:
         """The tokens that count, float32 [T, ...]."""
         flat = values.detach().reshape(-1, values.shape[-1]).float()
         return flat if self._counted is None else flat[self._counted.reshape(-1).to(flat.device)]
+
+    def _add_rows(self, need: Need, values: Tensor) -> None:
+        """Add sample by sample in float64: the sums do not depend on how many samples are in a batch."""
+        rows = values.detach().reshape(-1, *values.shape[-2:]) if values.ndim > 2 else values.detach().split(_ROW)
+        counted = [None] * len(rows) if self._counted is None else self._counted.reshape(-1, values.shape[-2])
+        if values.ndim == 2 and self._counted is not None:
+            counted = self._counted.reshape(-1).split(_ROW)
+        for row, counts in zip(rows, counted, strict=True):
+            own = row if counts is None else row[counts.to(row.device)]  # [T, U*C]
+            total = own.to(widest(row.device)).sum(0)
+            self._totals[need] = total + self._totals.get(need, 0.0)
 
     def _add_gram(self, need: Need, flat: Tensor) -> None:
         """Add A^T A block by block below the diagonal, as it is symmetric; :meth:`get` fills in the rest."""
