@@ -15,7 +15,8 @@ def plain(value: object, most: int | None = None, *, keep: str = "") -> str:
         most: characters; of more the middle goes.
         keep: characters that stay as they are.
     """
-    text = "".join(_spelled(c, keep) for c in str(value))
+    text = str(value)
+    text = text if text.isprintable() else "".join(_spelled(c, keep) for c in text)
     if most is None or len(text) <= most:
         return text
     end = most // 3

@@ -198,3 +198,16 @@ def test_the_bias_has_the_dtype_of_the_checkpoint(compensated):
         torch.testing.assert_close(
             bias.float(), bias_of(output_of(exact, "llama", "mlp", index)).float(), rtol=0.1, atol=0.1
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
+def test_means_of_any_batch_size(calib, tmp_path, family):
+    """Bit for bit: they are added up sample by sample."""
+    model = save_tiny(tmp_path / family, family)
+    recipe = dicer.Recipe(criterion="weight-l2", axis="all", compensate="bias", calib=calib)
+    plans = [dicer.make_plan(model, recipe, dicer.Compute(batch_size=size)) for size in (None, 1, 3)]
+    for axis, layers in plans[0].axes.items():
+        for index, layer in layers.items():
+            for plan in plans[1:]:
+                assert layer.means is not None
+                assert torch.equal(layer.means, plan.axes[axis][index].means)

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dicer.errors import EvaluationError
-from dicer.files import write_whole
+from dicer.files import remove_unfinished, write_whole
 from dicer.model.find import cache_folder
 
 FOLDER = "answers"  # in the cache folder
@@ -49,6 +49,7 @@ def kept(decides: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> d
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:
     """The tensors of a file; None where there is no file, or nobody may look."""
     try:
+        remove_unfinished(path.parent)
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:

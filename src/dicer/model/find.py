@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from dicer.errors import DicerError, ModelError
-from dicer.files import folder_beside
+from dicer.files import folder_beside, remove_unfinished
 from dicer.model.beside import TEMPLATES, check_read, is_beside
 from dicer.model.claims import check_config
 from dicer.reading import open_plain, read_json, reason
@@ -134,6 +134,7 @@ def _converted(gguf: Path) -> Path:
         folder = cache_folder() / "gguf" / f"{digest[:20]}-{importlib.metadata.version('transformers')}"
     except RuntimeError:
         raise ModelError(f"there is no home folder to keep {gguf.name} converted in. Set DICER_CACHE.") from None
+    remove_unfinished(folder.parent)  # also where nothing has to be made
     if not _is_whole(folder):
         try:
             _convert(gguf, folder)

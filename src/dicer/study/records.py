@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from dicer.errors import ExperimentError, OutputError
 from dicer.files import as_output_error, finite, remove_unfinished, write_whole
-from dicer.holds import held_folder
+from dicer.holds import held_folder, taken
 from dicer.reading import open_plain, read_bytes, reason
 from dicer.study.record import FORMAT, Record, parse_record
 
@@ -155,8 +155,9 @@ def copy_records(source: Path, target: Path) -> int:
         if target.exists():
             raise OutputError(f"{target} exists; choose another name, or remove it.")
         lines = [json.dumps(values_of(records[place]), sort_keys=True, ensure_ascii=False) for place in sorted(records)]
-        with as_output_error(target):
-            write_whole(target, gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+        with taken(target) as place, as_output_error(target):
+            place.new.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+            place.finish()
         return len(records)
     with locked(target):
         new = {path: record for place, record in records.items() if not (path := target / place).exists()}

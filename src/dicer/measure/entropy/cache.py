@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dicer.errors import RecipeError
-from dicer.files import write_whole
+from dicer.files import remove_unfinished, write_whole
 from dicer.measure.batches import own_batches
 from dicer.measure.entropy.profile import LISTS, Profile, check_choices
 from dicer.measure.entropy.transfer import measure
@@ -124,6 +124,7 @@ def _digest(
 
 def _read(name: str) -> _Held:
     try:
+        remove_unfinished(cache_folder() / "entropy")
         content = read_json(cache_folder() / "entropy" / name)
         measured = {str(key): float(value) for key, value in content["measured"].items()}
         if not all(map(math.isfinite, measured.values())):

@@ -24,7 +24,7 @@ from dicer.study.report.figures import pictures
 from dicer.study.report.paper import heading
 from dicer.study.report.settings import Setting, describe, done, settings
 from dicer.study.report.tables import TableView, full_table, paper_tables, paper_text_tables, shown, text_tables
-from dicer.words import markdown
+from dicer.words import markdown, plain
 
 TITLE = "Pruning experiments"
 # How every report begins, below the style of the page: what tells an earlier report from a file of the user's.
@@ -202,11 +202,18 @@ def _render(name: str, values: dict[str, Any]) -> str:
     import jinja2
 
     text = importlib.resources.files("dicer.study.report.templates").joinpath(name).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=name.endswith(".html.j2"), undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=name.endswith(".html.j2"), undefined=jinja2.StrictUndefined, finalize=_printable
+    )
     environment.filters["text"] = markdown
     return environment.from_string(text).render(
         **values, heads=_heads, flat=_flat, heading=heading, percent=_percent, number=shown
     )
+
+
+def _printable(value: Any) -> Any:
+    """Words of records without what moves a cursor or hides; what a template made is left as it is."""
+    return plain(value, keep="\n") if type(value) is str else value
 
 
 def _heads(view: TableView) -> tuple[str, ...]:
