@@ -659,3 +659,20 @@ def test_runs_of_versions_that_knew_no_profile_are_still_known():
     same = [identity(run, recipe, Evaluation(), "f") for recipe in (without, {**without, "entropy_profile": None})]
     assert same[0] == same[1]
     assert identity(run, {**without, "entropy_profile": "a.json"}, Evaluation(), "f") != same[0]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"methods": [{"criterion": "own.py:score"}]},
+        {"recipe": {"criterion": "folder/own.py:score"}},
+        {"methods": [{"grouping": "own.py:group", "merge": "prune"}]},
+        {"evaluation": {"tasks": ["a"], "include_path": "tasks"}},
+    ],
+)
+def test_no_code(tmp_path, more):
+    values = {"models": ["m"], "methods": ["rc-a"], "evaluation": {"perplexity": "builtin"}, **more}
+    asked = make_experiment(values)
+    with pytest.raises(ExperimentError, match=r"it names code, .*(\.py:\w+|tasks), and --no-code"):
+        asked.refuse_code()
+    make_experiment({"models": ["m"], "methods": ["rc-a"], "evaluation": {"perplexity": "builtin"}}).refuse_code()
