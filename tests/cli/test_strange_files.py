@@ -146,3 +146,21 @@ def test_endless_texts(refused, tmp_path, models, monkeypatch):
         with (tmp_path / name).open("wb") as file:
             file.truncate(2**40)
         refused("prune", models["one"], "-o", tmp_path / "out", "--calib", tmp_path / name, says=[name, says])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_file_of_a_saved_data_set(refused, tmp_path, models, kind):
+    pytest.importorskip("datasets").Dataset.from_list([{"text": "a" * 100}]).save_to_disk(tmp_path / "saved")
+    (data,) = (tmp_path / "saved").glob("*.arrow")
+    data.unlink()
+    special(data, kind)
+    says = ["and only plain files are read"]
+    refused("prune", models["one"], "-o", tmp_path / "out", "--calib", tmp_path / "saved", says=says)
+
+
+def test_model_whose_name_could_be_of_the_hub(run, tmp_path, models, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models["one"], tmp_path / "owner" / "name")
+    note = "Note: owner/name is the folder of that name here, and not the model of the hub"
+    assert note in run("prune", "owner/name", "-o", "out", "--method", "weight-l2")
+    assert note not in run("prune", "./owner/name", "-o", "other", "--method", "weight-l2")

@@ -188,7 +188,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     with _as_calibration_error(path):
         check_plain(path)
         try:
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for batch in parquet.ParquetFile(path).iter_batches(batch_size=16):
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}, row {number}", row)
@@ -201,6 +201,10 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
         import datasets
     except ImportError:
         raise CalibrationError(f"{folder} was saved by datasets, which it needs: pip install 'dicer[data]'.") from None
+    with _as_calibration_error(folder):
+        for path in folder.rglob("*"):
+            if not path.is_dir():
+                check_plain(path)
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises a dozen kinds

@@ -38,7 +38,7 @@ _CODE = (
 # What transformers and dicer open by its name, and what the weights are in.
 _READ = re.compile(
     r"config\.json$|\.safetensors$|\.index\.json$|\.jinja$|special_tokens_map|chat_template|"
-    r"tok|vocab|merges|tekken|spiece|sentencepiece|bpe|\.model$",
+    r"tok|vocab|merges|tekken|spiece|sentencepiece|bpe|dict|\.model$|\.spm$",
     re.IGNORECASE,
 )
 _PARSED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
