@@ -111,9 +111,19 @@ MUTATIONS = (
         "write/test_sink.py",
     ),
     Mutation(
-        "a checkpoint is written under its final name",
-        *("write/sink.py", 'self.folder = self._partial / "new"', "self.folder = self.out"),
-        "write/test_sink.py",
+        "what is made is made under its final name",
+        *("holds.py", "self.new = self.folder / _NEW", "self.new = self.path"),
+        "test_holds.py -k what_is_made",
+    ),
+    Mutation(
+        "pipes and devices are read like files",
+        *("reading.py", "if not stat.S_ISREG(found.st_mode):", "if False:"),
+        "test_reading.py -k no_plain_file",
+    ),
+    Mutation(
+        "links lead out of a model folder",
+        *("model/beside.py", "return not any(path.resolve()", "return False and any(path.resolve()"),
+        "write/test_side_files.py -k links",
     ),
     Mutation(
         "attention that is gone counts no tokens in the cache",
