@@ -15,6 +15,7 @@ from typing import Any
 SETTINGS = 16 * 2**20  # bytes: of configs, recipes, experiments, profiles, plans and records
 TABLES = 256 * 2**20  # bytes: of tokenizers and of indices of weights; the largest have 40 MB
 
+_DEEPEST, _TOO_DEEP = 64, "its tables or lists are nested too deeply"
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -97,12 +98,13 @@ def read_json(path: str | os.PathLike[str], most: int = SETTINGS) -> Any:
     text = read_text(path, most)
     try:
         value = json.loads(text)
+        _check_depth(value)
         if _HALVES.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("half a surrogate pair in a text") from None
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
     return value
 
 
@@ -115,11 +117,24 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     text = read_text(path, 2**20)
     if _DEEP_KEY.search(text):
-        raise ValueError("its tables or lists are nested too deeply")
+        raise ValueError(_TOO_DEEP)
     try:
-        return tomllib.loads(text)
+        values = tomllib.loads(text)
     except RecursionError:
-        raise ValueError("its tables or lists are nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    _check_depth(values)
+    return values
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what is deeper than those who copy, compare and write it can go."""
+    inner = [value]
+    for _ in range(_DEEPEST):
+        held = [one for one in inner if isinstance(one, dict | list)]
+        inner = [part for one in held for part in (one.values() if isinstance(one, dict) else one)]
+        if not inner:
+            return
+    raise ValueError(_TOO_DEEP)
 
 
 def reason(error: OSError | ValueError) -> str:
