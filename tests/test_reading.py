@@ -155,6 +155,8 @@ def test_every_file_of_others_is_read_there():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or (node.args and ast.unparse(node.args[0]) == "os.devnull"):
                 continue
+            if node.args and ast.unparse(node.args[0]) == "'xb'":  # a new one, to write
+                continue
             name = ast.unparse(node.func)
             opens = name in ("open", "gzip.open", "os.open", "json.load", "tomllib.load", "tomllib.loads")
             if opens or (name.endswith((".read_text", ".read_bytes", ".open")) and "importlib.resources" not in name):

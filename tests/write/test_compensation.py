@@ -209,5 +209,6 @@ def test_means_of_any_batch_size(calib, tmp_path, family):
     for axis, layers in plans[0].axes.items():
         for index, layer in layers.items():
             for plan in plans[1:]:
-                assert layer.means is not None
-                assert torch.equal(layer.means, plan.axes[axis][index].means)
+                if layer.means is not None:  # of a few heads all may stay
+                    assert torch.equal(layer.means, plan.axes[axis][index].means)
+        assert axis == "attention" or all(layer.means is not None for layer in layers.values())

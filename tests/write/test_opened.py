@@ -98,7 +98,10 @@ DAMAGE = {
     "a name": (lambda f: _rewritten(f, "model.safetensors.index.json", lambda i: i["weight_map"].update(x="y")), "'y'"),
     "a tensor": (_cut_tensor, "the file has (31,)"),
     "the tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer cannot be loaded"),
-    "how it generates": (lambda f: (f / "generation_config.json").write_text("{"), "the generation config cannot"),
+    "how it generates": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        "generation_config.json cannot be read",
+    ),
     "the plan of positions": (lambda f: _rewritten(f, "config.json", lambda c: c.update(head_dim=4)), "calls for"),
 }
 

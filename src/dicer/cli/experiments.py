@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -159,7 +160,9 @@ def report(
     """Make tables, figures and report.html (one file that needs no network) from the records of RESULTS."""
     from dicer.study.report.pages import write_report
 
-    files = write_report(results, output)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # what the font of a figure lacks is a box there
+        files = write_report(results, output)
     say(f"{len(files)} files in {output}; open {output / 'report.html'}")
 
 

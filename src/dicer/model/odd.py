@@ -130,7 +130,7 @@ def code_notes(raw: Mapping[str, Any], family: Family, folder: Path) -> list[str
     """Notes on what hints at other code than the family's own, though nothing names it."""
     notes, classes = [], raw.get("architectures")
     known = {family.causal_lm, f"{family.stem}Model", *family.pruned_classes.values()}
-    if isinstance(classes, list) and (others := [str(name) for name in classes if name not in known]):
+    if isinstance(classes, list) and (others := [name for name in map(str, classes) if name not in known]):
         notes.append(f"config.json calls the model a {others[0]}; it is read and pruned as a {family.causal_lm}")
     if named := named_code(raw, family):
         odd = _strange_keys(raw)

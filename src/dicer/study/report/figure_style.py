@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -87,7 +86,7 @@ def figure(width: float, height: float) -> Any:
 
 @contextmanager
 def plain_text() -> Iterator[None]:
-    """Words of records in figures are no formulas while the block lasts, and what a font lacks is a box.
+    """Words of records in figures are no formulas while the block lasts.
 
     Raises:
         ExperimentError: matplotlib is not installed.
@@ -96,8 +95,7 @@ def plain_text() -> Iterator[None]:
         import matplotlib
     except ImportError:
         raise _not_installed() from None
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")
+    with matplotlib.rc_context({"text.parse_math": False}):
         yield
 
 
