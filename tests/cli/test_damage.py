@@ -90,6 +90,13 @@ def test_tokenizer_that_panics_or_fails(before_the_work, part, value):
     before_the_work(damage, says=["model: the tokenizer cannot be loaded: "])
 
 
+def test_words_of_the_library_itself(run, tmp_path, models):
+    """The tokenizers library prints what it does not know, as it stands."""
+    folder = shutil.copytree(models["one"], tmp_path / "model")
+    edited("tokenizer.json", lambda found: found["added_tokens"][0].update({"own\x1b[2J": 1}))(folder)
+    assert "unknown" not in run("prune", folder, "-o", tmp_path / "out", "--samples", 2, "--seq-len", 16)
+
+
 def test_panic_at_a_text():
     from dicer.model.tokenizer import token_ids
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def read_tokenizer(name: str, folder: Path) -> Any | None:
     from transformers import AutoTokenizer
 
     try:
-        with as_model_error(name, "tokenizer"), _no_word_of_panics():
+        with as_model_error(name, "tokenizer"), _no_words_of_rust():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             _try(tokenizer)
     except ModelError:
@@ -69,20 +69,21 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 @contextmanager
-def _no_word_of_panics() -> Iterator[None]:
-    """Let nothing be written to stderr: Rust says there at length what then comes as an error, too."""
-    try:
-        before = os.dup(2)
-    except OSError:  # it is closed
-        yield
-        return
+def _no_words_of_rust() -> Iterator[None]:
+    """Let nothing be written to stdout and stderr: Rust writes there what a file says, raw, and panics at length."""
+    before = {}
+    for number in (1, 2):
+        with suppress(OSError):  # it is closed
+            before[number] = os.dup(number)
     try:
         with open(os.devnull, "wb") as nothing:  # noqa: PTH123 - no file of others
-            os.dup2(nothing.fileno(), 2)
+            for number in before:
+                os.dup2(nothing.fileno(), number)
         yield
     finally:
-        os.dup2(before, 2)
-        os.close(before)
+        for number, own in before.items():
+            os.dup2(own, number)
+            os.close(own)
 
 
 def own_code(folder: Path) -> str | None:
