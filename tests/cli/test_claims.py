@@ -124,3 +124,17 @@ def test_factor_of_a_family(refused, tmp_path, model, factor):
     start = time.monotonic()
     refused("info", model, "--family", tmp_path / "a.toml", says=["a.toml"])
     assert time.monotonic() - start < QUICK / 2
+
+
+@pytest.mark.parametrize(("old", "new"), [("axes.mlp", "axes.mfp"), ("intermediate_size", "interm2diate_size")])
+def test_name_in_a_family(refused, tmp_path, model, old, new):
+    down = '{ name = "mlp.down_proj.weight", dim = 1, roles = ["down"] }'
+    text = f'model_type = "llama"\n[axes.mlp]\nkey = "intermediate_size"\nslices = [{down}]\n'
+    (tmp_path / "a.toml").write_text(text.replace(old, new))
+    refused(
+        "info",
+        model,
+        "--family",
+        tmp_path / "a.toml",
+        says=["a.toml", "Did you mean" if "key" in text else "", new[-8:]],
+    )

@@ -392,3 +392,14 @@ def test_browser(made, tmp_path):
     assert len(probe["sizes"]) == len(list(made.glob("*.png")))
     assert all(min(size) > 0 for size in probe["sizes"])
     assert (probe["width"], probe["wide"]) == (1280, False)
+
+
+def test_records_without_one_column(tmp_path):
+    """What was measured may be damaged in all that is drawn; the tables are still made."""
+    runs = [record(method, 0.25) for method in ("rc-a", "taylor")]
+    runs = [
+        run.model_copy(update={"metrics": run.metrics.model_copy(update={"summary": {}, "perplexity": None})})
+        for run in runs
+    ]
+    write_report(save(runs, tmp_path / "results"), tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()

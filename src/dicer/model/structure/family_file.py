@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dicer.errors import ModelError
+from dicer.ask.axes import AXES, kind_name
+from dicer.errors import ModelError, unknown
 from dicer.model.structure.layers import Layers
 from dicer.model.structure.skeleton import Shape
 from dicer.model.units import Axis, Slice
@@ -98,9 +99,27 @@ class FamilyRow(_Table):
     axes: dict[str, AxisRow] = {}
     refuse_blocks: str = ""
 
+    @field_validator("axes")
+    @classmethod
+    def _are_axes(cls, value: dict[str, AxisRow]) -> dict[str, AxisRow]:
+        for name in value:
+            if kind_name(name) not in AXES:
+                raise ValueError(unknown("axis", name, AXES))
+        return value
+
     def where(self, count: int) -> Layers | None:
         """Where the layers are, if it says so."""
         return Layers(self.layers_key, count, self.module or self.layers, self.layers) if self.layers else None
+
+    def check_keys(self, known: Mapping[str, Any], what: str) -> None:
+        """See to it that each axis goes by a key that the config has.
+
+        Raises:
+            ModelError: with the nearest key.
+        """
+        for axis, row in self.axes.items():
+            if row.key and row.key not in known:
+                raise ModelError(f"{what}: axis '{axis}': {unknown('key of the config', row.key, known)}")
 
     def check(self, inside: list[dict[str, Shape]], what: str) -> None:
         """See to it that each axis is in some layer.
@@ -135,7 +154,8 @@ def read_family(path: str | Path) -> FamilyRow:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"the family file {path}: {where}: {first['msg']}.") from None
+        said = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise ModelError(f"the family file {path}: {where}: {said}.") from None
     except (ValueError, ZeroDivisionError) as error:
         raise ModelError(f"the family file {path} is no TOML: {error}.") from None
 

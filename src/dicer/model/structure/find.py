@@ -19,7 +19,7 @@ from dicer.model.structure.heads import HeadKeys, find_heads, is_output
 from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
 from dicer.model.structure.probe import Change
-from dicer.model.structure.skeleton import Shape, Skeleton, build, pruned_classes
+from dicer.model.structure.skeleton import Shape, Skeleton, build, flat_values, pruned_classes
 from dicer.model.structure.trace import Call, activation, final_norm, trace
 from dicer.model.units import Axis, Slice
 
@@ -128,6 +128,8 @@ def find_family(
     inside = layers.inside(whole.shapes if shapes is None else shapes)
     if row is not None:
         row.check(inside, str(file or f"the built-in exception for {config.model_type}"))
+        if file is not None:
+            row.check_keys(flat_values(config), file)
         rows |= {name: (own.axis(name), Fraction(own.factor)) for name, own in row.axes.items() if own.slices}
     stock, own_keys = layers.inside(whole.shapes), heads[0] if heads else None
     counts = {

@@ -188,7 +188,10 @@ def _dots(panels: Panels, methods: Sequence[str]) -> Any:
 
 def _from_best(records: Sequence[Pruned]) -> list[str]:
     """Methods by how they compare in the first column, at the ratios that they have, with what is usual there."""
-    column = measured_columns(records)[0]
+    methods = ordered(record.method for record in records)
+    if not (columns := measured_columns(records)):
+        return methods
+    column = columns[0]
     found = points(records, column)
     at = {point.ratio: [p.measure.value for p in found if p.ratio == point.ratio] for point in found}
 
@@ -197,7 +200,7 @@ def _from_best(records: Sequence[Pruned]) -> list[str]:
         parts = [value / usual if usual and math.isfinite(value) else math.inf for value, usual in own]
         return statistics.fmean(parts) * (1 if lower_is_better(column) else -1) if parts else math.inf
 
-    return sorted(ordered(record.method for record in records), key=rank)
+    return sorted(methods, key=rank)
 
 
 def _dot(axis: Any, point: Point, row: int, ratios: Sequence[float]) -> None:
