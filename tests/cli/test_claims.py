@@ -136,5 +136,5 @@ def test_name_in_a_family(refused, tmp_path, model, old, new):
         model,
         "--family",
         tmp_path / "a.toml",
-        says=["a.toml", "Did you mean" if "key" in text else "", new[-8:]],
+        says=["a.toml", "Did you mean" if "key" in text else "", new[-3:]],
     )
