@@ -68,7 +68,7 @@ def new_gram(inputs: int, device: torch.device) -> Tensor:
     return torch.zeros(inputs, inputs, dtype=dtype, device=device)
 
 
-_BLOCK = 256
+BLOCK = 256
 
 
 class Sums:
@@ -148,9 +148,9 @@ class Sums:
             self._totals[need] = new_gram(inputs, flat.device)
         total, wide = self._totals[need], flat.to(self._totals[need].dtype)
         with exact_products():
-            for start in range(0, inputs, _BLOCK):
-                rows = slice(start, start + _BLOCK)
-                total[rows, : start + _BLOCK].addmm_(wide[:, rows].T, wide[:, : start + _BLOCK])
+            for start in range(0, inputs, BLOCK):
+                rows = slice(start, start + BLOCK)
+                total[rows, : start + BLOCK].addmm_(wide[:, rows].T, wide[:, : start + BLOCK])
 
     def start(self, units: int, device: torch.device) -> None:
         """Begin with zeros: where tokens are sent to units, some may see none.
@@ -250,14 +250,14 @@ class Sums:
         """
         for need, total in self._totals.items():
             if need[:2] == (kind, activation):
-                return _mirrored(total) if kind == "channel_gram" else total
+                return mirrored(total) if kind == "channel_gram" else total
         raise _not_collected(kind)
 
 
-def _mirrored(lower: Tensor) -> Tensor:
+def mirrored(lower: Tensor) -> Tensor:
     """A symmetric matrix whose blocks above the diagonal are filled from those below it, in place."""
-    for start in range(_BLOCK, len(lower), _BLOCK):
-        lower[start - _BLOCK : start, start:] = lower[start:, start - _BLOCK : start].T
+    for start in range(BLOCK, len(lower), BLOCK):
+        lower[start - BLOCK : start, start:] = lower[start:, start - BLOCK : start].T
     return lower
 
 
