@@ -45,7 +45,7 @@ def inverse(gram: Tensor, ridge: float, what: str) -> Tensor:
 
 
 def joint(gram: Tensor, rows: Tensor) -> Tensor:
-    """``sum_t <a_i(t) w_i, a_j(t) w_j>``, what inputs i and j bring to the output together, [N, N].
+    """``sum_t <a_i(t) w_i, a_j(t) w_j>``, what inputs i and j bring to the output together, float32 [N, N].
 
     Of inputs with factors z, the square of all that they bring is ``z^T joint z``.
 
@@ -53,9 +53,10 @@ def joint(gram: Tensor, rows: Tensor) -> Tensor:
         gram: H [N, N] of the inputs a.
         rows: W [N, d], what each is multiplied with.
     """
-    found, wide = torch.empty_like(gram), rows.to(gram.device, gram.dtype)
+    rows = rows.to(gram.device, torch.float32)
+    found = torch.empty_like(gram, dtype=torch.float32)
     with exact_products():
         for start in range(0, len(gram), BLOCK):  # below the diagonal, as it is symmetric
             block, end = slice(start, start + BLOCK), start + BLOCK
-            torch.mul(gram[block, :end], wide[block] @ wide[:end].T, out=found[block, :end])
+            torch.mul(gram[block, :end], rows[block] @ rows[:end].T, out=found[block, :end])
     return mirrored(found)

@@ -107,13 +107,15 @@ def propagate(
     if from_first(chosen) != chosen:
         raise RecipeError("the processes do not prune the same layers, so none knows what the others' cuts have done.")
     recording = store.record([*tokens.batches, *(batch[:1, :_PROBE] for batch in tokens.batches[:1])])
-    probe = recording.hidden.pop() if tokens.batches else None
+    probe = recording.hidden.pop() if tokens.batches else None  # uncut all the way: only of what form layers are counts
     beside: list[Tensor] | None = None
     for index in range(last + 1):
         if dense and index == chosen[0]:  # before it both are the same
             beside = list(recording.hidden)
         with store.layer(index) as layer, torch.no_grad(), swapping(layer) as swap:
-            walked = _Layer(Runner(layer, index, recording), tokens, beside, probe)
+            runner = Runner(layer, index, recording)
+            before, probe = probe, None if probe is None else runner.whole(probe)
+            walked = _Layer(runner, tokens, beside, None if before is None or probe is None else (before, probe))
             found = {n: axis for n, axis in store.axes(index).items() if n in axes and index in chosen}
             if beside is not None:
                 walked.run_dense(found)
@@ -128,7 +130,6 @@ def propagate(
                     walked.swapped(tensors, swap)
             if index < last:
                 walked.run_on()
-                probe = walked.probe
         progress("calibration", index + 1, last + 1)
 
 
@@ -138,7 +139,7 @@ class _Layer:
 
     Attributes:
         beside: the dense model's hidden states before this layer; None where nobody asks.
-        probe: hidden states of a few tokens, to see on them how the layer is made; None where there are no tokens.
+        probe: a few tokens' hidden states before and behind the uncut layer; None where there are no tokens.
         outputs: the dense model's hidden states behind it.
         inputs: axis -> the dense model's inputs of the output projection, where outputs are not compared instead.
         halfway: (input of the MLP's output projection, the layer's output without it) of each batch, where the layer
@@ -149,7 +150,7 @@ class _Layer:
     runner: Runner
     tokens: Tokens
     beside: list[Tensor] | None
-    probe: Tensor | None
+    probe: tuple[Tensor, Tensor] | None
     outputs: list[Tensor] = field(default_factory=list)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     halfway: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -187,7 +188,7 @@ class _Layer:
         """Note that the layer is to be run up to here once, where it can go on from here and there is room for it."""
         self.halfway, self.behind = [], None
         room = sum(batch.numel() for batch in self.tokens.batches) * units * axis.channels <= _HALFWAY
-        if self.probe is not None and room and kind_name(axis.name) == "mlp" and self.runner.goes_on(self.probe, axis):
+        if self.probe is not None and room and kind_name(axis.name) == "mlp" and self.runner.goes_on(*self.probe, axis):
             self.behind = axis
 
     def swapped(self, tensors: Mapping[str, Tensor], swap: Callable[[Mapping[str, Tensor]], None]) -> None:
@@ -289,7 +290,6 @@ class _Layer:
                     f"the hidden states behind layer {self.runner.index} are not finite on this text (batch "
                     f"{number + 1}), with what was cut so far: try --dtype float32."
                 )
-        self.probe = None if self.probe is None else self.runner.whole(self.probe)
         if self.beside is not None:
             self.beside[:] = self.outputs
 

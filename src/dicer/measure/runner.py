@@ -54,16 +54,13 @@ class Runner:
         """(the same, the layer's output if the output projection gave zeros, [B, T, d])."""
         seen: list[Tensor] = []
 
-        def zeros(module: nn.Module) -> Callable[[Tensor], Tensor]:
-            width = output_rows(axis, self.layer).shape[1]
+        width = output_rows(axis, self.layer).shape[1]
 
-            def forward(inputs: Tensor) -> Tensor:
-                seen.append(inputs)
-                return inputs.new_zeros(*inputs.shape[:-1], width)
+        def zeros(inputs: Tensor) -> Tensor:
+            seen.append(inputs)
+            return inputs.new_zeros(*inputs.shape[:-1], width)
 
-            return forward
-
-        with replaced_forwards([self.layer.get_submodule(axis.output)], zeros):
+        with replaced_forwards([self.layer.get_submodule(axis.output)], lambda _: zeros):
             output = self.whole(hidden)
         return seen[0], output
 
@@ -72,10 +69,9 @@ class Runner:
         projected: Tensor = self.layer.get_submodule(axis.output)(values)
         return without + projected.view_as(without)  # OPT's MLP has all tokens in one row
 
-    def goes_on(self, hidden: Tensor, axis: Axis) -> bool:
+    def goes_on(self, hidden: Tensor, whole: Tensor, axis: Axis) -> bool:
         """Whether :meth:`onward` gives what the whole layer does, to the last bit: not behind a norm or a factor."""
         values, without = self.without(hidden, axis)
-        whole = self.whole(hidden)
         return not torch.equal(whole, without) and torch.equal(whole, self.onward(values, without, axis))
 
 

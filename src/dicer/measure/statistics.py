@@ -97,6 +97,7 @@ class Sums:
         self.lacking: Tensor | None = None
         self._counted: Tensor | None = None
         self._totals: dict[Need, Tensor] = {}
+        self._mirrored: set[Need] = set()
 
     def begin(self, counted: Tensor | None) -> None:
         """Say which tokens of the batch that comes now count, bool [B, T]; None for all."""
@@ -146,6 +147,7 @@ class Sums:
         inputs = flat.shape[1]
         if need not in self._totals:
             self._totals[need] = new_gram(inputs, flat.device)
+        self._mirrored.discard(need)
         total, wide = self._totals[need], flat.to(self._totals[need].dtype)
         with exact_products():
             for start in range(0, inputs, BLOCK):
@@ -222,6 +224,7 @@ class Sums:
             if need not in self._totals:
                 self._totals[need] = self._zeros(need, units, device)
             all_reduce(self._totals[need])
+        self._mirrored.clear()
 
     def all_reduce_missing(self, units: int, outputs: int, device: torch.device) -> None:
         """The same for ``cross`` and ``missing``; ``outputs`` is d."""
@@ -250,7 +253,10 @@ class Sums:
         """
         for need, total in self._totals.items():
             if need[:2] == (kind, activation):
-                return mirrored(total) if kind == "channel_gram" else total
+                if kind == "channel_gram" and need not in self._mirrored:
+                    mirrored(total)
+                    self._mirrored.add(need)
+                return total
         raise _not_collected(kind)
 
 
