@@ -106,34 +106,43 @@ def pairs(dense, result, family, *, propagated=True):
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [
-        *((family, {"ridge": 1e-9 if family == "opt" else 0.0}) for family in SOME),  # neurons that never fire
-        ("gemma2", {"ridge": 0.0, "criterion": "obs"}),
-        ("llama", {"ridge": 0.0, "criterion": "obs", "propagate": "dense"}),
-        ("llama", {"ridge": 0.0, "method": "sim-dominant", "axis": "mlp"}),
-        ("llama", {"ridge": 0.0, "method": "sim-mean", "axis": "mlp"}),
-        ("opt", {"ridge": 1e-9, "method": "sim-mean", "axis": "mlp"}),
+        *((family, {"axis": "attention" if family == "opt" else "all"}) for family in SOME),
+        ("gemma2", {"criterion": "obs"}),
+        ("llama", {"criterion": "obs", "propagate": "dense"}),
+        ("llama", {"method": "sim-dominant", "axis": "mlp"}),
+        ("llama", {"method": "sim-mean", "axis": "mlp"}),
     ],
 )
 def test_least_squares_of_numpy(family, recipe, repaired):
-    dense = tiny_model(family)
-    result = repaired(dense, **recipe)
+    """Every column of every sub-layer; in float64, so that the walk and this test have the same inputs to round."""
+    dense = tiny_model(family, dtype=torch.float64)
+    result = repaired(dense, ridge=0.0, **recipe)
     propagated = recipe.get("propagate") != "dense"
     for *_, inputs, kept, old, new, _ in pairs(dense, result, family, propagated=propagated):
+        inputs, kept = inputs.float().double(), kept.float().double()  # as the sums take them in
+        wanted, *_ = np.linalg.lstsq(kept.numpy(), (inputs @ old).numpy(), rcond=None)
+        assert np.abs(new.numpy() - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("llama", {"ridge": 0.0}),
+        ("opt", {"ridge": 1e-9}),  # neurons that never fire
+        ("opt", {"ridge": 1e-9, "method": "sim-mean", "axis": "mlp"}),
+    ],
+)
+def test_least_squares_of_numpy_float32(family, recipe, repaired):
+    """Outputs: the two forward passes round apart, and columns are only as sure as the inputs differ."""
+    dense = tiny_model(family)
+    for *_, inputs, kept, old, new, _ in pairs(dense, repaired(dense, **recipe), family):
         wanted, *_ = np.linalg.lstsq(kept.numpy(), (inputs @ old).numpy(), rcond=None)
         near(kept @ new, kept.numpy() @ wanted)
 
 
 def near(found, wanted, tolerance=3e-5):
-    """Outputs, as their size goes: the columns themselves are as sure as the inputs differ."""
+    """As the size of all goes."""
     assert np.linalg.norm(found.numpy() - wanted) <= tolerance * np.linalg.norm(wanted)
-
-
-def test_least_squares_first_layer_to_the_last_digits(repaired):
-    dense = tiny_model("llama")
-    result = repaired(dense, ridge=0.0, layers="0", axis="attention")
-    ((_, _, inputs, kept, old, new, _),) = pairs(dense, result, "llama")
-    wanted, *_ = np.linalg.lstsq(kept.numpy(), (inputs @ old).numpy(), rcond=None)
-    assert np.abs(new.numpy() - wanted).max() <= 1e-6 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -193,7 +202,7 @@ def test_neurons_that_others_make_up_for(repaired):
     rows = {"calib": str(repaired.__closure__[0].cell_contents)}
     result = dicer.prune(dense, dicer.Recipe(**asked, **rows))
     assert all(len(layer.keep) == 20 for layer in result.plan.mlp.values())
-    torch.testing.assert_close(logits_of(result.model), logits_of(dense), rtol=0, atol=1e-4 * 60)
+    torch.testing.assert_close(logits_of(result.model), logits_of(dense), rtol=0, atol=1e-5)  # of 1.2
 
 
 def test_target_dense_is_nearer_to_the_dense_model(repaired):
