@@ -70,8 +70,11 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLa
 
 def _tokens(task: Decided, text: Calibration) -> Tokens:
     """The samples in batches, with some held out where a ridge is to be found on them."""
-    if task.method.repair == "none" or task.recipe.ridge != "auto" or all(_few_tokens(task, text)):
-        return Tokens(batches_of([task]))
+    factors = task.method.repair != "none" and all(_few_tokens(task, text))
+    if factors or task.method.repair == "none" or task.recipe.ridge != "auto":
+        # Of plain columns and factors only the squares are read, and no system of the Gram matrix is solved.
+        plain = task.method.merge == "prune" and (task.recipe.target, task.recipe.compensate) == ("own", "none")
+        return Tokens(batches_of([task]), single=factors and plain and "channel_gram" not in task.parts.criterion.needs)
     held = held_out(text)
     parts = [own_batches_of(task, text, rows) for rows in (~held, held)]
     pairs = [

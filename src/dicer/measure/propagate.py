@@ -64,10 +64,12 @@ class Tokens:
     Attributes:
         batches: int64 [B, T] each.
         held: how many of them, the last ones, are held out.
+        single: whether Gram matrices of them are wanted in single precision.
     """
 
     batches: Sequence[Tensor]
     held: int = 0
+    single: bool = False
 
 
 def propagate(
@@ -205,7 +207,8 @@ class _Layer:
         swap: Callable[[bool], None] | None = None,
     ) -> Evidence:
         """Sums over all batches; with ``swap`` of the changed sub-layer, and what its output lacks."""
-        total, held = Sums(needs, axis.channels), Sums([n for n in needs if "channel" in n.kind], axis.channels)
+        total = Sums(needs, axis.channels, single=self.tokens.single)
+        held = Sums([n for n in needs if "channel" in n.kind], axis.channels)
         counted = counted_of(self.tokens.batches)
         first_held = len(counted) - self.tokens.held
         rows = output_rows(axis, self.layer)
