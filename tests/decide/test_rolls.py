@@ -15,6 +15,7 @@ from dicer.decide.amounts.prunable import Bounds, Prunable
 from dicer.decide.merging import Survivors
 from dicer.decide.rolls import best_roll
 from dicer.errors import RecipeError
+from dicer.measure.gram import joint
 from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.turning import turning
@@ -50,6 +51,14 @@ def test_best_of_the_draws(ridge):
     found = best_roll(lambda: Survivors(next(each)), 20, visit, ridge)
     assert torch.equal(found.keep, kept[int(np.argmin(errors))])
     assert len(set(errors)) == 20
+
+
+@pytest.mark.parametrize("inputs", [6, 300])
+def test_what_two_inputs_bring_together(inputs):
+    acts, rows = (np.random.default_rng(n).normal(size=shape) for n, shape in enumerate([(9, inputs), (inputs, 4)]))
+    found = joint(torch.from_numpy(acts.T @ acts), torch.from_numpy(rows)).double().numpy()
+    brought = np.stack([np.outer(acts[:, i], rows[i]).ravel() for i in range(inputs)])  # [N, T * d]
+    np.testing.assert_allclose(found, brought @ brought.T, rtol=0, atol=1e-5 * np.abs(found).max())
 
 
 def test_rolls_of_a_recipe(calib):
