@@ -398,8 +398,8 @@ def _check_allocation(recipe: Recipe, method: Method) -> None:
         raise RecipeError(f"{method.allocate} says the ratios; leave --ratio out.")
     if recipe.stock and method.axes and method.allocate != "uniform":
         raise RecipeError(
-            f"--stock keeps the same number in every layer, and --allocate {method.allocate} does not. Leave one out; "
-            "'dicer export OUT --to stock' pads layers that differ."
+            f"--stock keeps the same number in every layer, and --allocate {method.allocate} does not: say --allocate "
+            "uniform; 'dicer export OUT --to stock' pads layers that differ."
         )
 
 

@@ -119,8 +119,8 @@ def _without_first(found: Calibration, count: int) -> Calibration:
     first[first == COUNTED] = SEEN
     if not bool((mask == COUNTED).any(1).all()):
         raise CalibrationError(
-            f"--skip-first {count} leaves nothing to measure of samples that are no longer: give longer ones (--seq-len)"
-            ", or skip fewer."
+            f"--skip-first {count} leaves nothing to measure of samples that are no longer: give longer ones"
+            " (--seq-len), or skip fewer."
         )
     provenance = {**found.provenance, "skip_first": count, "mask_sha256": _digest(mask)}
     tokens = "token" if count == 1 else f"{count} tokens"
