@@ -199,7 +199,7 @@ _GPT2_HEADS = replace(
     ),
     modules=("attn",),
     output="attn.c_proj",
-    fixed=True,
+    fixed=(("num_heads", "units"), ("split_size", "channels")),
     default=None,
 )
 _OPT_MLP = Axis("mlp", ("ffn_dim",), _ungated("fc1", "fc2", transposed=False), ("fc1", "fc2"), "activation_fn", "fc2")
@@ -208,7 +208,7 @@ _OPT_HEADS = replace(
     width_keys=("num_attention_heads",),
     slices=_heads("self_attn", "self_attn.out_proj"),
     output="self_attn.out_proj",
-    fixed=True,
+    fixed=(("num_heads", "units"),),
     default=None,
 )
 

@@ -56,9 +56,10 @@ def found_config(
                for path, value in family.sets.get(name, {}).items()}  # fmt: skip
     said = {key: _said(values.get(key, flat_values(before)[key]), wanted) for key, wanted in widths.items()}
     heads = _heads(family, shapes, kept)
-    if heads is not None and None not in said.values():
-        stock = placed(raw, {**values, **touched, **said, **heads}, before)
-        if _is(source, stock, infos):
+    options = {family.axes[axis].bias_option: True for shape in shapes for axis in shape.output_bias}
+    if heads is not None and None not in [*said.values(), *options]:
+        stock = placed(raw, {**values, **touched, **said, **heads, **options}, before)
+        if _is(source, stock, {**infos, **zero_biases(source, infos, shapes)}):
             return stock
     for each in (True, False):  # the largest width for all, or what it was, where more than what is cut goes by it
         largest = {key: _largest(values.get(key, flat_values(before)[key]), w) for key, w in widths.items() if each}
@@ -73,6 +74,27 @@ def found_config(
         f"no {family.causal_lm} of transformers can be built with the widths that are left, whatever each layer is "
         "given by itself. Choose other units, or another --axis."
     )
+
+
+def zero_biases(
+    source: ModelSource, infos: Mapping[str, TensorInfo], shapes: Sequence[LayerShape]
+) -> dict[str, TensorInfo]:
+    """What a stock switch for biases turns on besides those that are wanted, which has to be zero.
+
+    Args:
+        source: the model.
+        infos: the tensors that there will be.
+        shapes: of the layers that there will be.
+    """
+    found, family = {}, source.family
+    axes = [family.axes[name] for name in {axis for shape in shapes for axis in shape.output_bias}]
+    places = {place: name for name in infos if (place := family.locate(name))}
+    for (index, inner), name in places.items():
+        for piece in (piece for axis in axes for piece in axis.required if piece.name == inner):
+            if (index, piece.bias) not in places:
+                info = infos[name]
+                found[name.removesuffix("weight") + "bias"] = TensorInfo((info.shape[0],), info.dtype)
+    return found
 
 
 def _differing(

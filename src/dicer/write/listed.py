@@ -54,7 +54,9 @@ def listed_layers(
     if not _list_shapes(family, skeleton, infos, layers):
         return None
     for axis in family.axes.values():
-        if axis.width_keys[-1]:
+        if axis.fixed:
+            _list_fixed(family, axis, skeleton, shapes, layers)
+        elif axis.width_keys[-1]:
             _list_counts(family, axis, skeleton, shapes, layers)
     return {number: own for number, own in layers.items() if own}
 
@@ -134,6 +136,20 @@ def _list_counts(
                 said[attribute] = _moved(name, before, rate, by)
         if axis.size_key is not None and family.heads is not None:
             _list_configs(family, axis, skeleton, layers[f"{i:03d}"], i, int(wanted[i]))
+
+
+def _list_fixed(
+    family: FoundFamily, axis: Axis, skeleton: Skeleton, shapes: Sequence[LayerShape], layers: Listed
+) -> None:
+    """Note the numbers of heads whose size the class takes from their number."""
+    place = axis.modules[-1]
+    for i, shape in enumerate(shapes):
+        if not (units := shape.units[axis.name]):
+            continue
+        module = skeleton.model.get_submodule(f"{family.where.module}.{i}.{place}")
+        wanted = {name: units * (axis.channels if of == "channels" else 1) for name, of in axis.fixed}
+        if any(getattr(module, name) != value for name, value in wanted.items()):
+            layers[f"{i:03d}"].setdefault("attributes", {}).setdefault(place, {}).update(wanted)
 
 
 def _rates(
@@ -218,13 +234,15 @@ def _skipped(
     infos = source.tensors.infos()
     others = [n for n in inside if n.startswith(f"{module}.") and n not in known and axis.size_key is None]
     others = [n for n in others if len(infos[family.tensor_name(old, n)].shape) > 1]  # a router, or experts
-    if len(axis.modules) > 1 or not module or others:
+    *before, _ = axis.modules
+    maps = {piece.name.removesuffix(".weight") for piece in axis.required}
+    if not {*before} <= maps or not module or others:
         more = f"'{others[0]}' is in it, too" if others else f"it is several modules ({', '.join(axis.modules)})"
         raise PlanError(f"{axis.name} of layer {old} cannot go whole: {more}. Leave some units, or remove the block.")
     size = skeleton.shapes[family.tensor_name(new, axis.output_slice.name)][1 - axis.output_slice.dim]
-    return {
-        module: {"size": size, "returns": _returns(skeleton, f"{family.where.module}.{new}.{module}"), "bias": biased}
-    }
+    returns = _returns(skeleton, f"{family.where.module}.{new}.{module}")
+    # Of maps that the layer itself holds the last one's output joins the stream; what goes into it does not matter.
+    return {**dict.fromkeys(before, {}), module: {"size": size, "returns": returns, "bias": biased}}
 
 
 def _returns(skeleton: Skeleton, path: str) -> int:

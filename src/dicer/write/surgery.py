@@ -17,6 +17,7 @@ from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis, Slice
+from dicer.write.config_found import zero_biases
 from dicer.write.experts import ExpertCut, expert_cuts
 from dicer.write.forms import form_of
 
@@ -124,8 +125,9 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
                 _output_bias(cut, axes[axis], layer, weight, new)
     cut.config.update(form.config(source, cut.infos, after, kept))
     if "auto_map" not in cut.config:
-        biased = [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)]
-        _zero_biases(cut, biased, len(after))
+        for name, info in zero_biases(source, cut.infos, after).items():
+            cut.infos[name] = info
+            cut.made[name] = lambda info=info: torch.zeros(info.shape, dtype=info.dtype)  # type: ignore[misc]
     return cut
 
 
@@ -153,12 +155,8 @@ def _native_biases(
     axes: Mapping[str, Axis], shape: LayerShape, places: Mapping[tuple[int, str], str], layer: int
 ) -> set[str]:
     """The axes whose output projection has a bias from the stock class itself."""
-    found = {axis.name for axis in axes.values() if (layer, _bias_name(axis)) in places and shape.units[axis.name]}
+    found = {axis.name for axis in axes.values() if (layer, axis.output_bias) in places and shape.units[axis.name]}
     return found - shape.output_bias
-
-
-def _bias_name(axis: Axis) -> str:
-    return axis.output_slice.name.removesuffix("weight") + "bias"
 
 
 def _shape_after(plan: PrunePlan, index: int, shape: LayerShape, native: set[str]) -> LayerShape:
@@ -194,7 +192,7 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
         shape[piece.dim] = len(layer.keep) * sum(piece.blocks)
         cut.infos[target] = TensorInfo(tuple(shape), info.dtype)
         cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
-    elif inner == _bias_name(axis) and layer.means is not None:
+    elif inner == axis.output_bias and layer.means is not None:
         cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
 
 
@@ -225,7 +223,7 @@ def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan, weight_name: str, new: 
     bias_name = weight_name.removesuffix("weight") + "bias"
     name = source.family.renumbered(bias_name, new)
     if not len(layer.keep):
-        name = f"{name.removesuffix(_bias_name(axis))}{axis.modules[-1]}.bias"
+        name = f"{name.removesuffix(axis.output_bias)}{axis.modules[-1]}.bias"
     if name in cut.infos:
         return
     info = cut.before[weight_name]
@@ -242,17 +240,3 @@ def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan, weight_name: str, new: 
 def _places(family: Family, names: Iterable[str]) -> dict[tuple[int, str], str]:
     """(layer, name inside it) -> name on disk, which older checkpoints write without the outermost prefix."""
     return {place: name for name in names if (place := family.locate(name))}
-
-
-def _zero_biases(cut: Cut, axes: list[Axis], layers: int) -> None:
-    """What a stock bias switch turns on besides the biases that are wanted: zeros."""
-    family = cut.source.family
-    places = _places(family, cut.infos)
-    for index in range(layers):
-        for axis in axes:
-            for weight in axis.required:
-                name = places[index, weight.name]
-                bias, info = name.removesuffix("weight") + "bias", cut.infos[name]
-                if bias not in cut.infos:
-                    cut.infos[bias] = TensorInfo((info.shape[0],), info.dtype)
-                    cut.made[bias] = lambda info=info: torch.zeros(info.shape[0], dtype=info.dtype)  # type: ignore[misc]

@@ -15,11 +15,11 @@ from torch import nn
 from dicer.model.families import Family
 from dicer.model.structure.experts import expert_axes, units_in
 from dicer.model.structure.family_file import FamilyRow, exception_for, read_family
-from dicer.model.structure.heads import HeadKeys, find_heads, is_output
+from dicer.model.structure.heads import HeadKeys, find_heads, head_keys, is_output
 from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
 from dicer.model.structure.probe import Change
-from dicer.model.structure.skeleton import Shape, Skeleton, build, pruned_classes
+from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values, pruned_classes
 from dicer.model.structure.trace import Call, activation, final_norm, trace
 from dicer.model.units import Axis, Slice
 
@@ -33,6 +33,7 @@ class FoundFamily(Family):
     Attributes:
         where: the decoder layers.
         counts: axis -> units in every layer, 0 where a layer has none.
+        biases: of every layer the axes whose output projection has a bias that the stock class would not give it.
         factors: axis -> units for each one of its width key; 2 where the key holds half of the width, say.
         heads: what the config says of heads; None where they were not found.
         sets: axis -> what the config must say besides its width, path -> value.
@@ -42,6 +43,7 @@ class FoundFamily(Family):
 
     where: Layers = field(default_factory=lambda: Layers("", 0, "", ""))
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    biases: tuple[frozenset[str], ...] = ()
     factors: Mapping[str, Fraction] = field(default_factory=dict)
     heads: HeadKeys | None = None
     sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -63,12 +65,12 @@ class FoundFamily(Family):
         )
 
     def output_biases(self, config: Any) -> list[frozenset[str]]:
-        """Of every layer the axes that are gone but for a bias: other biases are among the tensors."""
+        """Of every layer the axes with a bias that the stock class would not give them, and those gone but for one."""
         said = (getattr(config, "pruned", None) or {}).get("own", {})
         skips = [said.get(f"{i:03d}", {}).get("skip", {}) for i in range(self.where.count)]
         return [
-            frozenset(name for name, axis in self.axes.items() if skip.get(axis.modules[-1], {}).get("bias"))
-            for skip in skips
+            own | {name for name, axis in self.axes.items() if skip.get(axis.modules[-1], {}).get("bias")}
+            for own, skip in zip(self.biases, skips, strict=True)
         ]
 
     def tensor_name(self, layer: int, name: str) -> str:
@@ -128,7 +130,10 @@ def find_family(
     inside = layers.inside(whole.shapes if shapes is None else shapes)
     if row is not None:
         row.check(inside, str(file or f"the built-in exception for {config.model_type}"))
-        rows |= {name: (own.axis(name), Fraction(own.factor)) for name, own in row.axes.items() if own.slices}
+        rows |= {name: (_sized(own.axis(name), config), Fraction(own.factor)) for name, own in row.axes.items() if own.slices}
+    rows = dict(sorted(rows.items(), key=lambda item: not item[0].startswith("attention")))  # as a layer runs them
+    options = _bias_options(some, kind, inner, [axis for axis, _ in rows.values()])
+    rows |= {name: (replace(rows[name][0], bias_option=key), rows[name][1]) for name, key in options.items()}
     stock, own_keys = layers.inside(whole.shapes), heads[0] if heads else None
     counts = {
         name: tuple(
@@ -153,11 +158,38 @@ def find_family(
         layers_key=layers.key,
         where=layers,
         counts=counts,
+        biases=tuple(
+            frozenset(n for n, (axis, _) in rows.items() if axis.output_bias in now and axis.output_bias not in before)
+            for now, before in zip(inside, stock, strict=True)
+        ),
         factors={name: share for name, (_, share) in rows.items()},
         heads=heads[0] if heads else None,
         sets={name: own.set for name, own in row.axes.items()} if row else {},
         refused=no_experts | (_refused(row) if row else {}),
     )
+
+
+def _sized(axis: Axis, config: Any) -> Axis:
+    """An axis of a file with as many rows for each head as the config says, where heads have no say of their own."""
+    keys = head_keys(config) if axis.fixed else None
+    return axis if keys is None else axis.sized(keys.per_group * keys.head, keys.head)
+
+
+def _bias_options(some: Skeleton, kind: Any, layers: Layers, axes: list[Axis]) -> dict[str, str]:
+    """Axis -> the switch that gives its output projection a bias, and other tensors nothing but its own maps'."""
+    found = {}
+    for key, value in flat_values(some.config).items():
+        if value is not False or "bias" not in key.rpartition(".")[2]:
+            continue
+        try:
+            other = build(changed(some.config, {key: True}), kind)
+        except Exception:  # whatever a class raises of a config that it does not take
+            continue
+        new = {place[1] if (place := layers.locate(n)) else n for n in other.shapes.keys() - some.shapes.keys()}
+        for axis in axes:
+            if axis.output_bias in new <= {piece.bias for piece in axis.required}:
+                found[axis.name] = key
+    return found
 
 
 def _refused(row: FamilyRow) -> dict[str, str]:

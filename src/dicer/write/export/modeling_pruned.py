@@ -250,6 +250,8 @@ def _shape_as_listed(model: Any, said: Mapping[str, Any]) -> None:
             module.config = _OwnHeads(module.config, **counts)
         for place, skipped in own.get("skip", {}).items():
             _skip(layer, place, int(number), **skipped)
+        for place in own.get("idle", ()):
+            _put(layer, place, nn.Identity())
     model.post_init()  # again: what is new is not initialised yet
 
 
@@ -271,14 +273,21 @@ def _resize_parameter(layer: Any, name: str, shape: list[int]) -> None:
     module._is_hf_initialized = False
 
 
-def _skip(layer: Any, place: str, number: int, size: int, returns: int, bias: bool) -> None:
+def _put(layer: Any, place: str, module: nn.Module) -> None:
     parent, _, last = place.rpartition(".")
+    setattr(layer.get_submodule(parent), last, module)
+
+
+def _skip(layer: Any, place: str, number: int, size: int = 0, returns: int = 1, bias: bool = False) -> None:
+    """Have a module add nothing; without a size it is one whose output nothing but another such module reads."""
     old = layer.get_submodule(place)
-    if hasattr(old, "layer_idx"):  # it writes into the cache
-        new: nn.Module = SkippedAttention(old.config, bias, number, size, returns)
+    if not size:
+        new: nn.Module = nn.Identity()
+    elif hasattr(old, "layer_idx"):  # it writes into the cache
+        new = SkippedAttention(old.config, bias, number, size, returns)
     else:
         new = SkippedMLP(size, bias, returns)
-    setattr(layer.get_submodule(parent), last, new)
+    _put(layer, place, new)
 
 
 def _model_class(name: str, stock: Any, config_class: Any, shape: Callable[[Any], None] | None) -> type:
