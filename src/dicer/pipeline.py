@@ -124,7 +124,8 @@ def look(
 def proven_axes(task: Asked) -> list[str]:
     """The axes that a run would cut; ``block`` where whole layers may go."""
     axes = sorted({place.axis for place in task.places})
-    return axes + (["block"] if task.method.axis == "block" else [])
+    whole = task.method.axis == "block" or (isinstance(task, Decided) and task.outline().blocks)
+    return axes + (["block"] if whole else [])
 
 
 def foreseen(task: Asked) -> tuple[Sizes, Sizes]:
@@ -255,6 +256,8 @@ def prune(
             reference = _reference(fidelity_text, dense, source, tokenizer, found.before.nbytes, progress)
     with _timed(seconds, "score"):
         plan = score([task], _store(dense, source), progress)[0]
+    if plan.blocks and not any(proof.axis == "block" for proof in found.proofs):  # layers of which nothing stays
+        check_proofs(source, prove(source, ["block"]))
     for proof in found.proofs:
         proof.check_plan(plan)
     cut = plan_cut(source, plan)

@@ -32,8 +32,9 @@ import dicer
 from dicer.ask.axes import kind_name
 from dicer.decide.plan import LayerPlan, PrunePlan, load_plan
 from dicer.errors import DicerError
+from dicer.model.families import Family
 from dicer.model.source import ModelSource, open_model
-from dicer.model.structure.find import FoundFamily, find_family
+from dicer.model.structure.find import find_family
 from dicer.write.prove import Proof, prove
 from families.independent import Wrong, masked_logits, tensors_of
 from families.load_elsewhere import logits_elsewhere
@@ -115,7 +116,7 @@ def few_words(why: str) -> str:
     return ("cannot be built: " if inner else "") + textwrap.shorten(said, 130, placeholder=" ...")
 
 
-def column_of(family: FoundFamily, axis: str) -> str:
+def column_of(family: Family, axis: str) -> str:
     """The column that an axis belongs to."""
     row = family.axes[axis]
     if row.kind.routed:
@@ -134,7 +135,7 @@ def look_at(model_type: str, root: Path) -> Found:
         tiny_model(model_type).save_pretrained(dense)
         source = open_model(dense)
         found = source.family
-        if not isinstance(found, FoundFamily):
+        if not isinstance(found, Family):
             found = find_family(source.config, found.stock_class)
         family = found
         proven = replace(source, family=family)
@@ -148,7 +149,7 @@ def _examined(
     model_type: str, dense: Path, source: ModelSource, proofs: Mapping[str, Proof], stock: ModelSource
 ) -> Found:
     family = source.family
-    assert isinstance(family, FoundFamily)
+    assert isinstance(family, Family)
     names = [*tensors_of(dense)]
     found = Found({})
     by_column = {column: [a for a in family.axes if column_of(family, a) == column] for column in COLUMNS}
@@ -165,9 +166,9 @@ def _examined(
     return found
 
 
-def _of_proofs(family: FoundFamily, proofs: Mapping[str, Proof]) -> Callable[..., list[Proof]]:
+def _of_proofs(family: Family, proofs: Mapping[str, Proof]) -> Callable[..., list[Proof]]:
     def proven(source: ModelSource, axes: Sequence[str]) -> list[Proof]:
-        row = not isinstance(source.family, FoundFamily)
+        row = not isinstance(source.family, Family)
         return [] if row else [proofs[n] for n in _proof_names(axes, proofs) if n in proofs]
 
     return proven
@@ -178,7 +179,7 @@ def _proof_names(axes: Sequence[str], proofs: Mapping[str, Proof]) -> list[str]:
     return list(dict.fromkeys(axis if axis in proofs else "mlp.experts" for axis in axes))
 
 
-def _said(column: str, proofs: Sequence[Proof], family: FoundFamily, names: Sequence[str]) -> tuple[str, str]:
+def _said(column: str, proofs: Sequence[Proof], family: Family, names: Sequence[str]) -> tuple[str, str]:
     """What the proofs come to: (uniform, differing)."""
     if not proofs:
         refused = [why for axis, why in family.refused.items() if kind_name(axis) == column]
@@ -202,7 +203,7 @@ def _passes(row: Row, cell: str) -> bool:
 
 
 def _runs(
-    dense: Path, source: ModelSource, family: FoundFamily, by_column: Mapping[str, list[str]], row: Row
+    dense: Path, source: ModelSource, family: Family, by_column: Mapping[str, list[str]], row: Row
 ) -> Iterator[tuple[tuple[str, ...], Callable[[Path], PrunePlan]]]:
     """(cells that it is for, what prunes into a folder) for each run that the proofs allow."""
     inside = bool(by_column["expert neurons"])
@@ -239,7 +240,7 @@ def _by_recipe(dense: Path, **recipe: Any) -> Callable[[Path], PrunePlan]:
 
 
 def _by_file(
-    dense: Path, family: FoundFamily, axes: Sequence[str], kind: str, even: float, odd: float
+    dense: Path, family: Family, axes: Sequence[str], kind: str, even: float, odd: float
 ) -> Callable[[Path], PrunePlan]:
     def write(out: Path) -> PrunePlan:
         there = [i for i in range(family.where.count) if any(family.counts[axis][i] for axis in axes)]
@@ -253,7 +254,7 @@ def _by_file(
 
 
 def _by_plan(
-    dense: Path, source: ModelSource, family: FoundFamily, axes: Sequence[str], even: float, odd: float
+    dense: Path, source: ModelSource, family: Family, axes: Sequence[str], even: float, odd: float
 ) -> Callable[[Path], PrunePlan]:
     """For what no recipe says: some of the axes of a kind."""
 
@@ -284,7 +285,7 @@ def _plan(source: ModelSource, axes: dict[str, dict[int, LayerPlan]], blocks: tu
     return PrunePlan(model, said, {}, {}, axes, blocks)
 
 
-def _without_block(dense: Path, source: ModelSource, family: FoundFamily) -> Callable[[Path], PrunePlan]:
+def _without_block(dense: Path, source: ModelSource, family: Family) -> Callable[[Path], PrunePlan]:
     """Without the last layer but one, as --axis block would take it (which needs a text to choose it by)."""
 
     def write(out: Path) -> PrunePlan:

@@ -15,7 +15,7 @@ from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import PlanError
 from dicer.model.source import from_memory, open_model
 from dicer.write.checkpoint import build_model
-from dicer.write.config_found import placed
+from dicer.write.config import placed
 from dicer.write.opened import check_cut
 from dicer.write.surgery import plan_cut
 

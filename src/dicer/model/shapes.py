@@ -27,7 +27,7 @@ class LayerShape:
 
 def layer_shapes(family: Family, config: Any) -> list[LayerShape]:
     """Every layer of a model, from its transformers config (stock or pruned)."""
-    units = {axis: family.units(config, axis) for axis in family.axes}
+    units = {axis: family.units(axis) for axis in family.axes}
     return [
         LayerShape({axis: units[axis][i] for axis in units}, biased)
         for i, biased in enumerate(family.output_biases(config))

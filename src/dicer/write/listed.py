@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from dicer.errors import PlanError
+from dicer.model.families import Family
 from dicer.model.shapes import LayerShape
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily, memory_names
+from dicer.model.structure.find import memory_names
 from dicer.model.structure.probe import STEP, stepped
 from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values
 from dicer.model.structure.trace import trace
@@ -32,7 +34,7 @@ def listed_layers(
     """Number of a layer -> what is its own, by names in memory; None where more differs than the plan changes.
 
     Args:
-        source: the model that is cut; its family was found.
+        source: the model that is cut.
         skeleton: what the stock class makes of the config without the list.
         infos: the tensors that there will be, by their names on disk.
         shapes: what stays of each layer that stays.
@@ -41,18 +43,17 @@ def listed_layers(
     Raises:
         PlanError: a sub-layer goes whole that cannot be left out.
     """
-    family: Any = source.family
+    family = source.family
     layers: Listed = {f"{i:03d}": {} for i in range(len(kept))}
     _carry(source, layers, kept)
     for axis in family.axes.values():
         gone = [i for i, old in enumerate(kept) if family.counts[axis.name][old] and not shapes[i].units[axis.name]]
         for i in gone:
             biased = axis.name in shapes[i].output_bias
-            layers[f"{i:03d}"].setdefault("skip", {}).update(
-                _skipped(family, axis, source, skeleton, kept[i], i, biased)
-            )
+            layers[f"{i:03d}"].setdefault("skip", {}).update(_skipped(axis, source, skeleton, kept[i], i, biased))
     if not _list_shapes(family, skeleton, infos, layers):
         return None
+    _list_idle(source, skeleton, infos, layers, kept)
     for axis in family.axes.values():
         if axis.fixed:
             _list_fixed(family, axis, skeleton, shapes, layers)
@@ -65,11 +66,11 @@ def _carry(source: ModelSource, layers: Listed, kept: Sequence[int]) -> None:
     """What was skipped before stays so."""
     before = (source.raw_config.get("pruned") or {}).get("own", {})
     for i, old in enumerate(kept):
-        if skip := before.get(f"{old:03d}", {}).get("skip"):
-            layers[f"{i:03d}"]["skip"] = dict(skip)
+        said = before.get(f"{old:03d}", {})
+        layers[f"{i:03d}"].update({key: copy.copy(said[key]) for key in ("skip", "idle") if key in said})
 
 
-def _list_shapes(family: FoundFamily, skeleton: Skeleton, infos: Mapping[str, TensorInfo], layers: Listed) -> bool:
+def _list_shapes(family: Family, skeleton: Skeleton, infos: Mapping[str, TensorInfo], layers: Listed) -> bool:
     """Note parameters of other shapes; False where one differs that no unit runs through."""
     memory, state = memory_names(skeleton.model), skeleton.model.state_dict()
     cut = {piece.name for axis in family.axes.values() for piece in axis.slices}
@@ -95,6 +96,21 @@ def _list_shapes(family: FoundFamily, skeleton: Skeleton, infos: Mapping[str, Te
     return True
 
 
+def _list_idle(
+    source: ModelSource, skeleton: Skeleton, infos: Mapping[str, TensorInfo], layers: Listed, kept: Sequence[int]
+) -> None:
+    """Note the norms that go with a sub-layer."""
+    family, memory, before = source.family, memory_names(skeleton.model), source.tensors.infos()
+    for name in skeleton.shapes:
+        place = family.locate(name)
+        if place is None or name in infos or family.renumbered(name, kept[place[0]]) not in before:
+            continue
+        own = layers[f"{place[0]:03d}"]
+        inner = memory(name).removeprefix(f"{family.where.module}.{place[0]}.").rpartition(".")[0]
+        if "skip" in own and not any(f"{inner}.".startswith(f"{module}.") for module in own["skip"]):
+            own["idle"] = sorted({*own.get("idle", ()), inner})
+
+
 def _in_memory(built: Shape, wanted: Shape, memory: Shape) -> Shape:
     """The shape in memory of a tensor that has another one on disk, where it may be one of several side by side."""
     if len(built) == len(memory):
@@ -104,9 +120,7 @@ def _in_memory(built: Shape, wanted: Shape, memory: Shape) -> Shape:
     return (memory[0], *inner)
 
 
-def _list_counts(
-    family: FoundFamily, axis: Axis, skeleton: Skeleton, shapes: Sequence[LayerShape], layers: Listed
-) -> None:
+def _list_counts(family: Family, axis: Axis, skeleton: Skeleton, shapes: Sequence[LayerShape], layers: Listed) -> None:
     """Note numbers that modules keep beside their weights: heads, widths by which they split."""
     values = flat_values(skeleton.config)
     if axis.size_key is not None:
@@ -138,9 +152,7 @@ def _list_counts(
             _list_configs(family, axis, skeleton, layers[f"{i:03d}"], i, int(wanted[i]))
 
 
-def _list_fixed(
-    family: FoundFamily, axis: Axis, skeleton: Skeleton, shapes: Sequence[LayerShape], layers: Listed
-) -> None:
+def _list_fixed(family: Family, axis: Axis, skeleton: Skeleton, shapes: Sequence[LayerShape], layers: Listed) -> None:
     """Note the numbers of heads whose size the class takes from their number."""
     place = axis.modules[-1]
     for i, shape in enumerate(shapes):
@@ -153,7 +165,7 @@ def _list_fixed(
 
 
 def _rates(
-    family: FoundFamily, axis: Axis, skeleton: Skeleton, steps: Sequence[tuple[Mapping[str, Any], int]]
+    family: Family, axis: Axis, skeleton: Skeleton, steps: Sequence[tuple[Mapping[str, Any], int]]
 ) -> dict[tuple[int, str], tuple[Any, Any]]:
     """(layer, attribute's path inside it) -> its value and by how much it follows one more of the key."""
     before = dict(_numbers(family, axis, skeleton))
@@ -171,7 +183,7 @@ def _rates(
     return {}
 
 
-def _numbers(family: FoundFamily, axis: Axis, skeleton: Skeleton) -> Iterator[tuple[tuple[int, str], Any]]:
+def _numbers(family: Family, axis: Axis, skeleton: Skeleton) -> Iterator[tuple[tuple[int, str], Any]]:
     modules = dict(skeleton.model.named_modules())
     count = len(modules[family.where.module])
     for i in range(count):
@@ -207,9 +219,7 @@ def _moved(name: str, before: Any, rate: Any, by: Fraction) -> Any:
     return int(value)
 
 
-def _list_configs(
-    family: FoundFamily, axis: Axis, skeleton: Skeleton, own: dict[str, Any], layer: int, groups: int
-) -> None:
+def _list_configs(family: Family, axis: Axis, skeleton: Skeleton, own: dict[str, Any], layer: int, groups: int) -> None:
     """Note what modules of attention must find in their config, where they have one: some read it as they run."""
     assert family.heads is not None
     counts = {path.rpartition(".")[2]: n for path, n in family.heads.of(groups).items() if path != family.heads.size}
@@ -220,15 +230,13 @@ def _list_configs(
             own.setdefault("config", {})[place] = counts
 
 
-def _skipped(
-    family: FoundFamily, axis: Axis, source: ModelSource, skeleton: Skeleton, old: int, new: int, biased: bool
-) -> dict[str, Any]:
+def _skipped(axis: Axis, source: ModelSource, skeleton: Skeleton, old: int, new: int, biased: bool) -> dict[str, Any]:
     """What stands for a sub-layer that goes whole.
 
     Raises:
         PlanError: it is not one module whose output joins the residual stream.
     """
-    module = axis.modules[-1]
+    family, module = source.family, axis.modules[-1]
     known = {piece.name for piece in axis.slices}
     inside = [place[1] for n in source.tensors.infos() if (place := family.locate(n)) and place[0] == old]
     infos = source.tensors.infos()

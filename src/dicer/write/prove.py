@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import DicerError, UnknownFamily
+from dicer.model.families import Family
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily, find_family
+from dicer.model.structure.find import find_family
 from dicer.model.structure.layers import Layers, kinds_of_layers, with_layers
 from dicer.model.structure.skeleton import Shape, build, changed, flat_values, on_disk, quiet, stock_config
 from dicer.model.tensors import MemorySource
@@ -117,8 +118,6 @@ class Twin:
 
     def __init__(self, source: ModelSource, each: int = 1) -> None:
         family = source.family
-        if not isinstance(family, FoundFamily):
-            raise TypeError("only a family that was found has to be proven")
         self.kind: Any = family.stock_class
         config, kept = _small(source, family, self.kind, each)
         torch.manual_seed(0)
@@ -160,7 +159,7 @@ class Twin:
 
 
 def prove(source: ModelSource, axes: Collection[str]) -> list[Proof]:
-    """Prove axes of a family that was found; one with a row needs no proof.
+    """Prove axes of a family.
 
     (a) A model made anew from the twin's tensors is the twin. (b) A cut through the whole path - surgery, config, the
     class of transformers, its loading - is the twin with the removed units' tensors zero. (c) It is not the dense twin.
@@ -170,8 +169,6 @@ def prove(source: ModelSource, axes: Collection[str]) -> list[Proof]:
         source: the model.
         axes: by their names; ``block`` for whole layers.
     """
-    if not isinstance(source.family, FoundFamily):
-        return []
     try:
         twin = Twin(source)
         reload = twin.apart(twin.logits(twin.model), twin.dense)
@@ -187,7 +184,7 @@ def prove(source: ModelSource, axes: Collection[str]) -> list[Proof]:
     ]
 
 
-def _together(family: FoundFamily, axes: Collection[str]) -> dict[str, list[str]]:
+def _together(family: Family, axes: Collection[str]) -> dict[str, list[str]]:
     """Axes by what is proven at once: the neurons of all experts are cut together, as one tensor holds them."""
     found: dict[str, list[str]] = {}
     for name in axes:
@@ -197,7 +194,7 @@ def _together(family: FoundFamily, axes: Collection[str]) -> dict[str, list[str]
     return found
 
 
-def _axis(twin: Twin, family: FoundFamily, name: str, members: Sequence[str]) -> Proof:
+def _axis(twin: Twin, family: Family, name: str, members: Sequence[str]) -> Proof:
     own = twin.family.axes
     members = [axis for axis in members if axis in own] if len(members) > 1 else members  # a twin has fewer experts
     if any(axis not in own or not _same_tensors(own[axis], family.axes[axis]) for axis in members) or not members:
@@ -302,7 +299,7 @@ def _masked_logits(twin: Twin, plan: PrunePlan) -> Tensor:
 class _WithoutExperts(TorchFunctionMode):
     """The router's logit of every expert that goes is minus infinity, and no correction brings it back."""
 
-    def __init__(self, model: Any, family: FoundFamily, axes: Mapping[str, Mapping[int, LayerPlan]]) -> None:
+    def __init__(self, model: Any, family: Family, axes: Mapping[str, Mapping[int, LayerPlan]]) -> None:
         super().__init__()
         self._gone: dict[int, Tensor] = {}
         for axis, layers in axes.items():
@@ -329,7 +326,7 @@ class _WithoutExperts(TorchFunctionMode):
 
 def masked(source: ModelSource, plan: PrunePlan) -> dict[str, Tensor]:
     """The dense model's tensors in which the rows of all units that go are zero; whole experts stay as they are."""
-    axes = source.family.sized(source.config)
+    axes = source.family.axes
     found = {}
     for name in source.tensors.infos():
         tensor, place = source.tensors.read(name), source.family.locate(name)
@@ -409,7 +406,7 @@ def _passing(model: Any, layers: str, index: int) -> Any:
     return model
 
 
-def _small(source: ModelSource, family: FoundFamily, kind: Any, each: int) -> tuple[Any, list[int]]:
+def _small(source: ModelSource, family: Family, kind: Any, each: int) -> tuple[Any, list[int]]:
     """The config of a twin: layers of each kind, few tokens, narrow MLPs, few heads; the rest is the user's own."""
     config = family_config(source)
     layers = family.where
@@ -434,7 +431,7 @@ def _alike(shorter: Any, kind: Any, layers: Layers, keep: Sequence[int], shapes:
     return [set(tensors) for tensors in found] == [set(names[i]) for i in keep]
 
 
-def _several(config: Any, family: FoundFamily, shapes: Mapping[str, Any], each: int) -> list[int]:
+def _several(config: Any, family: Family, shapes: Mapping[str, Any], each: int) -> list[int]:
     first = kinds_of_layers(config, family.where, shapes)
     inside = family.where.inside(dict(shapes))
     keep = {*first}
@@ -460,7 +457,7 @@ def _if_it_builds(kind: Any, config: Any, make: Callable[[Any], Any]) -> Any:
     return other
 
 
-def _shrunk(config: Any, family: FoundFamily) -> list[dict[str, Any]]:
+def _shrunk(config: Any, family: Family) -> list[dict[str, Any]]:
     """Changes to a config, one after the other, that make a twin small; those that its class does not take are left."""
     values = flat_values(config)
     changes: list[dict[str, Any]] = []

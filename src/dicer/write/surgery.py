@@ -15,11 +15,11 @@ from dicer.model.families import Family
 from dicer.model.shapes import LayerShape, layer_shapes
 from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
+from dicer.model.structure.idle import idle_tensors
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis, Slice
-from dicer.write.config_found import zero_biases
+from dicer.write.config import pruned_config, zero_biases
 from dicer.write.experts import ExpertCut, expert_cuts
-from dicer.write.forms import form_of
 
 Read = Callable[[], Tensor]
 
@@ -99,12 +99,12 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
     """
     family, before = source.family, source.tensors.infos()
     shapes = layer_shapes(family, source.config)
-    axes = family.sized(source.config)
+    axes = family.axes
     _check(plan, shapes, axes)
     kept = [i for i in range(len(shapes)) if i not in plan.blocks]
     places = _places(family, before)
     after = [_shape_after(plan, i, shapes[i], _native_biases(axes, shapes[i], places, i)) for i in kept]
-    cut, form = Cut({}, {}, {}, {}, before, source), form_of(family)
+    cut = Cut({}, {}, {}, {}, before, source)
     number = {old: new for new, old in enumerate(kept)}
     of_experts = expert_cuts(axes, plan)
     for name, info in before.items():
@@ -115,7 +115,7 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             _of_experts(cut, own, name, number[place[0]])
         elif place[0] in number:
             _inside(cut, axes, plan, name, number[place[0]])
-    for name in form.idle_norms(source, cut.infos, after):
+    for name in _idle(cut, after, number):
         del cut.infos[name], cut.origin[name]
     for old, new in number.items():
         for axis in axes:
@@ -123,7 +123,7 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             if axis in after[new].output_bias and layer is not None and layer.means is not None:
                 weight = places[old, axes[axis].output_slice.name]
                 _output_bias(cut, axes[axis], layer, weight, new)
-    cut.config.update(form.config(source, cut.infos, after, kept))
+    cut.config.update(pruned_config(source, cut.infos, after, kept))
     if "auto_map" not in cut.config:
         for name, info in zero_biases(source, cut.infos, after).items():
             cut.infos[name] = info
@@ -194,6 +194,18 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
         cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
     elif inner == axis.output_bias and layer.means is not None:
         cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
+
+
+def _idle(cut: Cut, after: list[LayerShape], number: Mapping[int, int]) -> list[str]:
+    """What will be tensors of norms that nothing comes of."""
+    family, gone = cut.source.family, dict[int, dict[str, bool]]()
+    for old, new in number.items():
+        for axis, counts in family.counts.items():
+            if counts[old] and not after[new].units[axis]:
+                gone.setdefault(old, {})[axis] = axis in after[new].output_bias
+    inside = {name: origin for name, origin in cut.origin.items() if (p := family.locate(origin)) and p[0] in gone}
+    idle = {*idle_tensors(family, cut.source.config, [*inside.values()], gone)} if gone else set()
+    return [name for name, origin in inside.items() if origin in idle]
 
 
 def _of_experts(cut: Cut, own: ExpertCut, name: str, new: int) -> None:

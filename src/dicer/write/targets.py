@@ -67,7 +67,7 @@ def parallel_line(family: Family, config: Any, parts: int) -> str:
     """
     uneven = []
     for axis in family.axes:
-        layers = [i for i, units in enumerate(family.units(config, axis)) if units % parts]
+        layers = [i for i, units in enumerate(family.units(axis)) if units % parts]
         if layers:
             which = ", ".join(map(str, layers[:8])) + (" ..." if len(layers) > 8 else "")
             uneven.append(f"{'key-value heads' if axis == 'attention' else 'neurons'} of layers {which}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
 from types import MappingProxyType
@@ -19,74 +19,11 @@ from dicer.model.structure.heads import HeadKeys, find_heads, head_keys, is_outp
 from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
 from dicer.model.structure.probe import Change
-from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values, pruned_classes
+from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values
 from dicer.model.structure.trace import Call, activation, final_norm, trace
 from dicer.model.units import Axis, Slice
 
 _GATE = re.compile(r"gate|(^|\.)w1($|\.|_)|w_0$")
-
-
-@dataclass(frozen=True)
-class FoundFamily(Family):
-    """A family that was found in one model; its widths are those of the model's tensors.
-
-    Attributes:
-        where: the decoder layers.
-        counts: axis -> units in every layer, 0 where a layer has none.
-        biases: of every layer the axes whose output projection has a bias that the stock class would not give it.
-        factors: axis -> units for each one of its width key; 2 where the key holds half of the width, say.
-        heads: what the config says of heads; None where they were not found.
-        sets: axis -> what the config must say besides its width, path -> value.
-        refused: axis, or ``block`` -> why it cannot be pruned, known beforehand.
-        notes: what was not found, and why.
-    """
-
-    where: Layers = field(default_factory=lambda: Layers("", 0, "", ""))
-    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    biases: tuple[frozenset[str], ...] = ()
-    factors: Mapping[str, Fraction] = field(default_factory=dict)
-    heads: HeadKeys | None = None
-    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def pruned_classes(self) -> dict[str, str]:
-        """Auto class -> class in ``modeling_pruned.py`` for a checkpoint whose widths differ."""
-        import transformers
-
-        known = pruned_classes(getattr(transformers, f"{self.stem}Config"))
-        own = f"Pruned{self.causal_lm}"
-        # Emu3's text part has a class, and no auto class knows it.
-        return (
-            known
-            if {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & {*known}
-            else {**known, "AutoModelForCausalLM": own}
-        )
-
-    def output_biases(self, config: Any) -> list[frozenset[str]]:
-        """Of every layer the axes with a bias that the stock class would not give them, and those gone but for one."""
-        said = (getattr(config, "pruned", None) or {}).get("own", {})
-        skips = [said.get(f"{i:03d}", {}).get("skip", {}) for i in range(self.where.count)]
-        return [
-            own | {name for name, axis in self.axes.items() if skip.get(axis.modules[-1], {}).get("bias")}
-            for own, skip in zip(self.biases, skips, strict=True)
-        ]
-
-    def tensor_name(self, layer: int, name: str) -> str:
-        """The full name, on disk, of a layer's tensor."""
-        return f"{self.where.disk}.{layer}.{name}"
-
-    def sized(self, config: Any) -> dict[str, Axis]:  # noqa: ARG002 - what a row reads it from
-        """The axes, whose slices hold how many rows a unit owns."""
-        return dict(self.axes)
-
-    def units(self, config: Any, axis: str) -> list[int]:  # noqa: ARG002
-        """Units of an axis in every layer: those of the tensors."""
-        return list(self.counts[axis])
-
-    def _match(self, tensor_name: str) -> re.Match[str] | None:
-        return re.fullmatch(rf"{re.escape(self.where.disk)}\.(\d+)\.(.+)", tensor_name)
 
 
 def find_family(
@@ -96,7 +33,7 @@ def find_family(
     *,
     file: str | None = None,
     where: Layers | None = None,
-) -> FoundFamily:
+) -> Family:
     """Find a family by building its class without weights, once for each key that may be a width.
 
     Args:
@@ -130,7 +67,9 @@ def find_family(
     inside = layers.inside(whole.shapes if shapes is None else shapes)
     if row is not None:
         row.check(inside, str(file or f"the built-in exception for {config.model_type}"))
-        rows |= {name: (_sized(own.axis(name), config), Fraction(own.factor)) for name, own in row.axes.items() if own.slices}
+        rows |= {
+            name: (_sized(own.axis(name), config), Fraction(own.factor)) for name, own in row.axes.items() if own.slices
+        }
     rows = dict(sorted(rows.items(), key=lambda item: not item[0].startswith("attention")))  # as a layer runs them
     options = _bias_options(some, kind, inner, [axis for axis, _ in rows.values()])
     rows |= {name: (replace(rows[name][0], bias_option=key), rows[name][1]) for name, key in options.items()}
@@ -147,7 +86,7 @@ def find_family(
         for name, part in whole.model.named_modules()
         if not re.search(r"vision|visual|audio", name) and part is not whole.model.get_input_embeddings()
     )
-    return FoundFamily(
+    return Family(
         model_type=config.model_type,
         stem=type(config).__name__.removesuffix("Config"),
         causal_lm=kind.__name__,
@@ -155,7 +94,6 @@ def find_family(
         final_norm=final_norm(some, calls, inner.module, inner.count) or "",
         axes=MappingProxyType({name: axis for name, (axis, _) in rows.items()}),
         learned_positions=learned,
-        layers_key=layers.key,
         where=layers,
         counts=counts,
         biases=tuple(

@@ -29,7 +29,7 @@ def masked_model(source: ModelSource, plan: PrunePlan) -> Any:
         plan: what stays.
     """
     model: Any = source.load_model("float32")
-    axes, state = source.family.sized(source.config), dict(model.named_parameters())
+    axes, state = source.family.axes, dict(model.named_parameters())
     with torch.no_grad():
         for name in source.tensors.infos():
             place = source.family.locate(name)
