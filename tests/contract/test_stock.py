@@ -9,7 +9,7 @@ from without_dicer import load_elsewhere
 
 import dicer
 from dicer.errors import RecipeError
-from dicer.model.families import family_of
+from dicer.model.source import open_model
 from dicer.model.source import open_model
 from dicer.write.checkpoint import write_checkpoint
 from dicer.write.surgery import plan_cut
@@ -48,7 +48,7 @@ def test_stock_class_equals_masked(case, written):
     folder, family = str(root / case), CASES[case][0]
     assert "auto_map" not in config_in(root / case)
     assert list((root / case).glob("*.py")) == []
-    stem = family_of(family)
+    stem = open_model(root / "dense" / case).family
     assert report[folder]["classes"] == [stem.causal_lm, f"{stem.stem}Config"]
     assert report[folder]["not clean"] == {}
     dense = dicer.load(root / "dense" / case)

@@ -78,7 +78,7 @@ def _tiny(root, family):
         options["head_dim"] = 32
     dense = save_tiny(root / "dense" / family, family, **options)
     source = open_model(dense)
-    heads = source.family.units(source.config, "attention")[0]
+    heads = source.family.units("attention")[0]
 
     def last(units, kept):
         return LayerPlan(units, torch.arange(units - kept, units), torch.zeros(units))
