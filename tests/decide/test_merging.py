@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import NEURONS, tiny_model, tiny_tokens
+from tiny import NEURONS, family_of, tiny_model, tiny_tokens
 
 import dicer
 from dicer.decide.merging import dominant_of_groups, keep_strongest, mean_of_groups

@@ -28,6 +28,7 @@ class Family:
         axes: by name, in the order of a layer's sub-layers.
         where: the decoder layers.
         learned_positions: positions are a table of ``max_position_embeddings`` rows, so longer samples cannot run.
+        returned: how many values a layer returns, 0 where it is no tuple; None where that was not seen.
         counts: axis -> units in every layer, 0 where a layer has none.
         biases: of every layer the axes whose output projection has a bias that the stock class would not give it.
         factors: axis -> units for each one of its width key; 2 where the key holds half of the width, say.
@@ -45,6 +46,7 @@ class Family:
     axes: Mapping[str, Axis]
     where: Layers
     learned_positions: bool = False
+    returned: int | None = None
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     biases: tuple[frozenset[str], ...] = ()
     factors: Mapping[str, Fraction] = field(default_factory=dict)

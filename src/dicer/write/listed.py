@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from torch import nn
-
 from dicer.errors import PlanError
 from dicer.model.families import Family
 from dicer.model.shapes import LayerShape
@@ -16,7 +14,7 @@ from dicer.model.source import ModelSource
 from dicer.model.structure.find import memory_names
 from dicer.model.structure.probe import STEP, stepped
 from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values
-from dicer.model.structure.trace import trace
+from dicer.model.structure.trace import returned
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis
 
@@ -128,9 +126,11 @@ def _list_counts(family: Family, axis: Axis, skeleton: Skeleton, shapes: Sequenc
             return
         wanted = {i: Fraction(shape.units[axis.name]) for i, shape in enumerate(shapes) if shape.units[axis.name]}
         base = dict.fromkeys(wanted, Fraction(family.heads.count))
-        steps = [(family.heads.of(family.heads.count + more), more) for more in (1, 2, family.heads.count)]
+        steps = [(family.heads.tried(family.heads.count + more), more) for more in (1, 2, family.heads.count)]
     else:
         key = axis.width_keys[-1]
+        if values[key] is None:  # GPT-2's, of a width that is not cut
+            return
         wanted = {
             i: Fraction(shape.units[axis.name]) / family.factors[axis.name]
             for i, shape in enumerate(shapes)
@@ -248,25 +248,11 @@ def _skipped(axis: Axis, source: ModelSource, skeleton: Skeleton, old: int, new:
         more = f"'{others[0]}' is in it, too" if others else f"it is several modules ({', '.join(axis.modules)})"
         raise PlanError(f"{axis.name} of layer {old} cannot go whole: {more}. Leave some units, or remove the block.")
     size = skeleton.shapes[family.tensor_name(new, axis.output_slice.name)][1 - axis.output_slice.dim]
-    returns = _returns(skeleton, f"{family.where.module}.{new}.{module}")
+    returns = returned(skeleton, f"{family.where.module}.{new}.{module}")
+    if returns is None:
+        raise PlanError(
+            f"{axis.name} of layer {old} cannot go whole: what '{module}' returns cannot be seen without weights. Leave "
+            "some units."
+        )
     # Of maps that the layer itself holds the last one's output joins the stream; what goes into it does not matter.
-    return {**dict.fromkeys(before, {}), module: {"size": size, "returns": returns, "bias": biased}}
-
-
-def _returns(skeleton: Skeleton, path: str) -> int:
-    """How many values a module returns, seen from the first of its class that runs; one joins the residual stream."""
-    seen: list[int] = []
-    kind = type(skeleton.model.get_submodule(path))
-
-    def note(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(len(output) if isinstance(output, tuple | list) else 1)
-
-    hooks = [part.register_forward_hook(note) for part in skeleton.model.modules() if type(part) is kind]
-    try:
-        trace(skeleton)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not seen:
-        raise PlanError(f"'{path}' cannot go whole: what it returns cannot be seen without weights. Leave some units.")
-    return seen[0]
+    return {**dict.fromkeys(before, {}), module: {"size": size, "returns": max(returns, 1), "bias": biased}}

@@ -33,7 +33,7 @@ class ResidentStore:
         self._model: Any = model
         self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
         self._axes = family.axes
-        self._returned: int | None = None  # how many values a layer returns; 0 where it is no tuple
+        self._returned = family.returned
         self._units = {name: family.units(name) for name in self._axes}
 
     @property

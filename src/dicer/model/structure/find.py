@@ -20,7 +20,7 @@ from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
 from dicer.model.structure.probe import Change
 from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values
-from dicer.model.structure.trace import Call, activation, final_norm, trace
+from dicer.model.structure.trace import Call, activation, final_norm, returned, trace
 from dicer.model.units import Axis, Slice
 
 _GATE = re.compile(r"gate|(^|\.)w1($|\.|_)|w_0$")
@@ -94,6 +94,7 @@ def find_family(
         final_norm=final_norm(some, calls, inner.module, inner.count) or "",
         axes=MappingProxyType({name: axis for name, (axis, _) in rows.items()}),
         learned_positions=learned,
+        returned=returned(some, f"{inner.module}.0"),
         where=layers,
         counts=counts,
         biases=tuple(

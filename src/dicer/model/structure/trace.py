@@ -55,6 +55,25 @@ def trace(sample: Skeleton) -> list[Call]:
     return calls
 
 
+def returned(sample: Skeleton, path: str) -> int | None:
+    """How many values a module returns, 0 where it is no tuple, seen from the first of its class that runs.
+
+    None where none can be seen to run without weights.
+    """
+    seen: list[int] = []
+    kind = type(sample.model.get_submodule(path))
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(len(output) if isinstance(output, tuple | list) else 0)
+
+    with ExitStack() as stack:
+        for part in sample.model.modules():
+            if type(part) is kind:
+                stack.callback(part.register_forward_hook(note).remove)
+        trace(sample)
+    return seen[0] if seen else None
+
+
 def inputs_without_values() -> list[dict[str, Tensor]]:
     """Arguments of a call, on the meta device, in the order in which to try them."""
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
