@@ -51,11 +51,11 @@ def pruned_config(
         if len(kept) == family.where.count
         else companions(before, family.where.key, family.where.count, kept, family.where.lists)
     )
-    widths = _widths(family, shapes, kept)
-    touched = {path: value for name in family.axes if _changes(family, name, shapes, kept)
+    widths = _widths(source, shapes, kept)
+    touched = {path: value for name in family.axes if _changes(source, name, shapes, kept)
                for path, value in family.sets.get(name, {}).items()}  # fmt: skip
     said = {key: _said(values.get(key, flat_values(before)[key]), wanted) for key, wanted in widths.items()}
-    heads = _heads(family, shapes, kept)
+    heads = _heads(source, shapes, kept)
     options = {family.axes[axis].bias_option: True for shape in shapes for axis in shape.output_bias}
     if heads is not None and None not in [*said.values(), *options]:
         stock = placed(raw, {**values, **touched, **said, **heads, **options}, before)
@@ -154,18 +154,20 @@ def differs(skeleton: Skeleton, source: ModelSource, infos: Mapping[str, TensorI
     return next((name for name in infos if source.family.locate(name) and name not in skeleton.shapes), None)
 
 
-def _changes(family: Family, axis: str, shapes: Sequence[LayerShape], kept: Sequence[int]) -> bool:
-    return any(shape.units[axis] != family.counts[axis][old] for shape, old in zip(shapes, kept, strict=True))
+def _changes(source: ModelSource, axis: str, shapes: Sequence[LayerShape], kept: Sequence[int]) -> bool:
+    """Whether an axis is cut, or was before: then the config says other widths than there are."""
+    counts = source.family.counts[axis]
+    return not source.is_stock or any(shape.units[axis] != counts[old] for shape, old in zip(shapes, kept, strict=True))
 
 
-def _widths(family: Family, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, list[Fraction | None]]:
+def _widths(source: ModelSource, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, list[Fraction | None]]:
     """Width key -> what it has to be in each layer; None where it can be anything. Keys that stay are left out."""
-    found: dict[str, list[Fraction | None]] = {}
+    family, found = source.family, dict[str, list[Fraction | None]]()
     for name, axis in family.axes.items():
         if axis.size_key is not None:
             continue
         key = axis.width_keys[-1]
-        if not key or not _changes(family, name, shapes, kept):  # Bloom has no key: its class cannot be any other width
+        if not key or not _changes(source, name, shapes, kept):  # Bloom has no key: its class cannot be any other width
             continue
         wanted = found.setdefault(key, [None] * len(shapes))
         for i, shape in enumerate(shapes):
@@ -191,10 +193,11 @@ def _largest(before: Any, wanted: Sequence[Fraction | None]) -> Any:
     return max((math.ceil(w) for w in wanted if w is not None), default=before)
 
 
-def _heads(family: Family, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, Any] | None:
+def _heads(source: ModelSource, shapes: Sequence[LayerShape], kept: Sequence[int]) -> dict[str, Any] | None:
     """What a stock config says of heads: nothing where they stay; None where no single number is all layers'."""
+    family = source.family
     axes = [name for name, axis in family.axes.items() if axis.size_key is not None]
-    if family.heads is None or not any(_changes(family, name, shapes, kept) for name in axes):
+    if family.heads is None or not any(_changes(source, name, shapes, kept) for name in axes):
         return {}
     groups = {shape.units[name] for name in axes for shape, old in zip(shapes, kept, strict=True)
               if family.counts[name][old]}  # fmt: skip

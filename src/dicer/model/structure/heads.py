@@ -41,7 +41,6 @@ class HeadKeys:
         said = {self.queries: groups * self.per_group, self.size: self.head}
         return said | ({self.groups: groups} if self.groups else {})
 
-
     def tried(self, groups: int) -> dict[str, Any]:
         """The same for a model that is only built: without rotary factors, which some want for hidden size / heads."""
         outer = self.size.rpartition(".")[0]
