@@ -25,7 +25,12 @@ Widths = Mapping[str, Sequence[Fraction | None]]
 
 
 def pruned_config(
-    source: ModelSource, infos: Mapping[str, TensorInfo], shapes: Sequence[LayerShape], kept: Sequence[int]
+    source: ModelSource,
+    infos: Mapping[str, TensorInfo],
+    shapes: Sequence[LayerShape],
+    kept: Sequence[int],
+    *,
+    stock: bool = True,
 ) -> dict[str, Any]:
     """``config.json`` of a model with the given layers.
 
@@ -38,6 +43,7 @@ def pruned_config(
         infos: the tensors that there will be.
         shapes: what stays of each layer that stays.
         kept: which layers of the source those are.
+        stock: whether the stock class will do where it can.
 
     Raises:
         PlanError: neither can hold it.
@@ -57,10 +63,10 @@ def pruned_config(
     said = {key: _said(values.get(key, flat_values(before)[key]), wanted) for key, wanted in widths.items()}
     heads = _heads(source, shapes, kept)
     options = {family.axes[axis].bias_option: True for shape in shapes for axis in shape.output_bias}
-    if heads is not None and None not in [*said.values(), *options]:
-        stock = placed(raw, {**values, **touched, **said, **heads, **options}, before)
-        if _is(source, stock, {**infos, **zero_biases(source, infos, shapes)}):
-            return stock
+    if stock and heads is not None and None not in [*said.values(), *options]:
+        own = placed(raw, {**values, **touched, **said, **heads, **options}, before)
+        if _is(source, own, {**infos, **zero_biases(source, infos, shapes)}):
+            return own
     for each in (True, False):  # the largest width for all, or what it was, where more than what is cut goes by it
         largest = {key: _largest(values.get(key, flat_values(before)[key]), w) for key, w in widths.items() if each}
         config = placed(raw, {**values, **touched, **largest}, before)

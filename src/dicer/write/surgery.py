@@ -91,8 +91,8 @@ class Cut:
         return count_sizes(self.source.family, self.before), count_sizes(self.source.family, self.infos)
 
 
-def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
-    """Lay out the surgery without reading a weight.
+def plan_cut(source: ModelSource, plan: PrunePlan, *, stock: bool = True) -> Cut:
+    """Lay out the surgery without reading a weight; ``stock``: to the stock class where that can be it.
 
     Raises:
         PlanError: the plan's layers or widths are not those of the model.
@@ -123,7 +123,7 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             if axis in after[new].output_bias and layer is not None and layer.means is not None:
                 weight = places[old, axes[axis].output_slice.name]
                 _output_bias(cut, axes[axis], layer, weight, new)
-    cut.config.update(pruned_config(source, cut.infos, after, kept))
+    cut.config.update(pruned_config(source, cut.infos, after, kept, stock=stock))
     if "auto_map" not in cut.config:
         for name, info in zero_biases(source, cut.infos, after).items():
             cut.infos[name] = info

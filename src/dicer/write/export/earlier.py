@@ -45,9 +45,8 @@ def as_today(values: Mapping[str, Any]) -> dict[str, Any]:
     family = find_family(config, kind)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in skeleton.shapes.items()}
     source = ModelSource(kind.__name__, None, config, said, family, MemorySource(tensors))
-    cut = plan_cut(source, _plan(family, own)).config
-    listed = cut.get("pruned", {"layers": family.where.module, "own": {}})
-    return {**said, **cut, **{name: values[name] for name in _OWN if name in values}, "pruned": listed}
+    cut = plan_cut(source, _plan(family, own), stock=False).config
+    return {**said, **cut, **{name: values[name] for name in _OWN if name in values}}
 
 
 def _plan(family: Family, own: Mapping[int, Mapping[str, Any]]) -> PrunePlan:
