@@ -250,6 +250,41 @@ def _cell(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+SHOWN = (
+    *(*PEERS, "act-l2", "output-l2", "rc-a", "rc-a rolls", "rc-a solved", "rc-a rolls solved", "output-l2 solved"),
+    *("obs", "obs solved", "obs solved cosine", "obs solved target dense, not the first"),
+    "obs solved 1e-1 cosine, not the first",
+)
+
+
+def figure(found: list[dict[str, Any]], path: Path, layers: str, size: str) -> None:
+    """Seconds of deciding against mean KL, one panel a ratio; bars span the draws."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    mine = [one for one in found if (one["layers"], one["size"]) == (layers, size) and one["seconds"] > 0.05]
+    ratios = sorted({one["ratio"] for one in mine})
+    drawing, panels = plt.subplots(1, len(ratios), figsize=(7 * len(ratios), 6), squeeze=False)
+    key = next(key for key in mine[0] if key.endswith(" kl"))
+    for panel, ratio in zip(panels[0], ratios, strict=True):
+        for name in dict.fromkeys(one["recipe"] for one in mine):
+            own = [one for one in mine if one["recipe"] == name and one["ratio"] == ratio]
+            if not own or name not in SHOWN:
+                continue
+            losses = [one[key] for one in own]
+            at = statistics.median(one["seconds"] for one in own), statistics.mean(losses)
+            spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+            colour = "tab:red" if name in PEERS else "tab:blue" if "solved" in name or name == "best" else "tab:gray"
+            panel.errorbar(*at, yerr=spread, fmt="o", color=colour)
+            panel.annotate(name, at, textcoords="offset points", xytext=(4, 3), fontsize=6)
+        panel.set(xscale="log", yscale="log", xlabel="seconds to decide", ylabel=f"mean {key} in nats")
+        panel.set_title(f"layers {layers}, {ratio:.0%} of their neurons, {size} tokens")
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=110)
+
+
 def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every run that is asked for, each once."""
     parts = [PARTS[name] for name in options.parts.split(",")]
@@ -285,9 +320,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--figure", type=Path, default=None, help="draw what the JSON file has, and run nothing")
     options = parser.parse_args()
     logging.disable_progress_bar()
     found = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
+    if options.figure:
+        figure(found, options.figure, options.layers or "5-28", options.sizes or "32x512")
+        return
     known = [{key: one[key] for key in ("recipe", "layers", "ratio", "size", "draw")} for one in found]
     runs = [one for one in runs_of(options) if one not in known]
     bench = Bench(options)

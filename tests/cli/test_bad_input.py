@@ -564,8 +564,8 @@ def test_a_folder_without_config(prune_refused, tmp_path):
         (b'{"a": ' + b"[" * 10**5, ["config.json cannot be read", "recursion"]),
         (b"[]", ["does not say a model_type"]),
         (b"{}", ["does not say a model_type"]),
-        (b'{"model_type": null}', ["is not supported"]),
-        (b'{"model_type": ["llama"]}', ["is not supported"]),
+        (b'{"model_type": null}', ["does not say a model_type"]),
+        (b'{"model_type": ["llama"]}', ["does not say a model_type"]),
         (b'{"model_type": "llama", "hidden_size": "many"}', ["the config cannot be loaded", "hidden_size"]),
         (b'{"model_type": "llama", "hidden_act": "no_such_act"}', ["the config cannot be loaded", "no_such_act"]),
     ],
@@ -576,12 +576,24 @@ def test_a_config_that_is_broken(prune_refused, copy, content, says):
     prune_refused(model=folder, says=says)
 
 
-def test_an_unknown_family_is_named_with_the_known_ones(prune_refused, copy):
+def test_a_type_that_transformers_does_not_know(prune_refused, copy):
     folder = copy()
-    _edit_config(folder, model_type="mamba")
-    prune_refused(model=folder, says=["'mamba'", "gemma3_text, gpt2, llama", "CONTRIBUTING.md", "'Add a family'"])
+    _edit_config(folder, model_type="mambo")
+    prune_refused(model=folder, says=["the config cannot be loaded", "`mambo`"])
+
+
+def test_a_type_without_a_language_model(prune_refused, copy):
+    folder = copy()
+    _edit_config(folder, model_type="clip_vision_model", architectures=["CLIPVisionModel"])
+    prune_refused(model=folder, says=["transformers has no language model for a 'clip_vision_model'"])
     with pytest.raises(UnknownFamily):
         dicer.make_plan(folder)
+
+
+def test_weights_of_another_family(prune_refused, copy):
+    folder = copy()
+    _edit_config(folder, model_type="mamba")
+    prune_refused(model=folder, says=["of a MambaForCausalLM is missing", "its config is of another model"])
 
 
 @pytest.mark.parametrize("value", [{"quant_method": "gptq", "bits": 4}, "gptq"])
@@ -782,7 +794,7 @@ def test_info_refuses_too(refused, copy, damage):
         _edit_config(folder, model_type="mamba")
     else:
         _cut_short(folder / WEIGHTS)
-    refused("info", folder, says=["mamba" if damage == "family" else "truncated"])
+    refused("info", folder, says=["Mamba" if damage == "family" else "truncated"])
 
 
 # Plans: what is wrong with one is in tests/decide/test_plan.py

@@ -139,6 +139,7 @@ def test_too_little_room(refused, checkpoint, tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell put the tests into the background
 sys.path[:0] = {path!r}
 import pytest
 from reading import know_tiny_tokenizer

@@ -10,7 +10,6 @@ from without_dicer import load_elsewhere
 import dicer
 from dicer.errors import RecipeError
 from dicer.model.source import open_model
-from dicer.model.source import open_model
 from dicer.write.checkpoint import write_checkpoint
 from dicer.write.surgery import plan_cut
 

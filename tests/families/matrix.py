@@ -16,28 +16,30 @@ import os
 import re
 import sys
 import tempfile
-import textwrap
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import transformers
 
-import dicer
 from dicer.ask.axes import kind_name
-from dicer.decide.plan import LayerPlan, PrunePlan, load_plan
+from dicer.decide.plan import PrunePlan, load_plan
 from dicer.errors import DicerError
 from dicer.model.families import Family
 from dicer.model.source import ModelSource, open_model
-from dicer.model.structure.find import find_family
-from dicer.write.prove import Proof, prove
+from dicer.write.proof import Proof
+from dicer.write.prove import prove
 from families.independent import Wrong, masked_logits, tensors_of
 from families.load_elsewhere import logits_elsewhere
+from families.reasons import few_words
+from families.runs import runs
 from families.sizes import CANNOT_BUILD
 from families.tiny import TYPES, auto_class, tiny_input, tiny_model
 
@@ -50,35 +52,14 @@ _CHUNK = 16  # types that are loaded by one process
 # What a tensor's name has where there are such units, found or not.
 _HINTS = {
     "neurons": re.compile(
-        r"^(?!.*(expert|router|gate\.weight|vision|visual|audio)).*(mlp|ffn|feed_forward|fc1|\.ff\.|intermediate|lin1)"
+        r"^(?!.*(experts|router|\.gate\.|vision|visual|audio)).*(mlp|ffn|feed_forward|fc1|\.ff\.|intermediate|lin1)"
     ),
     "heads": re.compile(
-        r"^(?!.*(vision|visual|audio)).*\.(q_proj|query|c_attn|qkv|query_key_value|q_lin|q_b_proj|Wqkv|c_q|wq)\b"
+        r"^(?!.*(vision|visual|audio)).*\.(q_proj|query|c_attn|\w*qkv\w*|query_key_value|q_lin|q_b_proj|c_q|wq\w*)\b"
     ),
-    "experts": re.compile(r"experts\b"),
-    "expert neurons": re.compile(r"experts\b"),
+    "experts": re.compile(r"\bexperts\b"),
+    "expert neurons": re.compile(r"\bexperts\b"),
 }
-# Reasons in few words, that stay the same from run to run; the first that is found in what dicer says.
-_WORDS = (
-    (r"saved and loaded uncut", "saved and loaded uncut it is another model"),
-    (r"something goes by the layer's number", "something goes by the layer's number"),
-    (r"differs from the one in which they are zero", "cut is not masked"),
-    (r"a layer does nothing", "a layer does nothing in text alone"),
-    (r"its units do nothing", "its units do nothing"),
-    (r"change nothing, so no comparison", "units cannot be told apart"),
-    (r"has other tensors there", "a small twin has other tensors"),
-    (r"same number in every layer, and of one width", "one number and one width for all layers"),
-    (
-        r"written, as it could not be opened again: no list of decoder layers",
-        "in the pruned folder no layers are found",
-    ),
-    (r"no list of decoder layers", "no list of decoder layers"),
-    (r"others that are none \(zero or skip", "its router has rows for more than its experts (zero or skip experts)"),
-    (r"is a table of whole numbers", "a table of whole numbers gives tokens their experts"),
-    (r"do not lie side by side", "its experts do not lie in gate_up_proj and down_proj"),
-    (r"has no language model for a '(\w+)'", "saved, it is a type that has no language model"),
-    (r"can be built with the widths that are left", "no class of transformers takes the config that is left"),
-)
 Row = dict[str, str]
 
 
@@ -105,17 +86,6 @@ def cells() -> list[str]:
     return [f"{column} {form}" for column in COLUMNS for form in FORMS]
 
 
-def few_words(why: str) -> str:
-    """A reason without what may differ from run to run."""
-    for pattern, words in _WORDS:
-        if re.search(pattern, why):
-            return words
-    inner = re.search(r"cannot be built \((.*)\)$", why)
-    said = re.sub(r"/\S+", "", inner[1] if inner else why).removeprefix("PlanError: ").split(". ")[0]
-    said = re.sub(r"(?<![A-Za-z_\d])\d+(?:[x.]\d+)*(?:e[-+]?\d+)?", "#", said).split("; choose")[0]
-    return ("cannot be built: " if inner else "") + textwrap.shorten(said, 130, placeholder=" ...")
-
-
 def column_of(family: Family, axis: str) -> str:
     """The column that an axis belongs to."""
     row = family.axes[axis]
@@ -134,23 +104,15 @@ def look_at(model_type: str, root: Path) -> Found:
     try:
         tiny_model(model_type).save_pretrained(dense)
         source = open_model(dense)
-        found = source.family
-        if not isinstance(found, Family):
-            found = find_family(source.config, found.stock_class)
-        family = found
-        proven = replace(source, family=family)
-        proofs = {proof.axis: proof for proof in prove(proven, [*family.axes, "block"])}
+        proofs = {proof.axis: proof for proof in prove(source, [*source.family.axes, "block"])}
     except Exception as error:
         return Found(dict.fromkeys(cells(), few_words(str(error))))
-    return _examined(model_type, dense, proven, proofs, stock=source)
+    return _examined(model_type, dense, source, proofs)
 
 
-def _examined(
-    model_type: str, dense: Path, source: ModelSource, proofs: Mapping[str, Proof], stock: ModelSource
-) -> Found:
+def _examined(model_type: str, dense: Path, source: ModelSource, proofs: Mapping[str, Proof]) -> Found:
     family = source.family
-    assert isinstance(family, Family)
-    names = [*tensors_of(dense)]
+    names = [name for name, tensor in tensors_of(dense).items() if tensor.dim() == 2 or "experts" in name]
     found = Found({})
     by_column = {column: [a for a in family.axes if column_of(family, a) == column] for column in COLUMNS}
     for column, axes in by_column.items():
@@ -159,17 +121,16 @@ def _examined(
         uniform, differing = _said(column, own, family, names)
         found.row |= {f"{column} uniform": uniform, f"{column} differing": differing}
     # The same model for all runs: to open it and to prove it once is enough.
-    opened = patch("dicer.pipeline.open_model", lambda *_: stock)
-    with opened, patch("dicer.pipeline.prove", _of_proofs(family, proofs)):
-        for cell, write in _runs(dense, stock, family, by_column, found.row):
+    opened = patch("dicer.pipeline.open_model", lambda *_: source)
+    with opened, patch("dicer.pipeline.prove", _of_proofs(proofs)):
+        for cell, write in runs(dense, source, family, by_column, found.row):
             _run(found, cell, model_type, dense, write)
     return found
 
 
-def _of_proofs(family: Family, proofs: Mapping[str, Proof]) -> Callable[..., list[Proof]]:
+def _of_proofs(proofs: Mapping[str, Proof]) -> Callable[..., list[Proof]]:
     def proven(source: ModelSource, axes: Sequence[str]) -> list[Proof]:
-        row = not isinstance(source.family, Family)
-        return [] if row else [proofs[n] for n in _proof_names(axes, proofs) if n in proofs]
+        return [proofs[n] for n in _proof_names(axes, proofs) if n in proofs]
 
     return proven
 
@@ -196,104 +157,6 @@ def _said(column: str, proofs: Sequence[Proof], family: Family, names: Sequence[
         return PASS + (", not the first" if proofs[0].but_first else ""), NONE
     apart = [proof for proof in proofs if proof.differing]
     return PASS, (few_words(apart[0].differing) if apart else PASS)
-
-
-def _passes(row: Row, cell: str) -> bool:
-    return row[cell].startswith(PASS)
-
-
-def _runs(
-    dense: Path, source: ModelSource, family: Family, by_column: Mapping[str, list[str]], row: Row
-) -> Iterator[tuple[tuple[str, ...], Callable[[Path], PrunePlan]]]:
-    """(cells that it is for, what prunes into a folder) for each run that the proofs allow."""
-    inside = bool(by_column["expert neurons"])
-    mlp = tuple(f"{c} uniform" for c in ("neurons", "expert neurons") if by_column[c])
-    if mlp and all(_passes(row, cell) for cell in mlp):
-        yield mlp, _by_recipe(dense, axis="mlp", ratio=0.4)
-    else:  # of the two, --axis mlp takes both or none
-        for cell in mlp:
-            if _passes(row, cell):
-                yield (cell,), _by_plan(dense, source, family, by_column[cell.removesuffix(" uniform")], 0.4, 0.4)
-    if _passes(row, "neurons differing"):
-        yield (
-            ("neurons differing",),
-            _by_plan(dense, source, family, by_column["neurons"], 0.4, 0.2)
-            if inside
-            else _by_file(dense, family, by_column["neurons"], "mlp", 0.4, 0.2),
-        )
-    if _passes(row, "heads uniform"):
-        yield ("heads uniform",), _by_recipe(dense, axis="attention", ratio=0.5)
-    if _passes(row, "heads differing"):
-        yield ("heads differing",), _by_file(dense, family, by_column["heads"], "attention", 0.5, 0.0)
-    if _passes(row, "blocks uniform"):
-        yield ("blocks uniform",), _without_block(dense, source, family)
-    if _passes(row, "experts uniform"):
-        yield ("experts uniform",), _by_recipe(dense, axis="experts", ratio=0.25)
-
-
-def _by_recipe(dense: Path, **recipe: Any) -> Callable[[Path], PrunePlan]:
-    def write(out: Path) -> PrunePlan:
-        asked = dicer.Recipe(criterion="random", **recipe)
-        return dicer.prune(dense, asked, dicer.Compute(device="cpu", dtype="float32"), output=out).plan
-
-    return write
-
-
-def _by_file(
-    dense: Path, family: Family, axes: Sequence[str], kind: str, even: float, odd: float
-) -> Callable[[Path], PrunePlan]:
-    def write(out: Path) -> PrunePlan:
-        there = [i for i in range(family.where.count) if any(family.counts[axis][i] for axis in axes)]
-        ratios = {str(layer): even if place % 2 == 0 else odd for place, layer in enumerate(there)}
-        out.parent.mkdir(exist_ok=True)
-        file = out.with_suffix(".json")
-        file.write_text(json.dumps({kind: ratios}))
-        return _by_recipe(dense, axis=kind, allocate=str(file))(out)
-
-    return write
-
-
-def _by_plan(
-    dense: Path, source: ModelSource, family: Family, axes: Sequence[str], even: float, odd: float
-) -> Callable[[Path], PrunePlan]:
-    """For what no recipe says: some of the axes of a kind."""
-
-    def write(out: Path) -> PrunePlan:
-        plans: dict[str, dict[int, LayerPlan]] = {}
-        for number, axis in enumerate(axes):
-            for layer, units in enumerate(family.counts[axis]):
-                step = max(family.factors[axis].numerator, 8 if family.axes[axis].routed else 1)
-                if units:
-                    keep = max(int(units * (1 - (odd if layer % 2 else even))) // step, 1) * step
-                    generator = torch.Generator().manual_seed(31 * number + layer)
-                    chosen = torch.randperm(units, generator=generator)[:keep].sort().values
-                    plans.setdefault(axis, {})[layer] = LayerPlan(units, chosen, torch.zeros(units))
-        plan = _plan(source, plans)
-        dicer.apply_plan(plan, dense, out)
-        return plan
-
-    return write
-
-
-def _plan(source: ModelSource, axes: dict[str, dict[int, LayerPlan]], blocks: tuple[int, ...] = ()) -> PrunePlan:
-    model = {
-        "name": source.name,
-        "model_type": str(source.config.model_type),
-        "fingerprint": source.fingerprint,
-    }
-    said = {"method": "random", "axis": "block" if blocks else "mlp", "ratio": 0.25}
-    return PrunePlan(model, said, {}, {}, axes, blocks)
-
-
-def _without_block(dense: Path, source: ModelSource, family: Family) -> Callable[[Path], PrunePlan]:
-    """Without the last layer but one, as --axis block would take it (which needs a text to choose it by)."""
-
-    def write(out: Path) -> PrunePlan:
-        plan = _plan(source, {}, (max(family.where.count - 2, 1),))
-        dicer.apply_plan(plan, dense, out)
-        return plan
-
-    return write
 
 
 def _run(found: Found, own: tuple[str, ...], model_type: str, dense: Path, write: Callable[[Path], PrunePlan]) -> None:
@@ -331,10 +194,6 @@ def _held_against(row: Row, run: Run, loaded: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    import warnings
-
-    import transformers
-
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()

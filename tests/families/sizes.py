@@ -153,6 +153,10 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
         **{"swa_q_lora_rank": 20, "swa_kv_lora_rank": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": HEAD_DIM},
         **{"swa_head_dim": HEAD_DIM},
     },
+    "emu3": {
+        "vocabulary_map": {"<image>": 260},
+        "vq_config": {"base_channels": 32, "codebook_size": 32, "channel_multiplier": [1], "num_res_blocks": 1},
+    },
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {"activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]},  # as in the real ones; else none is sparse
     "gemma4": {

@@ -20,7 +20,7 @@ CAUSAL = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 # Whole classes with a vision tower; the causal mapping lacks some of them, and has others without their tower.
 IMAGE_TEXT = (
     *("gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
-    *("mistral3", "llava", "internvl", "idefics3", "smolvlm", "llama4"),
+    *("mistral3", "llava", "internvl", "idefics3", "smolvlm", "llama4", "emu3", "mllama"),
 )
 TYPES = tuple(sorted({*CAUSAL, *IMAGE_TEXT}))
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -120,7 +121,9 @@ def test_process_without_dicer(model_type, tmp_path):
     )
     assert process.returncode == 0, process.stderr[-2000:]
     base, same, found = json.loads(process.stdout.splitlines()[-1])
-    assert base.startswith("Pruned") and base.endswith("Model") and same
+    assert base.startswith("Pruned")
+    assert base.endswith("Model")
+    assert same
     assert_same(torch.tensor(found), logits(own).flatten()[:50])
 
 
@@ -164,13 +167,14 @@ def test_blocks_and_neurons(model_type, differ, tmp_path):
 def test_own_record(tmp_path):
     source = from_memory(tiny_model("granite"))
     config = plan_cut(source, plan_for(source.family, "both", 1)).config
-    assert config["model_type"] == "pruned_granite" and config["intermediate_size"] == 24
+    assert (config["model_type"], config["intermediate_size"]) == ("pruned_granite", 24)
     assert config["pruned"]["layers"] == "model.layers"
     own = config["pruned"]["own"]
     hidden = source.config.hidden_size
     assert own["001"]["shapes"]["mlp.down_proj.weight"] == [hidden, 20]
     assert "mlp.down_proj.weight" not in own["000"]["shapes"]  # of the width that the config says
-    assert own["000"]["config"]["self_attn"]["num_key_value_heads"] == 1 and "self_attn.q_proj.weight" not in own["001"]
+    assert own["000"]["config"]["self_attn"]["num_key_value_heads"] == 1
+    assert "self_attn.q_proj.weight" not in own["001"]
 
 
 def hurt(model, family, plan):
@@ -244,15 +248,24 @@ def test_compensation(model_type, tmp_path):
 class Config:
     """As far as where a key is said goes."""
 
-    attribute_map = {"num_experts": "num_local_experts"}
+    attribute_map: ClassVar = {"num_experts": "num_local_experts"}
 
 
 NESTED = {"text_config": {"intermediate_size": 40, "num_local_experts": 8}, "vision_config": {"intermediate_size": 9}}
+IN_TEXT = {"text_config.intermediate_size": 24}
 PLACES = {
     "flat": ({"intermediate_size": 40}, {"intermediate_size": 24}, {"intermediate_size": 24}),
-    "nested": (NESTED, {"text_config.intermediate_size": 24}, {**NESTED, "text_config": {**NESTED["text_config"], "intermediate_size": 24}}),
-    "nested path, flat file": ({"intermediate_size": 40, "vision_config": {}}, {"text_config.intermediate_size": 24}, {"intermediate_size": 24, "vision_config": {}}),
-    "both": ({"intermediate_size": 40, "text_config": {"intermediate_size": 40}}, {"text_config.intermediate_size": 24}, {"intermediate_size": 24, "text_config": {"intermediate_size": 24}}),
+    "nested": (NESTED, IN_TEXT, {**NESTED, "text_config": {**NESTED["text_config"], "intermediate_size": 24}}),
+    "nested path, flat file": (
+        {"intermediate_size": 40, "vision_config": {}},
+        IN_TEXT,
+        {"intermediate_size": 24, "vision_config": {}},
+    ),
+    "both": (
+        {"intermediate_size": 40, "text_config": {"intermediate_size": 40}},
+        IN_TEXT,
+        {"intermediate_size": 24, "text_config": {"intermediate_size": 24}},
+    ),
     "another word": ({"num_experts": 8}, {"num_local_experts": 6}, {"num_experts": 6}),
     "two words": ({"num_experts": 8, "num_local_experts": 8}, {"num_local_experts": 6}, {"num_local_experts": 6}),
     "not there": ({"text_config": {}}, {"text_config.head_dim": 12}, {"text_config": {"head_dim": 12}}),

@@ -201,7 +201,7 @@ def test_tensor_parallel(run, written, model):
         "info", model, "--tensor-parallel", 2
     )
     source = open_model(written)
-    line = parallel_line(source.family, source.config, 4)
+    line = parallel_line(source.family, 4)
     assert "key-value heads of layers 0, 1, 2, 3; neurons of layers 1, 2. Prune with --width-multiple 4" in line
 
 

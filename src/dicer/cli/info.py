@@ -56,7 +56,7 @@ def info(
     if tensor_parallel is not None:
         from dicer.write.targets import parallel_line
 
-        say(parallel_line(source.family, source.config, tensor_parallel))
+        say(parallel_line(source.family, tensor_parallel))
 
 
 def _made_of(source: ModelSource) -> list[tuple[str, str]]:

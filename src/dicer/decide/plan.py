@@ -39,6 +39,8 @@ class PrunePlan:
         blocks: layers that go whole, sorted; no axis names them.
         allocation: how the ratio was shared out: ``target``, ``whole``, what importances led to it, and ``notes`` on
             how far these can be trusted.
+        proof: of each axis, where the model's structure was found: how far the cut of a small twin was from the masked
+            one, and how far the cut moved it.
     """
 
     model: dict[str, str]
@@ -48,6 +50,7 @@ class PrunePlan:
     axes: dict[str, dict[int, LayerPlan]] = field(default_factory=dict)
     blocks: tuple[int, ...] = ()
     allocation: dict[str, Any] = field(default_factory=dict)
+    proof: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def mlp(self) -> dict[int, LayerPlan]:
@@ -96,6 +99,7 @@ class PrunePlan:
             "axes": axes,
             "blocks": list(self.blocks),
             "allocation": self.allocation,
+            **({"proof": self.proof} if self.proof else {}),
         }
         text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         return {PLAN_JSON: text.encode(), TENSORS: save(tensors)}
@@ -189,7 +193,14 @@ def load_plan(path: Path) -> PrunePlan:
         raise PlanError(f"the plan at {path} is broken: {error}. Make it again with 'dicer plan'.") from None
     allocation = {} if file.allocation is None else file.allocation.model_dump()
     return PrunePlan(
-        file.model.model_dump(), file.recipe, file.calibration, file.versions, axes, tuple(file.blocks), allocation
+        file.model.model_dump(),
+        file.recipe,
+        file.calibration,
+        file.versions,
+        axes,
+        tuple(file.blocks),
+        allocation,
+        file.proof,
     )
 
 

@@ -51,6 +51,7 @@ class PlanFile(BaseModel):
     axes: dict[str, dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Widths]]
     blocks: list[Annotated[int, Field(strict=True, ge=0)]] = []
     allocation: _Allocation | None = None
+    proof: list[dict[str, Any]] = []
 
     @property
     def tensors(self) -> str:

@@ -21,7 +21,8 @@ _DO = "So what is scored would not be what is written: load it with transformers
 def check_same(name: str, model: Any, tensors: TensorSource, family: Family) -> None:
     """See to it that every tensor of a loaded model is in its files, by name, shape and content.
 
-    Tensors of the files that no model has are looked for before, in the headers (:func:`dicer.model.structure.account.account`).
+    Tensors of the files that no model has are looked for before, in the headers
+    (:func:`dicer.model.structure.account.account`).
 
     Args:
         name: the model's, for people.

@@ -136,7 +136,7 @@ class ModelSource:
     @property
     def is_stock(self) -> bool:
         """Whether a class of transformers loads it."""
-        return self.config.model_type == self.family.model_type
+        return bool(self.config.model_type == self.family.model_type)
 
     @property
     def text_config(self) -> Any:
@@ -184,10 +184,10 @@ def open_model(model: str | os.PathLike[str], family_file: str | None = None) ->
     """
     name, folder = find_model(os.fspath(model))
     refuse_adapter(name, folder)
-    raw_config = read_config(folder)
-    refuse_quantized(name, raw_config)
+    read = read_config(folder)
+    refuse_quantized(name, read)
     config = _config(name, folder)
-    raw_config = _as_read(raw_config, config)
+    raw_config = _as_read(read, config)
     with as_model_error(name, "model"):
         kind = model_class(config, raw_config.get("architectures"))
         tensors = SafetensorsSource(folder)
@@ -279,7 +279,8 @@ def from_memory(model: Any, family_file: str | None = None) -> ModelSource:
     raw_config["architectures"] = [kind.__name__]
     found = Matched(config, raw_config)
     state: dict[str, torch.Tensor] = model.state_dict()
-    own = [name for name, other in model.all_tied_weights_keys.items() if not same_content(state[name], state[other])]  # type: ignore[operator]
+    tied: Mapping[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
+    own = [name for name, other in tied.items() if not same_content(state[name], state[other])]
     if own:
         found = untied(found, own[0])
     if type(model) is not kind and not type(model).__name__.startswith("Pruned"):
@@ -308,8 +309,8 @@ def _class_in_memory(model: Any) -> Any:
         if ours and kind.__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
             return kind
     raise ModelError(
-        f"a {type(model).__name__} cannot be pruned: it is no class of transformers with a language-model head. Load it "
-        "with AutoModelForCausalLM (and merge or unload adapters first)."
+        f"a {type(model).__name__} cannot be pruned: it is no class of transformers with a language-model head. Load "
+        "it with AutoModelForCausalLM (and merge or unload adapters first)."
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from dicer.errors import PlanError
-from dicer.model.families import Family
 from dicer.model.shapes import LayerShape
 from dicer.model.source import ModelSource
 from dicer.model.structure.layers import companions
@@ -62,9 +61,10 @@ def pruned_config(
                for path, value in family.sets.get(name, {}).items()}  # fmt: skip
     said = {key: _said(values.get(key, flat_values(before)[key]), wanted) for key, wanted in widths.items()}
     heads = _heads(source, shapes, kept)
-    options = {family.axes[axis].bias_option: True for shape in shapes for axis in shape.output_bias}
-    if stock and heads is not None and None not in [*said.values(), *options]:
-        own = placed(raw, {**values, **touched, **said, **heads, **options}, before)
+    switches = {family.axes[axis].bias_option for shape in shapes for axis in shape.output_bias}
+    if stock and heads is not None and None not in {*said.values(), *switches}:
+        biases = {switch: True for switch in switches if switch}
+        own = placed(raw, {**values, **touched, **said, **heads, **biases}, before)
         if _is(source, own, {**infos, **zero_biases(source, infos, shapes)}):
             return own
     for each in (True, False):  # the largest width for all, or what it was, where more than what is cut goes by it

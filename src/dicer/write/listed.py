@@ -251,8 +251,8 @@ def _skipped(axis: Axis, source: ModelSource, skeleton: Skeleton, old: int, new:
     returns = returned(skeleton, f"{family.where.module}.{new}.{module}")
     if returns is None:
         raise PlanError(
-            f"{axis.name} of layer {old} cannot go whole: what '{module}' returns cannot be seen without weights. Leave "
-            "some units."
+            f"{axis.name} of layer {old} cannot go whole: what '{module}' returns cannot be seen without weights. "
+            "Leave some units."
         )
     # Of maps that the layer itself holds the last one's output joins the stream; what goes into it does not matter.
-    return {**dict.fromkeys(before, {}), module: {"size": size, "returns": max(returns, 1), "bias": biased}}
+    return {**{name: {} for name in before}, module: {"size": size, "returns": max(returns, 1), "bias": biased}}

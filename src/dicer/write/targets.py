@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dicer.errors import ModelError
 from dicer.model.families import Family
 from dicer.model.source import ModelSource
@@ -57,12 +55,11 @@ def targets_line(source: ModelSource) -> str:
     return line + "".join(f"; not in {name}: {reason}" for name, reason in refused.items()) + "."
 
 
-def parallel_line(family: Family, config: Any, parts: int) -> str:
+def parallel_line(family: Family, parts: int) -> str:
     """Whether every layer's neurons and heads can be shared out evenly for tensor parallelism.
 
     Args:
         family: of the model.
-        config: its transformers config.
         parts: how many devices.
     """
     uneven = []

@@ -67,7 +67,7 @@ def know_tiny_tokenizer(patch: pytest.MonkeyPatch) -> None:
 
 
 def save_shaped(folder: Path, stock: Path, layers: dict[int, dict[str, Any]], **more: Any) -> Path:
-    """A checkpoint of dicer's with given layers, random; ``layers`` are said as dicer 0.1 did, in ``per_layer_config``."""
+    """A checkpoint of dicer's with given layers, random; ``layers`` said as dicer 0.1 did, in ``per_layer_config``."""
     config = AutoConfig.from_pretrained(stock).to_dict()
     kind = config.pop("model_type")
     config |= {"per_layer_config": {f"{i:03d}": own for i, own in layers.items()}, **more}

@@ -66,7 +66,7 @@ def check_least(source: ModelSource, sub_layers: Sequence[Prunable], ratio: floa
     """
     for sub_layer in sub_layers:
         keep = round(sub_layer.units * (1 - ratio))
-        if keep >= sub_layer.least:
+        if not sub_layer.kind.routed or keep >= sub_layer.least:
             continue
         most = math.floor((1 - sub_layer.least / sub_layer.units) * 1000 + TOLERANCE) / 1000
         groups = source.family.axes[sub_layer.axis].parts

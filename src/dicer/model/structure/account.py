@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,11 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
             "tensor, so transformers would leave it out. Config and weights are from different models."
         )
     notes = list(found.notes)
+    if (plain := _plain_layer(ahead, layers, whole)) and not _predicts_ahead(raw_config):
+        raise ModelError(
+            f"{name}: config.json says {layers.count} layers, and the weights have '{plain}'. Config and weights are "
+            "from different models."
+        )
     if ahead:
         notes.append(
             f"{len(ahead)} tensors of layers that predict further ahead are left out ({ahead[0]} ...): transformers "
@@ -129,6 +134,24 @@ def as_bits(tensor: Tensor) -> Tensor:
     wide = 8 // flat.dtype.itemsize
     fits = not flat.numel() % wide and not flat.storage_offset() % wide
     return flat.view(torch.int64 if fits else _BITS[flat.dtype.itemsize])
+
+
+def _plain_layer(ahead: Collection[str], layers: Layers, whole: Skeleton) -> str | None:
+    """A tensor of a layer beyond the count that is made as the others are; one that predicts ahead has more in it."""
+    usual = {n for tensors in layers.inside(whole.shapes) for n in tensors}
+    beyond: dict[int, list[str]] = {}
+    for full in ahead:
+        if place := layers.locate(full):
+            beyond.setdefault(place[0], []).append(full)
+    plain = [own[0] for own in beyond.values() if all((layers.locate(n) or (0, ""))[1] in usual for n in own)]
+    return plain[0] if plain else None
+
+
+def _predicts_ahead(raw_config: Mapping[str, Any]) -> bool:
+    """Whether a config says that layers beyond the count predict further ahead."""
+    inner = raw_config.get("text_config")
+    parts = (raw_config, inner if isinstance(inner, dict) else {})
+    return any(part.get(key) for part in parts for key in _AHEAD)
 
 
 def _own_names(whole: Skeleton, layers: Layers, infos: Mapping[str, TensorInfo]) -> dict[str, str]:

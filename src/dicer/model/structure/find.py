@@ -149,7 +149,7 @@ def _count(axis: Axis, tensors: Mapping[str, Shape]) -> int:
 
 
 def memory_names(model: Any) -> Callable[[str], str]:
-    """Name on disk -> name in memory of the tensor that it becomes, or becomes a part of, when transformers loads it."""
+    """Name on disk -> name in memory of what transformers makes of a tensor, or makes it a part of, in loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -126,9 +126,9 @@ def _item_a_layer(config: Any, key: str, count: int) -> tuple[str, ...]:
     """Keys whose value has an item for every layer; one that lists the layers' numbers has not."""
     found = []
     for name, value in _beside(config, key).items():
-        if isinstance(value, list | tuple) and len(value) == count:
-            if not ("layer" in name and list(value) == list(range(count))):
-                found.append(name)
+        an_item_each = isinstance(value, list | tuple) and len(value) == count
+        if an_item_each and not ("layer" in name and list(value) == list(range(count))):
+            found.append(name)
     return tuple(found)
 
 
@@ -152,7 +152,6 @@ def companions(
     inside = _beside(config, key)
     lists = _item_a_layer(config, key, count) if lists is None else lists
     new: dict[str, Any] = {} if isinstance(inside[key.rpartition(".")[2]], list) else {key: len(keep)}
-    place = {old: i for i, old in enumerate(keep)}
     for name, value in inside.items():
         if name == "per_layer_config" and isinstance(value, dict):
             own = {int(number): said for number, said in value.items()}
@@ -163,7 +162,7 @@ def companions(
             if name in lists and len(value) == count:
                 new[prefix + name] = [value[i] for i in keep]
             elif distinct and _INDEX_LIST.search(name):
-                new[prefix + name] = [place[i] for i in value if i in place]
+                new[prefix + name] = [i for i, old in enumerate(keep) if old in value]
         elif isinstance(value, int) and not isinstance(value, bool):
             if name in _FROM_FRONT:
                 new[prefix + name] = sum(i < value for i in keep)

@@ -98,7 +98,7 @@ def _split(key: str, changes: Mapping[str, Change], shapes: Mapping[str, Shape])
 
 
 def _container(name: str) -> str:
-    """The module that holds a map: ``mlp`` of ``mlp.down_proj.weight``, ``mlp.experts`` of ``mlp.experts.down_proj``."""
+    """The module that holds a map: ``mlp`` of ``mlp.down_proj.weight``, ``experts`` of ``experts.down_proj``."""
     module = name.removesuffix(".weight")
     return module.rpartition(".")[0]
 
@@ -122,9 +122,14 @@ def is_transposed(name: str, changes: Mapping[str, Change], shapes: Mapping[str,
     """Whether the maps of a module are [inputs, outputs], as GPT-2's are: a bias is then as long as the second side."""
     for other, change in changes.items():
         weight = other.removesuffix("bias") + "weight"
-        if other.endswith(".bias") and len(shapes[other]) == 1 and weight in changes and len(shapes[weight]) == 2:
-            if _container(weight) == _container(name) or not _container(name):
-                return changes[weight].dim == 1 and changes[weight].rate == change.rate
+        beside = _container(weight) == _container(name) or not _container(name)
+        pair = (
+            other.endswith(".bias")
+            and weight in changes
+            and (len(shapes[other]), len(shapes.get(weight, ()))) == (1, 2)
+        )
+        if beside and pair:
+            return changes[weight].dim == 1 and changes[weight].rate == change.rate
     return False
 
 

@@ -102,9 +102,9 @@ def activation(sample: Skeleton, calls: list[Call], layer: str, units: int, insi
     modules = dict(sample.model.named_modules())
     for call in calls:
         inner = call.name.removeprefix(f"{layer}.")
-        if inner != call.name and inner.startswith(inside) and call.inputs and call.inputs[-1] == units:
-            if _is_function(modules[call.name]):
-                return inner
+        there = inner != call.name and inner.startswith(inside)
+        if there and call.inputs and call.inputs[-1] == units and _is_function(modules[call.name]):
+            return inner
     if any(call.name.startswith(f"{layer}.{inside}") for call in calls):
         return None
     # What could not be followed that far has to be told by its name.

@@ -37,7 +37,7 @@ def _read_earlier(config: Any) -> None:
 
     read = config.from_dict.__func__
 
-    def from_dict(cls: Any, values: dict[str, Any], **more: Any) -> Any:
+    def from_dict(cls: type[Any], /, values: dict[str, Any], **more: Any) -> Any:
         return read(cls, as_today(values) if is_earlier(values) else values, **more)
 
     config.from_dict = classmethod(from_dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def masked_model(source: ModelSource, plan: PrunePlan) -> Any:
     return model
 
 
-def _piece(axes: dict[str, Axis], plan: PrunePlan, index: int, inner: str) -> tuple[Slice, LayerPlan] | None:
+def _piece(axes: Mapping[str, Axis], plan: PrunePlan, index: int, inner: str) -> tuple[Slice, LayerPlan] | None:
     """Where the units of a cut sub-layer lie in one of its tensors."""
     for name, axis in axes.items():
         layer = plan.axes.get(name, {}).get(index)
