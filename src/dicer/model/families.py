@@ -16,44 +16,23 @@ PRUNED_PREFIX = "pruned_"  # model_type of a checkpoint whose widths differ: pru
 
 
 @dataclass(frozen=True)
-class Family:
-    """A family as it was found in one model; its widths are those of the model's tensors.
+class Named:
+    """What transformers calls the classes of a model, and what ours of it are called.
 
     Attributes:
         model_type: as in ``config.json``.
         stem: what the stock config is called before ``Config``.
         causal_lm: name of the stock class with the language-model head.
-        layers: path of the list of decoder layers inside the stock class.
-        final_norm: path of the norm behind the last layer; a variant of the family may lack it.
-        axes: by name, in the order of a layer's sub-layers.
-        where: the decoder layers.
-        learned_positions: positions are a table of ``max_position_embeddings`` rows, so longer samples cannot run.
-        returned: how many values a layer returns, 0 where it is no tuple; None where that was not seen.
-        counts: axis -> units in every layer, 0 where a layer has none.
-        biases: of every layer the axes whose output projection has a bias that the stock class would not give it.
-        factors: axis -> units for each one of its width key; 2 where the key holds half of the width, say.
-        heads: what the config says of heads; None where they were not found.
-        sets: axis -> what the config must say besides its width, path -> value.
-        refused: axis, or ``block`` -> why it cannot be pruned, known beforehand.
-        notes: what was not found, and why.
     """
 
     model_type: str
     stem: str
     causal_lm: str
-    layers: str
-    final_norm: str
-    axes: Mapping[str, Axis]
-    where: Layers
-    learned_positions: bool = False
-    returned: int | None = None
-    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    biases: tuple[frozenset[str], ...] = ()
-    factors: Mapping[str, Fraction] = field(default_factory=dict)
-    heads: HeadKeys | None = None
-    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: Any, kind: Any) -> Named:
+        """The names of a class of transformers and of its config, both as they are in transformers."""
+        return cls(str(config.model_type), type(config).__name__.removesuffix("Config"), kind.__name__)
 
     @property
     def stock_class(self) -> Any:
@@ -80,6 +59,40 @@ class Family:
             if {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & {*known}
             else {**known, "AutoModelForCausalLM": own}
         )
+
+@dataclass(frozen=True)
+class Family(Named):
+    """A family as it was found in one model; its widths are those of the model's tensors.
+
+    Attributes:
+        layers: path of the list of decoder layers inside the stock class.
+        final_norm: path of the norm behind the last layer; a variant of the family may lack it.
+        axes: by name, in the order of a layer's sub-layers.
+        where: the decoder layers.
+        learned_positions: positions are a table of ``max_position_embeddings`` rows, so longer samples cannot run.
+        returned: how many values a layer returns, 0 where it is no tuple; None where that was not seen.
+        counts: axis -> units in every layer, 0 where a layer has none.
+        biases: of every layer the axes whose output projection has a bias that the stock class would not give it.
+        factors: axis -> units for each one of its width key; 2 where the key holds half of the width, say.
+        heads: what the config says of heads; None where they were not found.
+        sets: axis -> what the config must say besides its width, path -> value.
+        refused: axis, or ``block`` -> why it cannot be pruned, known beforehand.
+        notes: what was not found, and why.
+    """
+
+    layers: str
+    final_norm: str
+    axes: Mapping[str, Axis]
+    where: Layers
+    learned_positions: bool = False
+    returned: int | None = None
+    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    biases: tuple[frozenset[str], ...] = ()
+    factors: Mapping[str, Fraction] = field(default_factory=dict)
+    heads: HeadKeys | None = None
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def tensor_name(self, layer: int, name: str) -> str:
         """The full name, on disk, of a layer's tensor."""

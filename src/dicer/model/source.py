@@ -17,14 +17,14 @@ from torch import nn
 
 from dicer.errors import ModelError, UnknownFamily
 from dicer.model.beside import left_behind
-from dicer.model.families import Family
+from dicer.model.families import Family, Named
 from dicer.model.find import as_model_error, find_model, read_config
 from dicer.model.odd import (
     code_notes,
     refuse_adapter,
+    refuse_code,
     refuse_config,
     refuse_names,
-    refuse_quantized,
     refuse_wrapped,
     why_missing,
 )
@@ -185,16 +185,16 @@ def open_model(model: str | os.PathLike[str], family_file: str | None = None) ->
     name, folder = find_model(os.fspath(model))
     refuse_adapter(name, folder)
     read = read_config(folder)
-    refuse_quantized(name, read)
+    refuse_config(name, read)
     config = _config(name, folder)
     raw_config = _as_read(read, config)
     with as_model_error(name, "model"):
         kind = model_class(config, raw_config.get("architectures"))
+        refuse_code(name, raw_config, Named.of(stock_config(config), stock_class(kind)))
         tensors = SafetensorsSource(folder)
         found = account(name, config, raw_config, kind, tensors)
         shapes = {n: info.shape for n, info in tensors.infos().items()}
         family = find_family(stock_config(found.config), stock_class(kind), shapes, file=family_file)
-    refuse_config(name, raw_config, family)
     notes = (*found.notes, *family.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
     return ModelSource(
         name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
@@ -291,7 +291,7 @@ def from_memory(model: Any, family_file: str | None = None) -> ModelSource:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         family = find_family(stock_config(found.config), stock_class(kind), shapes, file=family_file)
     if type(model).__module__.startswith("transformers_modules.") and not type(model).__name__.startswith("Pruned"):
-        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family, runs=True)
+        refuse_code("the model in memory", config.to_dict(), family, runs=True)
     _check_shapes(model, kind, family, tensors)
     name = Path(str(getattr(config, "_name_or_path", "") or type(model).__name__)).name
     notes = (*found.notes, *family.notes)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.model.families import Family
+from dicer.model.find import no_bars
 from dicer.model.source import ModelSource
 from dicer.model.structure.find import find_family
 from dicer.model.structure.layers import Layers, kinds_of_layers, with_layers
@@ -58,7 +59,7 @@ class Twin:
 
     def loaded(self, tensors: Mapping[str, Tensor]) -> Any:
         """The stock class with other tensors, by their names on disk."""
-        with quiet():
+        with quiet(), no_bars():
             return self.kind.from_pretrained(
                 None, config=copy.deepcopy(self.source.config), state_dict=dict(tensors), dtype=torch.float32
             ).eval()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dicer.errors import ModelError
-from dicer.model.families import Family
+from dicer.model.families import Family, Named
 from dicer.model.odd import named_code, refuse_names, why_missing
 from dicer.model.structure.find import find_family, memory_names
 from dicer.model.structure.layers import Layers, find_layers
@@ -89,7 +89,7 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
         )
         found = replace(found, raw_config=_no_more_ahead(found.raw_config))
     others = [n for n in left if n not in ahead and n not in old]
-    if others and (code := named_code(raw_config, find_family(stock_config(config), stock_class(kind)))):
+    if others and (code := named_code(raw_config, Named.of(stock_config(config), stock_class(kind)))):
         raise ModelError(
             f"{name} has code of its own ({code}, named by auto_map in config.json), and a {kind.__name__} of "
             f"transformers does not read '{others[0]}' of its weights: it is another model, which dicer cannot prune."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import cache, partial
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dicer.model.families import Family
+from dicer.model.families import Family, Named
 from dicer.model.structure.experts import expert_axes, units_in
 from dicer.model.structure.family_file import FamilyRow, exception_for, read_family
 from dicer.model.structure.heads import HeadKeys, find_heads, head_keys, is_output
@@ -87,9 +87,7 @@ def find_family(
         if not re.search(r"vision|visual|audio", name) and part is not whole.model.get_input_embeddings()
     )
     return Family(
-        model_type=config.model_type,
-        stem=type(config).__name__.removesuffix("Config"),
-        causal_lm=kind.__name__,
+        **asdict(Named.of(config, kind)),
         layers=layers.module,
         final_norm=final_norm(some, calls, inner.module, inner.count) or "",
         axes=MappingProxyType({name: axis for name, (axis, _) in rows.items()}),
