@@ -76,7 +76,8 @@ def _without(folder, name):
 
 def _narrower(folder):
     config = json.loads((folder / "config.json").read_text())
-    config["per_layer_config"]["001"]["intermediate_size"] = 7
+    for name, shape in config["pruned"]["own"]["001"]["shapes"].items():
+        shape[name.endswith("down_proj.weight")] = 7
     (folder / "config.json").write_text(json.dumps(config))
 
 

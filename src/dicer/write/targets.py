@@ -7,6 +7,7 @@ from dicer.model.families import Family
 from dicer.model.source import ModelSource
 
 TARGETS = ("transformers", "vLLM", "llama.cpp", "torchao", "bitsandbytes")
+IN_VLLM = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt")  # seen to serve
 
 
 def why_not(target: str, source: ModelSource) -> str | None:
@@ -19,6 +20,8 @@ def why_not(target: str, source: ModelSource) -> str | None:
     kind, own_code = source.family.model_type, "auto_map" in source.raw_config
     if target == "vLLM" and kind == "gpt2" and own_code:
         return "it serves GPT-2 only with equal layers: 'dicer export --to stock' pads them"
+    if target == "vLLM" and kind not in (*IN_VLLM, "gpt2"):
+        return f"with a {kind} it has not been tried"
     if target == "torchao" and kind == "gpt2":
         return "it leaves GPT-2's Conv1D as it is"
     return None

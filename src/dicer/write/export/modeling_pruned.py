@@ -157,8 +157,11 @@ def _model_class(name: str, stock: Any, config_class: Any) -> type:
 
     # Nothing annotated: vLLM holds the arguments against what this says of them, one place off.
     def init(self, config):  # type: ignore[no-untyped-def]
+        said = getattr(config, "pruned", None)
+        if said is None and getattr(config, "per_layer_config", None):
+            raise ValueError("per_layer_config of dicer 0.1 is read with 'import dicer', by from_pretrained or from_dict")
         stock.__init__(self, config)
-        shape_as_listed(self, getattr(config, "pruned", None) or {"layers": "", "own": {}})
+        shape_as_listed(self, said or {"layers": "", "own": {}})
 
     def is_custom_code(cls):  # type: ignore[no-untyped-def] # noqa: ARG001
         return False  # weights are converted and initialised as those of the stock class
