@@ -60,6 +60,7 @@ class Named:
             else {**known, "AutoModelForCausalLM": own}
         )
 
+
 @dataclass(frozen=True)
 class Family(Named):
     """A family as it was found in one model; its widths are those of the model's tensors.

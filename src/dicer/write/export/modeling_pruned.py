@@ -159,7 +159,7 @@ def _model_class(name: str, stock: Any, config_class: Any) -> type:
     def init(self, config):  # type: ignore[no-untyped-def]
         said = getattr(config, "pruned", None)
         if said is None and getattr(config, "per_layer_config", None):
-            raise ValueError("per_layer_config of dicer 0.1 is read with 'import dicer', by from_pretrained or from_dict")
+            raise ValueError("per_layer_config, as dicer 0.1 wrote it, is read by dicer's from_pretrained alone")
         stock.__init__(self, config)
         shape_as_listed(self, said or {"layers": "", "own": {}})
 

@@ -21,7 +21,7 @@ KNOWN: Mapping[str, str] = MappingProxyType(
         "abac6eafb2354098edf989aaf19635ec5bc5bcc1960b4993159b0a734f623bb3": "0.1.0, without unused norms",
         "68a7d94b689eaed1cadbc7c14e4d2a06cbc18f584313d7feafbfa020ea56d48c": "0.1.0, of ten families",
         "7a944180e94724c26c4545c094fba0ab74fe01b725bf0aa7c672dfd16daaefc5": "0.1.0, the last with a table of families",
-        "fc83cea39c831a98b41a565d77ea97950c6b49fd4584804e51b8200c32501079": "0.1.0",
+        "d4cfade5d56b4a8ae7e2fa33845d90acf5e2da8243880a640052201f17004023": "0.1.0",
     }
 )
 
