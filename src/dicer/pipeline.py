@@ -37,7 +37,7 @@ from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
 from dicer.write.opened import as_source, check_cut
 from dicer.write.proof import Proof, check_proofs
-from dicer.write.prove import prove, proven
+from dicer.write.prove import proofs_for, prove, proven
 from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line
@@ -110,6 +110,7 @@ def look(
     before, after = foreseen(task)
     targets = ""
     if isinstance(task, Decided):
+        proofs = proofs_for(source, task.outline(), proofs)
         check_cut(cut := plan_cut(source, task.outline()))
         if recipe.stock and "auto_map" in cut.config:
             raise RecipeError(
@@ -125,8 +126,7 @@ def look(
 def proven_axes(task: Asked) -> list[str]:
     """The axes that a run would cut; ``block`` where whole layers may go."""
     axes = sorted({place.axis for place in task.places})
-    whole = task.method.axis == "block" or (isinstance(task, Decided) and task.outline().blocks)
-    return axes + (["block"] if whole else [])
+    return axes + (["block"] if task.method.axis == "block" else [])
 
 
 def foreseen(task: Asked) -> tuple[Sizes, Sizes]:

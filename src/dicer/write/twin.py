@@ -121,7 +121,10 @@ class _WithoutExperts(TorchFunctionMode):
 
 
 def masked(source: ModelSource, plan: PrunePlan) -> dict[str, Tensor]:
-    """The dense model's tensors in which the rows of all units that go are zero; whole experts stay as they are."""
+    """The dense model's tensors in which the rows of all units that go are zero; whole experts stay as they are.
+
+    Of a sub-layer of which nothing stays the bias is zero, too.
+    """
     axes = source.family.axes
     found = {}
     for name in source.tensors.infos():
@@ -133,6 +136,8 @@ def masked(source: ModelSource, plan: PrunePlan) -> dict[str, Tensor]:
             for piece in axes[axis].slices:
                 if piece.name == place[1]:
                     tensor = tensor * _stays(tensor, piece, layer)
+            if place[1] == axes[axis].output_bias and not len(layer.keep):
+                tensor = torch.zeros_like(tensor)
         found[name] = tensor
     return found
 
