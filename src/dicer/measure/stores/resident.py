@@ -25,7 +25,7 @@ class ResidentStore:
 
     Args:
         model: a transformers model of a known family; left as it is, whatever is done with it meanwhile.
-        family: its row of the table.
+        family: its structure.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
