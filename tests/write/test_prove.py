@@ -44,6 +44,12 @@ def test_whole_sub_layers(model_type):
     assert [str(proof) for proof in proofs if not proof.holds] == []
 
 
+def test_sub_layer_that_adds_the_stream_itself():
+    """Bloom's MLP is handed the residual stream and adds to it: what is left out must not take the stream along."""
+    (proof,) = prove(from_memory(tiny_model("bloom")), ["mlp whole"])
+    assert "differs from the one in which they are zero" in proof.why_not
+
+
 def test_sub_layer_that_is_gone_and_adds_something(dense, gone, monkeypatch, tmp_path):
     monkeypatch.setattr(SkippedMLP, "forward", lambda _, hidden: hidden.flip(-1))
     with pytest.raises(UnknownFamily, match=r"found for mlp whole of a 'llama' does not hold: .* differs"):
