@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dicer.errors import ModelError
 from dicer.model.families import Family, Named
+from dicer.model.find import as_model_error
 from dicer.model.odd import named_code, refuse_names, why_missing
 from dicer.model.structure.find import find_family, memory_names
 from dicer.model.structure.layers import Layers, find_layers
@@ -59,7 +60,8 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
         ModelError: one line for the first thing that does not fit.
     """
     refuse_names(name, tensors.infos())
-    whole = build(config, kind)
+    with as_model_error(name, "config"):
+        whole = build(config, kind)
     layers = _layers(config, kind)
     tensors.rename(_own_names(whole, layers, tensors.infos()))
     found, whole = _tied(Matched(config, raw_config), whole, kind, tensors)
