@@ -91,7 +91,7 @@ def _tokens_of(text: Calibration) -> int:
 
 def _few_tokens(task: Decided, text: Calibration) -> Iterator[bool]:
     """Whether there are too few to solve for the columns of each sub-layer."""
-    axes, tokens = task.source.family.sized(task.source.config), _tokens_of(text)
+    axes, tokens = task.source.family.axes, _tokens_of(text)
     return (few(tokens, keep * axes[place.axis].channels) for place, keep in task.amounts.keep.items())
 
 
@@ -121,7 +121,7 @@ def evidence_notes(task: Decided) -> list[str]:
         return []
     tokens = _tokens_of(text)
     length = text.tokens.shape[1] if text.mask is None else int((text.mask != ABSENT).sum(1).max())
-    axes, notes = task.source.family.sized(task.source.config), []
+    axes, notes = task.source.family.axes, []
     for axis in task.axes:
         kept = [keep for place, keep in task.amounts.keep.items() if place.axis == axis]
         inputs = max(kept, default=0) * axes[axis].channels
