@@ -16,7 +16,7 @@ from rich.text import Text
 from dicer.cli.terminal import console, quiet_transformers, say
 
 if TYPE_CHECKING:
-    from dicer.study.run import Event, Task
+    from dicer.study.bench import Event, Task
 
 app = typer.Typer()
 
