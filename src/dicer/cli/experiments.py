@@ -65,7 +65,7 @@ class Board:
     def _start(self, event: Event) -> None:
         """Show the table with the first run that is not done yet: where all are, it would have no rows."""
         if self._live is None and event.kind != "skipped":
-            self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4)
+            self._live = Live(console=self._console, get_renderable=self.table, refresh_per_second=4)
             self._live.start()
 
     def _line(self, event: Event) -> None:
@@ -87,7 +87,8 @@ class Board:
         hours, minutes = seconds // 3600, seconds % 3600 // 60
         return f"about {f'{hours} h {minutes} min' if hours else f'{minutes} min' if minutes else f'{seconds} s'} left"
 
-    def _table(self) -> Group:
+    def table(self) -> Group:
+        """What a terminal shows."""
         rows = list(self._rows.values())
         states = [row[1] for row in rows]
         counts = ", ".join(f"{states.count(s)} {s}" for s in ("done", "skipped", "failed", "waiting") if s in states)

@@ -225,7 +225,8 @@ def _reason(record: Record) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """Its first sentence; what follows names Ray's log files."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
 
 
 def deal(groups: Sequence[list[Task]], workers: int) -> list[list[Task]]:

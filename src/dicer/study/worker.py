@@ -80,11 +80,11 @@ def _do(part: Part, say: Callable[[Word], None]) -> None:
     tasks = [make_task(run, source, part.evaluation, Path(), dense) for run in part.runs]
     if [task.name for task in tasks] != part.names:
         raise ExperimentError(f"{part.runs[0].model}, or a file that its runs read, differs from the one here.")
-    run_model(tasks, Bench(part.evaluation, part.evaluate, _seldom(say), part.refer, keep=_sender(say)))
 
+    def keep(task: Task, record: Record) -> None:
+        say(Word("record", task.name, record=record))
 
-def _sender(say: Callable[[Word], None]) -> Callable[[Task, Record], None]:
-    return lambda task, record: say(Word("record", task.name, record=record))
+    run_model(tasks, Bench(part.evaluation, part.evaluate, _seldom(say), part.refer, keep))
 
 
 def _seldom(say: Callable[[Word], None]) -> Callable[[Event], None]:
