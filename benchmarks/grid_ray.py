@@ -17,7 +17,7 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
-MOMENT = ("seconds", "memory", "ended", "pass_shared_by", "environment")  # of the moment, or of the process
+MOMENT = ("seconds", "memory", "ended", "pass_shared_by", "environment", "git")  # of the moment, or of the process
 GRID = {
     "models": ["builtin:smollm2"],
     "methods": ["rc-a", "act-l2", "random"],
@@ -29,9 +29,9 @@ GRID = {
 }
 WAYS = {  # name -> threads of a process, Ray, whether a worker is killed
     "without Ray, 1 thread": ("1", False, False),
-    "without Ray, 2 threads": ("2", False, False),
     "2 Ray workers": ("1", True, False),
     "2 Ray workers, 1 killed": ("1", True, True),
+    "without Ray, 2 threads": ("2", False, False),  # another order of sums: other last bits
 }
 
 
@@ -63,7 +63,7 @@ def grid(results: Path, *, on_ray: bool, kill: bool) -> dict[str, object]:
     return {"start": ready - began, "runs": ended - ready, "counts": counts, "measured": kinds["evaluating"]}
 
 
-def results_of(folder: Path) -> dict[str, object]:
+def results_of(folder: Path) -> dict[str, dict[str, object]]:
     from dicer.study.records import read_records, values_of
 
     values = {record.id: values_of(record) for record in read_records(folder)}
@@ -71,7 +71,7 @@ def results_of(folder: Path) -> dict[str, object]:
 
 
 def one_round() -> None:
-    first: dict[str, object] | None = None
+    first: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (threads, on_ray, kill) in WAYS.items():
             results = Path(folder) / name
@@ -79,9 +79,10 @@ def one_round() -> None:
             environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
             done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
-            if first is None:
-                first = results_of(results)
-            same = "the same" if results_of(results) == first else "NOT the same"
+            own = results_of(results)
+            first = first or own
+            different = sorted({key for run, one in own.items() for key in one if first[run].get(key) != one[key]})
+            same = f"but for {', '.join(different)} the same" if different else "the same"
             print(
                 f"{name:24} start {found['start']:5.1f} s, grid {found['runs']:6.1f} s, {found['measured']} measured, "
                 f"{found['counts']['done']} records: {same}; load {os.getloadavg()[0]:.1f}",

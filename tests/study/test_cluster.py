@@ -287,7 +287,7 @@ def test_no_ray_there(refused, grid_file, tmp_path, no_ray):
     refused(
         *words, no_ray[0], says=[f"Ray at {no_ray[0]} cannot be used: what answers there is no Ray. Name HOST:PORT"]
     )
-    refused(*words, no_ray[1], says=[f"Ray at {no_ray[1]} cannot be used: [Errno 111] Connection refused"])
+    refused(*words, no_ray[1], says=[f"Ray at {no_ray[1]} cannot be used: ", "Connection refused"])
     refused(*words, "ray://127.0.0.1:10001", says=["this is no HOST:PORT"])
     refused(*words, "somewhere", says=["this is no HOST:PORT"])
     assert time.monotonic() - began < 20
