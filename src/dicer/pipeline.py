@@ -36,8 +36,8 @@ from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
 from dicer.write.opened import as_source, check_cut
-from dicer.write.proof import Proof, check_proofs, proven
-from dicer.write.prove import prove
+from dicer.write.proof import Proof, check_proofs
+from dicer.write.prove import proofs_for, prove, proven
 from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line
@@ -110,6 +110,7 @@ def look(
     before, after = foreseen(task)
     targets = ""
     if isinstance(task, Decided):
+        proofs = proofs_for(source, task.outline(), proofs)
         check_cut(cut := plan_cut(source, task.outline()))
         if recipe.stock and "auto_map" in cut.config:
             raise RecipeError(
@@ -156,7 +157,7 @@ def make_plan(
     """
     found = look(model, recipe, compute)
     task = with_text(found.task)
-    return proven(score([task], _store(_loaded(found), task.source), progress)[0], found.proofs)
+    return proven(task.source, score([task], _store(_loaded(found), task.source), progress)[0], found.proofs)
 
 
 def _loaded(found: Look) -> Any:
@@ -194,7 +195,7 @@ def apply_plan(
     loaded.check_model(str(source.config.model_type), source.fingerprint)
     axes = [axis for axis, layers in loaded.axes.items() if layers]
     check_proofs(source, proofs := prove(source, [*axes, *(["block"] if loaded.blocks else [])]))
-    proven(loaded, proofs)
+    proven(source, loaded, proofs)
     cut = plan_cut(source, loaded)
     result = Result(loaded, *cut.sizes(), notes=list(source.notes))
     check_space(out, result.after.nbytes)
@@ -258,7 +259,7 @@ def prune(
         with _timed(seconds, "fidelity"):
             reference = _reference(fidelity_text, dense, source, tokenizer, found.before.nbytes, progress)
     with _timed(seconds, "score"):
-        plan = proven(score([task], _store(dense, source), progress)[0], found.proofs)
+        plan = proven(source, score([task], _store(dense, source), progress)[0], found.proofs)
     cut = plan_cut(source, plan)
     result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*task.notes, *plan.notes])
     if windows is not None:

@@ -73,7 +73,7 @@ def entropy_command(
     calibration = load_calibration(recipe.text, tokenize_with(source.tokenizer()))
     check_tokens(calibration.tokens, source)
     loaded = source.load_model(compute.dtype, pick_device(compute.device))
-    _show_cost(len(source.family.widths(source.config)), chosen, search, calibration.tokens.shape)
+    _show_cost(len(source.family.widths), chosen, search, calibration.tokens.shape)
     try:
         with Bar() as progress:
             profile = entropy_profile(
