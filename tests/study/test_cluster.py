@@ -230,12 +230,12 @@ def test_table_says_where(task, no_colours, capsys):
     lines = shown.get().splitlines()
     assert any("evaluating" in line and "perplexity 3/8" in line and "a process 1" in line for line in lines)
     assert lines[-1].strip() == "b process 2: layers 1/4"
-    board.watch(Event("lost", task, "with a process 1: it died", where=""))
+    board.watch(Event("lost", task, "it died", where="a process 1"))
     board.watch(Event("evaluating", task, where="b process 2"))
     board.watch(Event("done", task, where="b process 2"))
     lost, done = capsys.readouterr().out.splitlines()
     assert lost.startswith("[0/3] lost llama rc-a 0.25 seed 1")
-    assert lost.endswith("with a process 1: it died")
+    assert lost.endswith(" on a process 1: it died")
     assert "[1/3] done llama rc-a 0.25 seed 1" in done
     assert " on b process 2, about 0 s left" in done
 
@@ -290,6 +290,7 @@ def test_no_ray_there(refused, grid_file, tmp_path, no_ray):
     refused(*words, no_ray[1], says=[f"Ray at {no_ray[1]} cannot be used: ", "Connection refused"])
     refused(*words, "ray://127.0.0.1:10001", says=["this is no HOST:PORT"])
     refused(*words, "somewhere", says=["this is no HOST:PORT"])
+    refused(*words, "", says=["this is no HOST:PORT"])
     assert time.monotonic() - began < 20
 
 

@@ -55,8 +55,8 @@ class Board:
         elif event.kind == "done":
             self._took[0] += time.monotonic() - self._began.pop(event.where)
             self._took[1] += 1
-        state = "waiting" if event.kind == "lost" else event.kind
-        self._rows[event.task.name] = (describe(event.task), state, event.text, event.where)
+        state, where = ("waiting", "") if event.kind == "lost" else (event.kind, event.where)
+        self._rows[event.task.name] = (describe(event.task), state, event.text, where)
         if self._console.is_terminal:
             self._start(event)
         elif event.kind in ("done", "failed", "lost"):
@@ -101,7 +101,7 @@ class Board:
         for what, state, detail, where in [*ended[-_SHOWN // 2 :], *going[:_SHOWN], *coming[: _SHOWN // 2]]:
             stage = self._stages.get(where, "") if state == "evaluating" else Text(detail, overflow="ellipsis")
             table.add_row(what, state, stage, *([where] if remote else []))
-        idle = {where: stage for where, stage in self._stages.items() if all(row[3] != where for row in going)}
+        idle = {where: stage for where, stage in self._stages.copy().items() if all(row[3] != where for row in going)}
         stages = "; ".join(f"{where}: {stage}" if where else stage for where, stage in idle.items())
         return Group(table, Text(" ".join(part for part in (stages, self.time_left()) if part)))
 
@@ -123,9 +123,9 @@ def run(
         Path, typer.Option("-o", "--output", metavar="RESULTS", help="Folder of the records, one JSON file a run.")
     ] = Path("results"),
     ray: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="ADDRESS", help="Use a Ray cluster: HOST:PORT, auto (it runs here), local (start one)."),
-    ] = "",
+    ] = None,
     worker_cpus: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Cores of a Ray worker; else a machine's, or its GPU's share."),
@@ -153,11 +153,11 @@ def run(
         raise typer.Exit(1)
 
 
-def _place(address: str, cpus: int | None) -> AbstractContextManager[Place]:
+def _place(address: str | None, cpus: int | None) -> AbstractContextManager[Place]:
     """Where the runs are done: on a Ray cluster, if one is named."""
     from dicer.study.run import Here
 
-    if not address:
+    if address is None:
         if cpus is not None:
             raise typer.BadParameter("--worker-cpus is for workers of --ray; OMP_NUM_THREADS sets the cores here.")
         return nullcontext(Here())

@@ -217,7 +217,7 @@ class Cluster:
             if (losses := self._losses[task.name]) >= _TRIES:
                 fail(task, bench, ExperimentError(f"its worker died {losses} times; the last, on {going.where}: {why}"))
                 continue
-            bench.tell("lost", task, f"with {going.where or 'a worker'}: {why}")
+            bench.tell("lost", task, why, going.where)
             if task is going.now or losses > 1:
                 again.append([task])
             else:
