@@ -108,7 +108,8 @@ def propagate(
     for index in range(last + 1):
         if dense and index == chosen[0]:  # before it both are the same
             beside = list(recording.hidden)
-        with store.layer(index) as layer, torch.no_grad(), _swapping(layer) as swap:
+        following = index + 1 if index < last else None
+        with store.layer(index, then=following) as layer, torch.no_grad(), _swapping(layer) as swap:
             walked = _Layer(layer, index, recording, tokens, beside)
             found = {n: axis for n, axis in store.axes(index).items() if n in axes and index in chosen}
             if beside is not None:

@@ -70,7 +70,7 @@ def walk(
     for index in range(last + 1):
         if index not in chosen and not needs:
             continue
-        with store.layer(index) as layer:
+        with store.layer(index, then=index + 1 if needs and index < last else None) as layer:
             found = {n: axis for n, axis in store.axes(index).items() if n in axes and index in chosen}
             sums = {n: Sums([need for need in needs if need.axis == n], axis.channels) for n, axis in found.items()}
             with torch.no_grad(), ExitStack() as stack:

@@ -142,6 +142,14 @@ class SafetensorsSource:
             tensor: Tensor = shard.get_tensor(stored)
             return tensor
 
+    def read_all(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Several tensors; each shard is opened once, and mapped until the last of its tensors is gone."""
+        stored, found = {name: self._renamed.get(name, name) for name in names}, dict[str, Tensor]()
+        for file in dict.fromkeys(self._files[own] for own in stored.values()):
+            with self._open(file) as shard:
+                found.update({n: shard.get_tensor(own) for n, own in stored.items() if self._files[own] == file})
+        return found
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 of one tensor; only they are read."""
         stored = self._renamed.get(name, name)

@@ -253,7 +253,7 @@ def _move(run: _Run, hidden: list[Tensor], layers: range, bypassed: Collection[S
         if SubLayer(index, "block") in bypassed:
             continue
         axes = [axis for name, axis in run.store.axes(index).items() if SubLayer(index, name) in bypassed]
-        with run.store.layer(index) as layer, ExitStack() as stack:
+        with run.store.layer(index, then=index + 1 if index + 1 in layers else None) as layer, ExitStack() as stack:
             for axis in axes:
                 stack.enter_context(bypass(layer, axis))
             for number, values in enumerate(hidden):

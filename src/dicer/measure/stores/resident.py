@@ -51,8 +51,8 @@ class ResidentStore:
         """The axes that a layer has units of."""
         return {name: axis for name, axis in self._axes.items() if self._units[name][index]}
 
-    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """One decoder layer."""
+    def layer(self, index: int, then: int | None = None) -> AbstractContextManager[nn.Module]:  # noqa: ARG002
+        """One decoder layer; the next is there already."""
         return evaluating(self._layers[index])
 
     @property
@@ -73,7 +73,7 @@ class ResidentStore:
         Args:
             batches: int64 [B, T] each.
         """
-        recording = Recording()
+        recording, device = Recording(), next(self._model.get_input_embeddings().parameters()).device
         for batch in batches:
             calls: list[Arguments] = []
 
@@ -89,7 +89,7 @@ class ResidentStore:
                 return record
 
             with evaluating(self._model), replaced_forwards(self._layers, recorder):
-                self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
+                self._model.base_model(input_ids=batch.to(device), use_cache=False)
             recording.arguments.setdefault((batch.shape[0], batch.shape[1]), calls)
         return recording
 

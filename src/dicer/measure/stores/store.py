@@ -50,8 +50,13 @@ class LayerStore(Protocol):
         """The axes that a layer has units of, by name."""
         ...
 
-    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """One decoder layer, ready to run inside the ``with`` block."""
+    def layer(self, index: int, then: int | None = None) -> AbstractContextManager[nn.Module]:
+        """One decoder layer, ready to run inside the ``with`` block.
+
+        Args:
+            index: which.
+            then: which will be asked for next, where all of it will be; it may be read meanwhile.
+        """
         ...
 
     def final_norm(self) -> nn.Module:
