@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ class Piecewise:
         self._empty: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         self._groups = self._grouped()
         self._makers = self._dry_run()
-        self._tied: dict[str, str] = self.model.all_tied_weights_keys
+        self._tied = dict[str, str](self.model.all_tied_weights_keys)
         self._checked: set[str] = set()
         unread = [name for name in self._empty if name not in self._makers and name not in self._tied]
         _make_rest(self.model, unread, device)
@@ -106,9 +106,7 @@ class Piecewise:
         """Put tensors in their places."""
         for name, tensor in tensors.items():
             owner, _, own = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            is_parameter = own in module._parameters
-            setattr(module, own, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+            _set(self.model.get_submodule(owner), own, tensor)
 
     def forget(self, names: Collection[str]) -> None:
         """Take tensors out again."""
@@ -193,22 +191,16 @@ def _make_rest(model: Any, names: Collection[str], device: str) -> None:
     """
     saved = model.state_dict()
     made = [*names, *(name for name, _ in model.named_buffers() if name not in saved)]
-    for name, module, own in _owners(model, made):
-        empty = torch.empty_like(getattr(module, own), device="cpu")
-        setattr(module, own, nn.Parameter(empty, requires_grad=False) if own in module._parameters else empty)
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in made]
+    for module, own in places:
+        _set(module, own, torch.empty_like(getattr(module, own), device="cpu"))
+    for module in model.modules():  # one may make what another holds
         module._is_hf_initialized = False
-        del name
     model.initialize_weights()
-    for _, module, own in _owners(model, made):
-        setattr(module, own, _moved(getattr(module, own), device))
+    for module, own in places:
+        _set(module, own, getattr(module, own).detach().to(device))
 
 
-def _owners(model: Any, names: Collection[str]) -> Iterator[tuple[str, Any, str]]:
-    for name in names:
-        owner, _, own = name.rpartition(".")
-        yield name, model.get_submodule(owner), own
-
-
-def _moved(tensor: Tensor, device: str) -> Tensor:
-    moved = tensor.to(device)
-    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+def _set(module: Any, own: str, tensor: Tensor) -> None:
+    is_parameter = own in module._parameters
+    setattr(module, own, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)

@@ -123,11 +123,11 @@ class ModelSource:
             ModelError: transformers cannot load it, or loads other tensors than those that would be written.
         """
         with as_model_error(self.name, "model"):
-            model = self._from_pretrained(dtype)
+            model: nn.Module = self._from_pretrained(dtype)
             check_same(self.name, model, self.tensors, self.family)
             return model.to(device).eval()
 
-    def load_empty(self, dtype: str = "auto") -> nn.Module:
+    def load_empty(self, dtype: str = "auto") -> Any:
         """The same model on the meta device, each tensor in the dtype that it would have; no weight is read.
 
         Raises:
@@ -136,15 +136,14 @@ class ModelSource:
         with as_model_error(self.name, "model"):
             return self._from_pretrained(dtype, device_map="meta").eval()
 
-    def _from_pretrained(self, dtype: str, **more: Any) -> nn.Module:
+    def _from_pretrained(self, dtype: str, **more: Any) -> Any:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
         reads = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
         auto: Any = AutoModelForCausalLM if reads else AutoModelForImageTextToText
         loader = self.family.stock_class if self.is_stock_found else auto
         where: dict[str, Any] = {"config": self.config, "trust_remote_code": False, "local_files_only": True}
-        model: nn.Module = loader.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **where, **more)
-        return model
+        return loader.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **where, **more)
 
     @property
     def is_stock_found(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,7 +17,6 @@ from dicer.model.piecewise import OUTSIDE, Piecewise
 from dicer.model.source import ModelSource
 from dicer.model.structure.find import FoundFamily
 from dicer.model.units import UnitWeights
-from dicer.progress import Progress
 
 _PAGE = 4096  # bytes that a mapped file is read in, at least
 
@@ -72,15 +71,7 @@ class StreamedStore(ResidentStore):
         with self.layer(0) if isinstance(self._family, FoundFamily) else nullcontext():
             return super().record(batches)
 
-    def gradients(
-        self,
-        batches: Sequence[Tensor],
-        layers: Collection[int],
-        axes: Collection[str],
-        *,
-        checkpointing: bool,
-        progress: Progress,
-    ) -> dict[int, dict[str, UnitWeights]]:
+    def gradients(self, *_: Any, **__: Any) -> dict[int, dict[str, UnitWeights]]:
         """Never to be had.
 
         Raises:
