@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from dicer.ask.compute import Compute
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.recipe import Recipe
+from dicer.decide.cost import as_foreseen, foresee, open_store
 from dicer.decide.decide import score
 from dicer.decide.plan import PrunePlan, load_plan
 from dicer.decide.task import Asked, Decided, prepare, with_text
@@ -24,7 +26,8 @@ from dicer.evaluate.fidelity import fidelity
 from dicer.evaluate.quality import perplexity
 from dicer.evaluate.reference import Reference, reference_of
 from dicer.evaluate.texts import check_texts
-from dicer.machine import pick_device
+from dicer.files import nearest_folder
+from dicer.machine import peak_memory, pick_device
 from dicer.measure.documents import check_source, check_text
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_windows
@@ -38,10 +41,13 @@ from dicer.write.checkpoint import write_checkpoint
 from dicer.write.opened import as_source, check_cut
 from dicer.write.proof import Proof, check_proofs, proven
 from dicer.write.prove import prove
-from dicer.write.sink import check_output, check_space
+from dicer.write.sink import SHARD_BYTES, check_output, check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line
 
+Tell = Callable[[str], None]
+Opened = tuple[Asked, ResidentStore]
+_LONG = 5.0  # seconds; what takes less need not be foreseen
 PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024
 
@@ -142,6 +148,7 @@ def make_plan(
     compute: Compute | None = None,
     *,
     progress: Progress = silent,
+    tell: Tell = silent,
 ) -> PrunePlan:
     """Decide which units of a model stay, and write nothing.
 
@@ -150,21 +157,44 @@ def make_plan(
         recipe: what to do; the default is rc-a at 25% in all layers.
         compute: how it is computed.
         progress: called with (stage, done, total).
+        tell: told what the run will take, before it begins, and what it took.
 
     Raises:
         DicerError: anything that the user can mend.
     """
     found = look(model, recipe, compute)
-    task = with_text(found.task)
-    return proven(score([task], _store(_loaded(found), task.source), progress)[0], found.proofs)
+    task, store = _opened(found, with_text(found.task), tell)
+    plan = proven(_scored(task, store, progress, tell), found.proofs)
+    task.source.check_unchanged()
+    return plan
 
 
-def _loaded(found: Look) -> Any:
-    return found.task.source.load_model(found.task.compute.dtype, found.device)
+def _opened(found: Look, task: Asked, tell: Tell, *, output: Path | None = None, whole: bool = False) -> Opened:
+    """A task as its memory allows it, and the layers of its model: all in memory, or one at a time."""
+    if task.source.live is not None:
+        return task, ResidentStore(task.source.live, task.source.family)
+    writes = 0 if output is None else min(SHARD_BYTES, found.after.nbytes)
+    cost = foresee(task, found.device, whole=whole, writes=writes)
+    tell(f"To do: {cost.line}.")
+    folder = Path(tempfile.gettempdir()) if output is None else nearest_folder(output)
+    return as_foreseen(task, cost), open_store(task, cost, found.device, folder)
 
 
-def _store(model: Any, source: ModelSource) -> ResidentStore:
-    return ResidentStore(model, source.family)
+def _scored(task: Asked, store: ResidentStore, progress: Progress, tell: Tell) -> PrunePlan:
+    """The plan, while it is told how long the layers will take, and what they took."""
+    start = time.perf_counter()
+
+    def heard(stage: str, done: int, total: int) -> None:
+        progress(stage, done, total)
+        if done == 1 and (rest := (time.perf_counter() - start) * (total - 1)) > _LONG:
+            tell(f"The first of {total} ({stage}) took {time.perf_counter() - start:.1f} s: about {rest:.0f} s more.")
+
+    plan = score([task], store, heard)[0]
+    tell(
+        f"Scored in {time.perf_counter() - start:.1f} s; {peak_memory()['host'] / 1e9:.2f} GB of memory at the peak, "
+        f"{store.nbytes_read / 1e9:.2f} GB read."
+    )
+    return plan
 
 
 def apply_plan(
@@ -215,6 +245,7 @@ def prune(
     fidelity_text: str | None = None,
     inputs: Iterable[str | os.PathLike[str] | None] = (),
     progress: Progress = silent,
+    tell: Tell = silent,
 ) -> Result:
     """Prune a model: score, decide, cut.
 
@@ -230,6 +261,7 @@ def prune(
             model has lost of the dense one (:mod:`dicer.evaluate.fidelity`), and put it into the card.
         inputs: what else the run was made from (a recipe file), which must not lie in ``output``.
         progress: called with (stage, done, total).
+        tell: told what the run will take, before it begins, and what it took.
 
     Returns:
         Result with ``path`` or ``model``, the plan, sizes and times. A model given in memory is left as it was.
@@ -252,21 +284,22 @@ def prune(
         task = with_text(found.task, tokenizer)
         source = task.source
         windows = perplexity_windows(perplexity_text, source, tokenizer) if perplexity_text else None
-        dense = _loaded(found) if source.live is None else source.live
+        whole = windows is not None or fidelity_text is not None
+        task, store = _opened(found, task, tell, output=None if output is None else Path(output), whole=whole)
     reference = None
     if fidelity_text:  # before the scoring: a text that is too short costs no run
         with _timed(seconds, "fidelity"):
-            reference = _reference(fidelity_text, dense, source, tokenizer, found.before.nbytes, progress)
+            reference = _reference(fidelity_text, store.model, source, tokenizer, found.before.nbytes, progress)
     with _timed(seconds, "score"):
-        plan = proven(score([task], _store(dense, source), progress)[0], found.proofs)
+        plan = proven(_scored(task, store, progress, tell), found.proofs)
     cut = plan_cut(source, plan)
     result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*task.notes, *plan.notes])
     if windows is not None:
         _note_same_text(result, task, perplexity_text)
         with _timed(seconds, "perplexity"):
-            result.perplexities["before"] = _perplexity(dense, windows, "perplexity before", progress)
-    where = (dense.dtype, dense.device)
-    del dense
+            result.perplexities["before"] = _perplexity(store.model, windows, "perplexity before", progress)
+    where = (store.model.dtype, found.device if source.live is None else source.live.device)
+    del store
     if output is None or windows is not None or reference is not None:
         with _timed(seconds, "cut"):
             result.model = build_model(cut, *where)

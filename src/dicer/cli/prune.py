@@ -94,7 +94,7 @@ def prune(
         _show_look(pipeline.look(model, *wanted, **options, inputs=[recipe]), output)
         return
     with Bar() as progress:
-        result = pipeline.prune(model, *wanted, **options, inputs=[recipe], progress=progress)
+        result = pipeline.prune(model, *wanted, **options, inputs=[recipe], progress=progress, tell=say)
     _show_result(result)
 
 
@@ -122,7 +122,7 @@ def plan(
     check_output(output, overwrite=overwrite, inputs=[model, *asked.files(), recipe])
     quiet_transformers()
     with Bar() as progress:
-        made = pipeline.make_plan(model, asked, compute, progress=progress)
+        made = pipeline.make_plan(model, asked, compute, progress=progress, tell=say)
     with CheckpointSink(output, overwrite=overwrite) as sink:
         made.save(sink.folder)
     for line in made.explain() if explain else ():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -104,10 +105,10 @@ def propagate(
     if from_first(chosen) != chosen:
         raise RecipeError("the processes do not prune the same layers, so none knows what the others' cuts have done.")
     recording = store.record(tokens.batches)
-    beside: list[Tensor] | None = None
+    beside: MutableSequence[Tensor] | None = None
     for index in range(last + 1):
         if dense and index == chosen[0]:  # before it both are the same
-            beside = list(recording.hidden)
+            beside = copy(recording.hidden)
         following = index + 1 if index < last else None
         with store.layer(index, then=following) as layer, torch.no_grad(), _swapping(layer) as swap:
             walked = _Layer(layer, index, recording, tokens, beside)
@@ -146,7 +147,7 @@ class _Layer:
     index: int
     recording: Recording
     tokens: Tokens
-    beside: list[Tensor] | None
+    beside: MutableSequence[Tensor] | None
     outputs: list[Tensor] = field(default_factory=list)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
 

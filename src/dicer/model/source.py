@@ -67,6 +67,18 @@ class ModelSource:
         """A hash that tells two models apart (see :func:`dicer.model.tensors.fingerprint`)."""
         return fingerprint(self.tensors)
 
+    def check_unchanged(self) -> None:
+        """See to it that the weights are still the files that were opened.
+
+        Raises:
+            ModelError: one of them has another size or time, or is gone.
+        """
+        if isinstance(self.tensors, SafetensorsSource) and (file := self.tensors.changed()):
+            raise ModelError(
+                f"{self.name}: {file} was changed while it was read, so what came of it is of no model. Let whatever "
+                "writes there finish, then run again."
+            )
+
     @property
     def widest(self) -> int:
         """Neurons of the widest layer."""

@@ -116,6 +116,7 @@ class SafetensorsSource:
                     "Fetch the model again: index and shards are from different versions."
                 )
         self._files = {name: self._files.get(name, WEIGHTS) for name in self._infos}
+        self._opened = {file: _stamp(folder / file) for file in self.files}
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor's shape and dtype, from the headers alone."""
@@ -125,6 +126,10 @@ class SafetensorsSource:
     def files(self) -> list[str]:
         """The names of the files that hold them."""
         return sorted(set(self._files.values()))
+
+    def changed(self) -> str | None:
+        """The first file that is no longer as it was when it was opened, by size and time."""
+        return next((file for file, stamp in self._opened.items() if _stamp(self._folder / file) != stamp), None)
 
     def leave_out(self, names: Collection[str]) -> None:
         """Be as if these tensors were not there."""
@@ -189,6 +194,14 @@ class SafetensorsSource:
             raise ModelError(
                 f"{path} cannot be read: {error}. The file is truncated or corrupt; fetch it again."
             ) from None
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _one_set(folder: Path) -> dict[str, str]:

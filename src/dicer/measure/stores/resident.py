@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
@@ -36,6 +36,16 @@ class ResidentStore:
         self._axes = family.sized(model.config)
         self._returned: int | None = None  # how many values a layer returns; 0 where it is no tuple
         self._units = {name: family.units(model.config, name) for name in self._axes}
+
+    @property
+    def model(self) -> Any:
+        """The model; of one that is streamed only what is outside the layers is there."""
+        return self._model
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of weights that were read from disk for it."""
+        return sum(tensor.nbytes for tensor in self._model.state_dict().values())
 
     @property
     def computes(self) -> dict[str, Any]:
@@ -73,7 +83,7 @@ class ResidentStore:
         Args:
             batches: int64 [B, T] each.
         """
-        recording, device = Recording(), next(self._model.get_input_embeddings().parameters()).device
+        recording, device = Recording(self._no_states()), next(self._model.get_input_embeddings().parameters()).device
         for batch in batches:
             calls: list[Arguments] = []
 
@@ -92,6 +102,10 @@ class ResidentStore:
                 self._model.base_model(input_ids=batch.to(device), use_cache=False)
             recording.arguments.setdefault((batch.shape[0], batch.shape[1]), calls)
         return recording
+
+    def _no_states(self) -> MutableSequence[Tensor]:
+        """Where hidden states will lie."""
+        return []
 
     def _as_returned(self, forward: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
         """Hidden states in the form in which a layer hands them on: some return a tuple; one is run to see it."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dicer.errors import ModelError, RecipeError
+from dicer.measure.stores.hidden import HiddenStates
 from dicer.measure.stores.resident import ResidentStore, evaluating
 from dicer.measure.stores.store import Recording
 from dicer.model.piecewise import OUTSIDE, Piecewise
@@ -30,19 +32,29 @@ class StreamedStore(ResidentStore):
         source: a model in a folder.
         dtype: ``auto`` (the checkpoint's own) or a torch dtype by name.
         device: to compute on.
+        folder: where files with the hidden states are made; None to keep them in the computer's memory.
 
     Raises:
         ModelError: it is in memory already, or its layers cannot be told apart in its files.
     """
 
-    def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:
+    def __init__(
+        self, source: ModelSource, dtype: str = "auto", device: str = "cpu", folder: Path | None = None
+    ) -> None:
+        self._folder = folder
         self._parts = Piecewise(source, dtype, device)
         self._device = torch.device(device)
         self._reader = ThreadPoolExecutor(1, "dicer-layers")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._nbytes_read = 0
         super().__init__(self._parts.model, source.family)
         self._parts.put(self._read(OUTSIDE))
         self._name = source.name
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of weights that were read from disk up to now; in the dtype to compute in."""
+        return self._nbytes_read
 
     @contextmanager
     def layer(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
@@ -71,6 +83,9 @@ class StreamedStore(ResidentStore):
         with self.layer(0) if isinstance(self._family, FoundFamily) else nullcontext():
             return super().record(batches)
 
+    def _no_states(self) -> HiddenStates:
+        return HiddenStates((), self._device, self._folder)
+
     def gradients(self, *_: Any, **__: Any) -> dict[int, dict[str, UnitWeights]]:
         """Never to be had.
 
@@ -85,6 +100,7 @@ class StreamedStore(ResidentStore):
 
     def _read(self, part: int) -> dict[str, Tensor]:
         tensors = self._parts.read(part)
+        self._nbytes_read += sum(tensor.nbytes for tensor in tensors.values())
         return tensors if self._device.type == "cpu" else {name: t.to(self._device) for name, t in tensors.items()}
 
     def _read_touching(self, part: int) -> dict[str, Tensor]:
@@ -95,6 +111,7 @@ class StreamedStore(ResidentStore):
             return tensors
         with torch.cuda.stream(torch.cuda.Stream(self._device)) as stream:
             pinned = {name: tensor.pin_memory() for name, tensor in self._parts.read(part).items()}
+            self._nbytes_read += sum(tensor.nbytes for tensor in pinned.values())
             moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
             torch.cuda.current_stream(self._device).synchronize()
             del stream
