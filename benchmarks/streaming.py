@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -44,9 +45,10 @@ SHARD = 10**9
 
 
 class Seen(NamedTuple):
-    """How a process went: seconds, the peak of its memory, and of the part that is no mapped file."""
+    """How a process went: seconds, those of its processors, the peak of its memory, and of what is no mapped file."""
 
     seconds: float
+    busy: float
     peak: float
     anonymous: float
     said: str
@@ -99,6 +101,7 @@ def watched(command: Sequence[str]) -> Seen:
     start, peak, anonymous = time.perf_counter(), 0.0, 0.0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     status = Path(f"/proc/{process.pid}/status")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     while process.poll() is None:
         try:
             held = dict(re.findall(r"(RssAnon|RssFile):\s+(\d+) kB", status.read_text()))
@@ -111,7 +114,9 @@ def watched(command: Sequence[str]) -> Seen:
     said = process.stdout.read() if process.stdout else ""
     if process.wait():
         sys.exit(said)
-    return Seen(time.perf_counter() - start, peak, anonymous, said)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Seen(time.perf_counter() - start, busy, peak, anonymous, said)
 
 
 def foreseen(said: str) -> str:
@@ -135,7 +140,7 @@ def main() -> None:
         print(f"{shape}: {total / 1e9:.2f} GB of weights", flush=True)
         copied = watched(["cp", "-r", str(model), str(out)])
         shutil.rmtree(out)
-        print(f"  cp -r: {copied.seconds:.1f} s", flush=True)
+        print(f"  cp -r: {copied.seconds:.1f} s ({copied.busy:.1f} of processors)", flush=True)
         for method in options.methods.split(","):
             ways = ["--stream"] if shape in options.no_resident.split(",") else ["", "--stream"]
             for way in ways if method == "rc-a" else [""]:
@@ -145,7 +150,7 @@ def main() -> None:
                 shutil.rmtree(out)
                 name = f"{method} {way or 'as it is'}"
                 print(
-                    f"  {name}: {seen.seconds:.1f} s, peak {seen.peak:.2f} GB ({seen.anonymous:.2f} anonymous)\n"
+                    f"  {name}: {seen.seconds:.1f} s ({seen.busy:.1f} of processors), peak {seen.peak:.2f} GB ({seen.anonymous:.2f} anonymous)\n"
                     f"    {foreseen(seen.said)}",
                     flush=True,
                 )

@@ -41,7 +41,7 @@ from dicer.write.checkpoint import write_checkpoint
 from dicer.write.opened import as_source, check_cut
 from dicer.write.proof import Proof, check_proofs, proven
 from dicer.write.prove import prove
-from dicer.write.sink import SHARD_BYTES, check_output, check_space
+from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line
 
@@ -173,8 +173,7 @@ def _opened(found: Look, task: Asked, tell: Tell, *, output: Path | None = None,
     """A task as its memory allows it, and the layers of its model: all in memory, or one at a time."""
     if task.source.live is not None:
         return task, ResidentStore(task.source.live, task.source.family)
-    writes = 0 if output is None else min(SHARD_BYTES, found.after.nbytes)
-    cost = foresee(task, found.device, whole=whole, writes=writes)
+    cost = foresee(task, found.device, whole=whole)
     tell(f"To do: {cost.line}.")
     folder = Path(tempfile.gettempdir()) if output is None else nearest_folder(output)
     return as_foreseen(task, cost), open_store(task, cost, found.device, folder)

@@ -19,7 +19,6 @@ from dicer.measure.statistics import gram_dtype
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily
 
 _READ_AROUND = 64 * 1024  # bytes that the system maps around a row of a mapped file
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
@@ -62,7 +61,7 @@ def weigh(source: ModelSource, compute: Compute, device: str) -> Weights:
             head += nbytes
         else:
             outside += nbytes
-    merged = isinstance(source.family, FoundFamily) and any(axis.routed for axis in source.family.axes.values())
+    merged = any(axis.routed for axis in source.family.axes.values())  # experts, which lie apart on disk
     return Weights(tuple(n for _, n in sorted(layers.items())), outside, head, copied or merged)
 
 
@@ -100,14 +99,13 @@ class Cost:
         return f"{how}: about {_gigabytes(self.memory)} of memory, {_gigabytes(self.read)} to read{passes}{where}{size}"
 
 
-def foresee(task: Asked, device: str, *, whole: bool = False, writes: int = 0) -> Cost:
+def foresee(task: Asked, device: str, *, whole: bool = False) -> Cost:
     """What a run will take, and how it is best done with the memory that there is.
 
     Args:
         task: with its text, where it looks at one.
         device: to compute on.
         whole: the model is also run from end to end, so it has to be in memory.
-        writes: bytes that writing holds at once.
 
     Raises:
         RecipeError: streaming is asked for and cannot be; or what the run needs at least is more than ``--memory``.
@@ -116,10 +114,10 @@ def foresee(task: Asked, device: str, *, whole: bool = False, writes: int = 0) -
     if compute.stream and (whole or task.needs_gradient):
         raise RecipeError(NO_GRADIENTS if task.needs_gradient else _NOT_WHOLE)
     weights, limit = weigh(task.source, compute, device), compute.memory_bytes
-    resident = _resident(task, weights, writes)
+    resident = _resident(task, weights)
     if whole or task.needs_gradient or task.source.live is not None:
         return _within(resident, [resident], limit)
-    streamed = _streamed(task, weights, writes)
+    streamed = _streamed(task, weights)
     if compute.stream or not task.runs_model:
         return _within(streamed[0] if compute.stream else replace(streamed[0], why=""), streamed, limit)
     room = free_memory(torch.device(device)) if limit is None else limit
@@ -149,30 +147,30 @@ def _within(best: Cost, ways: Sequence[Cost], limit: int | None) -> Cost:
     return found
 
 
-def _resident(task: Asked, weights: Weights, writes: int) -> Cost:
+def _resident(task: Asked, weights: Weights) -> Cost:
     last = max(task.layers, default=len(weights.layers) - 1)
     used = weights.whole if weights.copied else sum(weights.layers[: last + 1]) + _rows(task, weights)
     if task.needs_gradient:
         infos = task.source.tensors.infos()
         used = weights.whole + 4 * sum(infos[n].numel for n in infos if task.source.family.locate(n))
-    memory = held_memory() + max(used + _at_work(task, None) + _hidden(task), writes)
+    memory = held_memory() + used + _at_work(task, None) + _hidden(task)
     return Cost(False, memory, weights.whole, _passes(task, len(weights.layers)), _hidden(task))
 
 
-def _streamed(task: Asked, weights: Weights, writes: int) -> list[Cost]:
+def _streamed(task: Asked, weights: Weights) -> list[Cost]:
     """What reading layer by layer takes: with the usual batches; a sample at a time; that, and states in files."""
     last = max(task.layers, default=len(weights.layers) - 1)
     layer, passes = max(weights.layers), _passes(task, len(weights.layers))
     if not task.runs_model:
         chosen = sum(weights.layers[index] for index in task.layers)
-        return [Cost(True, held_memory() + max(layer + _at_work(task, None), writes), chosen, 0, 0)]
+        return [Cost(True, held_memory() + layer + _at_work(task, None), chosen, 0, 0)]
     outside = weights.outside if weights.copied else _rows(task, weights)
     read = int(passes * sum(weights.layers[: last + 1])) + weights.outside
     base, hidden = held_memory() + outside + 2 * layer, _hidden(task)
-    usual = Cost(True, max(base + _at_work(task, None) + hidden, held_memory() + writes), read, passes, hidden)
+    usual = Cost(True, base + _at_work(task, None) + hidden, read, passes, hidden)
     single = base + _at_work(task, 1)
-    low = replace(usual, memory=max(single + hidden, held_memory() + writes), samples=1)
-    least = replace(low, memory=max(single + hidden // 10, held_memory() + writes), on_disk=True)
+    low = replace(usual, memory=single + hidden, samples=1)
+    least = replace(low, memory=single + hidden // 10, on_disk=True)
     return [usual, low, least]
 
 

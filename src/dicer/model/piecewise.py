@@ -84,6 +84,11 @@ class Piecewise:
         groups = dict.fromkeys(self._makers[origin] for origin in self._wanted.get(part, {}).values())
         return [name for first in groups for name in self._groups[first].names]
 
+    def nbytes(self, part: int) -> int:
+        """The bytes on disk of a part."""
+        infos = self._tensors.infos()
+        return sum(infos[name].nbytes for name in self.names(part))
+
     def read(self, part: int) -> dict[str, Tensor]:
         """The tensors of a part by their names in memory, on the CPU; may run in a thread beside the model.
 

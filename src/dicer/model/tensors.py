@@ -20,7 +20,7 @@ from dicer.errors import ModelError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -167,7 +167,7 @@ class SafetensorsSource:
         with self._open(file) as shard:
             for name in shard.keys():  # noqa: SIM118 - not a dict
                 piece = shard.get_slice(name)
-                dtype = _DTYPES.get(piece.get_dtype())
+                dtype = DTYPES.get(piece.get_dtype())
                 if dtype is None:
                     raise ModelError(
                         f"{self._folder / file}: tensor '{name}' has dtype {piece.get_dtype()}, which cannot "

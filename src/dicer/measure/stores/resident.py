@@ -45,7 +45,7 @@ class ResidentStore:
     @property
     def nbytes_read(self) -> int:
         """Bytes of weights that were read from disk for it."""
-        return sum(tensor.nbytes for tensor in self._model.state_dict().values())
+        return sum(parameter.nbytes for parameter in self._model.parameters())
 
     @property
     def computes(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from dicer.measure.stores.resident import ResidentStore, evaluating
 from dicer.measure.stores.store import Recording
 from dicer.model.piecewise import OUTSIDE, Piecewise
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily
 from dicer.model.units import UnitWeights
 
 _PAGE = 4096  # bytes that a mapped file is read in, at least
@@ -53,7 +52,7 @@ class StreamedStore(ResidentStore):
 
     @property
     def nbytes_read(self) -> int:
-        """Bytes of weights that were read from disk up to now; in the dtype to compute in."""
+        """Bytes of weights that were read from disk up to now."""
         return self._nbytes_read
 
     @contextmanager
@@ -79,9 +78,15 @@ class StreamedStore(ResidentStore):
             self._parts.forget(names)
 
     def record(self, batches: Sequence[Tensor]) -> Recording:
-        """Embed every batch and note what each layer is called with; of a found family one layer runs once."""
-        with self.layer(0) if isinstance(self._family, FoundFamily) else nullcontext():
+        """Embed every batch and note what each layer is called with; one layer is there, as it may be run to see it."""
+        first = self._taken(0)
+        self._parts.put(first)
+        try:
             return super().record(batches)
+        finally:
+            self._parts.forget(first)
+            self._ahead = 0, Future()
+            self._ahead[1].set_result(first)
 
     def _no_states(self) -> HiddenStates:
         return HiddenStates((), self._device, self._folder)
@@ -100,7 +105,7 @@ class StreamedStore(ResidentStore):
 
     def _read(self, part: int) -> dict[str, Tensor]:
         tensors = self._parts.read(part)
-        self._nbytes_read += sum(tensor.nbytes for tensor in tensors.values())
+        self._nbytes_read += self._parts.nbytes(part)
         return tensors if self._device.type == "cpu" else {name: t.to(self._device) for name, t in tensors.items()}
 
     def _read_touching(self, part: int) -> dict[str, Tensor]:
@@ -111,7 +116,7 @@ class StreamedStore(ResidentStore):
             return tensors
         with torch.cuda.stream(torch.cuda.Stream(self._device)) as stream:
             pinned = {name: tensor.pin_memory() for name, tensor in self._parts.read(part).items()}
-            self._nbytes_read += sum(tensor.nbytes for tensor in pinned.values())
+            self._nbytes_read += self._parts.nbytes(part)
             moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
             torch.cuda.current_stream(self._device).synchronize()
             del stream
