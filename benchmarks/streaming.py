@@ -149,11 +149,9 @@ def main() -> None:
                 seen = watched(command)
                 shutil.rmtree(out)
                 name = f"{method} {way or 'as it is'}"
-                print(
-                    f"  {name}: {seen.seconds:.1f} s ({seen.busy:.1f} of processors), peak {seen.peak:.2f} GB ({seen.anonymous:.2f} anonymous)\n"
-                    f"    {foreseen(seen.said)}",
-                    flush=True,
-                )
+                memory = f"peak {seen.peak:.2f} GB ({seen.anonymous:.2f} anonymous)"
+                print(f"  {name}: {seen.seconds:.1f} s ({seen.busy:.1f} of processors), {memory}", flush=True)
+                print(f"    {foreseen(seen.said)}", flush=True)
         shutil.rmtree(model)
         Path(f"{model}.jsonl").unlink()
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from dicer.ask.compute import Compute
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.recipe import Recipe
-from dicer.decide.cost import as_foreseen, foresee, open_store
+from dicer.decide.cost import as_foreseen, check_streams, foresee, open_store
 from dicer.decide.decide import score
+from dicer.decide.kept import Kept
 from dicer.decide.plan import PrunePlan, load_plan
 from dicer.decide.task import Asked, Decided, prepare, with_text
 from dicer.errors import ModelError, RecipeError
@@ -107,6 +108,7 @@ def look(
         check_output(Path(output), overwrite=overwrite, inputs=read)
     source = from_memory(model, recipe.family) if in_memory else open_model(model, recipe.family)
     task = prepare(source, recipe, _as_it_is(model, compute) if in_memory else compute)
+    check_streams(task, whole=bool(perplexity_text or fidelity_text))
     if task.runs_model:
         check_text(recipe.text)
     if perplexity_text is not None:
@@ -149,6 +151,7 @@ def make_plan(
     *,
     progress: Progress = silent,
     tell: Tell = silent,
+    resume: Path | None = None,
 ) -> PrunePlan:
     """Decide which units of a model stay, and write nothing.
 
@@ -158,13 +161,15 @@ def make_plan(
         compute: how it is computed.
         progress: called with (stage, done, total).
         tell: told what the run will take, before it begins, and what it took.
+        resume: a folder for what each layer gave: the same call goes on from there if it was stopped.
 
     Raises:
         DicerError: anything that the user can mend.
     """
     found = look(model, recipe, compute)
     task, store = _opened(found, with_text(found.task), tell)
-    plan = proven(_scored(task, store, progress, tell), found.proofs)
+    kept = Kept(resume, task) if resume is not None else None
+    plan = proven(_scored(task, store, progress, tell, kept), found.proofs)
     task.source.check_unchanged()
     return plan
 
@@ -179,7 +184,7 @@ def _opened(found: Look, task: Asked, tell: Tell, *, output: Path | None = None,
     return as_foreseen(task, cost), open_store(task, cost, found.device, folder)
 
 
-def _scored(task: Asked, store: ResidentStore, progress: Progress, tell: Tell) -> PrunePlan:
+def _scored(task: Asked, store: ResidentStore, progress: Progress, tell: Tell, kept: Kept | None = None) -> PrunePlan:
     """The plan, while it is told how long the layers will take, and what they took."""
     start = time.perf_counter()
 
@@ -188,7 +193,7 @@ def _scored(task: Asked, store: ResidentStore, progress: Progress, tell: Tell) -
         if done == 1 and (rest := (time.perf_counter() - start) * (total - 1)) > _LONG:
             tell(f"The first of {total} ({stage}) took {time.perf_counter() - start:.1f} s: about {rest:.0f} s more.")
 
-    plan = score([task], store, heard)[0]
+    plan = score([task], store, heard, kept=kept)[0]
     tell(
         f"Scored in {time.perf_counter() - start:.1f} s; {peak_memory()['host'] / 1e9:.2f} GB of memory at the peak, "
         f"{store.nbytes_read / 1e9:.2f} GB read."
@@ -245,6 +250,7 @@ def prune(
     inputs: Iterable[str | os.PathLike[str] | None] = (),
     progress: Progress = silent,
     tell: Tell = silent,
+    resume: bool = False,
 ) -> Result:
     """Prune a model: score, decide, cut.
 
@@ -261,6 +267,7 @@ def prune(
         inputs: what else the run was made from (a recipe file), which must not lie in ``output``.
         progress: called with (stage, done, total).
         tell: told what the run will take, before it begins, and what it took.
+        resume: keep what each layer gave in ``<output>.resume``: the same call goes on from there if it was stopped.
 
     Returns:
         Result with ``path`` or ``model``, the plan, sizes and times. A model given in memory is left as it was.
@@ -285,12 +292,13 @@ def prune(
         windows = perplexity_windows(perplexity_text, source, tokenizer) if perplexity_text else None
         whole = windows is not None or fidelity_text is not None
         task, store = _opened(found, task, tell, output=None if output is None else Path(output), whole=whole)
+    kept = Kept(resume_folder(output), task) if resume and output is not None else None
     reference = None
     if fidelity_text:  # before the scoring: a text that is too short costs no run
         with _timed(seconds, "fidelity"):
             reference = _reference(fidelity_text, store.model, source, tokenizer, found.before.nbytes, progress)
     with _timed(seconds, "score"):
-        plan = proven(_scored(task, store, progress, tell), found.proofs)
+        plan = proven(_scored(task, store, progress, tell, kept), found.proofs)
     cut = plan_cut(source, plan)
     result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*task.notes, *plan.notes])
     if windows is not None:
@@ -316,7 +324,15 @@ def prune(
         options: dict[str, Any] = {"overwrite": overwrite, "tokenizer": tokenizer, "perplexity_text": perplexity_text}
         with _timed(seconds, "write"):
             write_checkpoint(result, cut, Path(output), progress, **options)
+    if kept is not None:
+        kept.remove()
     return result
+
+
+def resume_folder(output: str | os.PathLike[str]) -> Path:
+    """Where a run that writes there keeps what it goes on from."""
+    target = Path(os.path.realpath(output))
+    return target.with_name(target.name + ".resume")
 
 
 def _fidelity(text: str | None) -> Evaluation:

@@ -20,7 +20,7 @@ from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
 from dicer.model.source import ModelSource
 
-_READ_AROUND = 64 * 1024  # bytes that the system maps around a row of a mapped file
+_IN_FLOAT = 8  # bytes of a weight while a criterion squares it
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
 
@@ -33,13 +33,13 @@ class Weights:
         layers: of each decoder layer.
         outside: of what else is needed to run them: embeddings and the like.
         head: of the rest.
-        copied: they are copied, and not views of mapped files.
+        largest: of the largest tensor.
     """
 
     layers: tuple[int, ...]
     outside: int
     head: int
-    copied: bool
+    largest: int
 
     @property
     def whole(self) -> int:
@@ -47,22 +47,21 @@ class Weights:
         return sum(self.layers) + self.outside + self.head
 
 
-def weigh(source: ModelSource, compute: Compute, device: str) -> Weights:
+def weigh(source: ModelSource, compute: Compute) -> Weights:
     """What the parts of a model take; from the headers."""
     size = None if compute.dtype == "auto" else getattr(torch, compute.dtype).itemsize
     layers: dict[int, int] = {}
-    outside, head, copied = 0, 0, device != "cpu"
+    outside = head = largest = 0
     for name, info in source.tensors.infos().items():
         nbytes = info.nbytes if size is None else info.numel * size
-        copied |= size is not None and size != info.dtype.itemsize
+        largest = max(largest, nbytes)
         if place := source.family.locate(name):
             layers[place[0]] = layers.get(place[0], 0) + nbytes
         elif "head" in name or name.startswith("embed_out"):
             head += nbytes
         else:
             outside += nbytes
-    merged = any(axis.routed for axis in source.family.axes.values())  # experts, which lie apart on disk
-    return Weights(tuple(n for _, n in sorted(layers.items())), outside, head, copied or merged)
+    return Weights(tuple(n for _, n in sorted(layers.items())), outside, head, largest)
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,18 @@ class Cost:
         return f"{how}: about {_gigabytes(self.memory)} of memory, {_gigabytes(self.read)} to read{passes}{where}{size}"
 
 
+def check_streams(task: Asked, *, whole: bool) -> None:
+    """Refuse, before anything is read, what cannot be done layer by layer.
+
+    Raises:
+        RecipeError: streaming is asked for and cannot be.
+    """
+    if task.compute.stream and task.source.live is not None:
+        raise RecipeError("the model is in memory already, so --stream has nothing to read: leave it out.")
+    if task.compute.stream and (whole or task.needs_gradient):
+        raise RecipeError(NO_GRADIENTS if task.needs_gradient else _NOT_WHOLE)
+
+
 def foresee(task: Asked, device: str, *, whole: bool = False) -> Cost:
     """What a run will take, and how it is best done with the memory that there is.
 
@@ -108,12 +119,10 @@ def foresee(task: Asked, device: str, *, whole: bool = False) -> Cost:
         whole: the model is also run from end to end, so it has to be in memory.
 
     Raises:
-        RecipeError: streaming is asked for and cannot be; or what the run needs at least is more than ``--memory``.
+        RecipeError: what the run needs at least is more than ``--memory``.
     """
     compute = task.compute
-    if compute.stream and (whole or task.needs_gradient):
-        raise RecipeError(NO_GRADIENTS if task.needs_gradient else _NOT_WHOLE)
-    weights, limit = weigh(task.source, compute, device), compute.memory_bytes
+    weights, limit = weigh(task.source, compute), compute.memory_bytes
     resident = _resident(task, weights)
     if whole or task.needs_gradient or task.source.live is not None:
         return _within(resident, [resident], limit)
@@ -148,8 +157,7 @@ def _within(best: Cost, ways: Sequence[Cost], limit: int | None) -> Cost:
 
 
 def _resident(task: Asked, weights: Weights) -> Cost:
-    last = max(task.layers, default=len(weights.layers) - 1)
-    used = weights.whole if weights.copied else sum(weights.layers[: last + 1]) + _rows(task, weights)
+    used = weights.whole  # all of it, as it is held against the files
     if task.needs_gradient:
         infos = task.source.tensors.infos()
         used = weights.whole + 4 * sum(infos[n].numel for n in infos if task.source.family.locate(n))
@@ -163,20 +171,14 @@ def _streamed(task: Asked, weights: Weights) -> list[Cost]:
     layer, passes = max(weights.layers), _passes(task, len(weights.layers))
     if not task.runs_model:
         chosen = sum(weights.layers[index] for index in task.layers)
-        return [Cost(True, held_memory() + layer + _at_work(task, None), chosen, 0, 0)]
-    outside = weights.outside if weights.copied else _rows(task, weights)
+        return [Cost(True, held_memory() + max(layer + _at_work(task, None), weights.largest), chosen, 0, 0)]
     read = int(passes * sum(weights.layers[: last + 1])) + weights.outside
-    base, hidden = held_memory() + outside + 2 * layer, _hidden(task)
+    base, hidden = held_memory() + weights.outside + 2 * layer, _hidden(task)
     usual = Cost(True, base + _at_work(task, None) + hidden, read, passes, hidden)
     single = base + _at_work(task, 1)
     low = replace(usual, memory=single + hidden, samples=1)
     least = replace(low, memory=single + hidden // 10, on_disk=True)
     return [usual, low, least]
-
-
-def _rows(task: Asked, weights: Weights) -> int:
-    """Bytes of the embeddings that the tokens are mapped in."""
-    return min(weights.outside, _tokens(task) * _READ_AROUND)
 
 
 def _tokens(task: Asked) -> int:
@@ -208,9 +210,8 @@ def _at_work(task: Asked, samples: int | None) -> int:
         side = inputs[need.axis] if need.kind == "channel_gram" else units[need.axis]
         sums = max(sums, _SOLVED * side**2 * (size if "channel" in need.kind else 4) if "gram" in need.kind else 0)
     if task.calibration is None:
-        return sums + max(
-            (info.numel * 8 for info in task.source.tensors.infos().values() if len(info.shape) == 2), default=0
-        )
+        locate, infos = task.source.family.locate, task.source.tensors.infos()
+        return sums + _IN_FLOAT * max((info.numel for name, info in infos.items() if locate(name)), default=0)
     length = task.calibration.tokens.shape[1]
     rows = samples or task.compute.batch_size or max(1, BATCH_TOKENS // length)
     tokens = min(rows * length, _tokens(task))
