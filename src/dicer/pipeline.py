@@ -179,7 +179,7 @@ def _opened(found: Look, task: Asked, tell: Tell, *, output: Path | None = None,
     if task.source.live is not None:
         return task, ResidentStore(task.source.live, task.source.family)
     cost = foresee(task, found.device, whole=whole)
-    tell(f"To do: {cost.line}.")
+    tell(f"To do: {cost.line}{'' if output is None else f', {found.after.nbytes / 1e9:,.2f} GB to write'}.")
     folder = Path(tempfile.gettempdir()) if output is None else nearest_folder(output)
     return as_foreseen(task, cost), open_store(task, cost, found.device, folder)
 

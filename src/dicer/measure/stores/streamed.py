@@ -45,6 +45,7 @@ class StreamedStore(ResidentStore):
         self._device = torch.device(device)
         self._reader = ThreadPoolExecutor(1, "dicer-layers")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._nbytes_read = 0
         super().__init__(self._parts.model, source.family)
         self._parts.put(self._read(OUTSIDE))
@@ -110,17 +111,16 @@ class StreamedStore(ResidentStore):
 
     def _read_touching(self, part: int) -> dict[str, Tensor]:
         """The same in a thread: so that nothing waits for the disk or the bus when it is used."""
-        if self._device.type != "cuda":
+        if self._copies is None:
             tensors = self._read(part)
             _touch(tensors)
             return tensors
-        with torch.cuda.stream(torch.cuda.Stream(self._device)) as stream:
+        with torch.cuda.stream(self._copies):  # beside what is computed
             pinned = {name: tensor.pin_memory() for name, tensor in self._parts.read(part).items()}
             self._nbytes_read += self._parts.nbytes(part)
             moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
-            torch.cuda.current_stream(self._device).synchronize()
-            del stream
-            return moved
+        self._copies.synchronize()
+        return moved
 
     def _check_whole(self, index: int) -> None:
         away = [name for name, tensor in self._layers[index].named_parameters() if tensor.is_meta]
