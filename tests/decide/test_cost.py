@@ -62,7 +62,7 @@ def test_ways(source, calib):
         (True, 1, True),
     ]
     assert ways[0].memory - ways[1].memory == weigh(source, Compute()).whole - (TABLE + 4 * 32) - 2 * LAYER
-    with pytest.raises(RecipeError, match="one layer at a time takes about 0 MB"):
+    with pytest.raises(RecipeError, match="one layer at a time it takes about 0 MB"):
         foresee(asked(source, calib, Compute(memory="0.001MB")), "cpu")
 
 
@@ -99,6 +99,9 @@ def test_too_large_for_the_machine(source, calib, monkeypatch):
     found = foresee(asked(source, calib), "cpu")
     assert found.streamed
     assert "do not fit in 0 MB" in found.line
+    assert not found.on_disk
+    monkeypatch.setattr(cost, "free_memory", lambda _: 30_000)  # hidden states of 6 x 24 tokens take 18 kB
+    assert foresee(asked(source, calib), "cpu").on_disk
     assert not foresee(asked(source, calib, method="taylor"), "cpu").streamed
     assert not foresee(asked(source, calib), "cpu", whole=True).streamed
 
@@ -129,7 +132,7 @@ def test_told(model, calib):
         (("--stream", "--perplexity", "builtin"), "run the whole model"),
         (("--memory", "lots"), "memory: Value error, a number with MB, GB or TB"),
         (("--memory", "1MB"), "is less than this run needs: one layer at a time"),
-        (("--memory", "1MB", "--method", "taylor"), "is less than this run needs with the whole model"),
+        (("--memory", "1MB", "--method", "taylor"), "is less than this run needs: with the whole model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

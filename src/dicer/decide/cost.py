@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,6 +20,7 @@ from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
 from dicer.model.source import ModelSource
 
+_IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
 _IN_FLOAT = 8  # bytes of a weight while a criterion squares it
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
@@ -121,39 +122,29 @@ def foresee(task: Asked, device: str, *, whole: bool = False) -> Cost:
     Raises:
         RecipeError: what the run needs at least is more than ``--memory``.
     """
-    compute = task.compute
-    weights, limit = weigh(task.source, compute), compute.memory_bytes
-    resident = _resident(task, weights)
-    if whole or task.needs_gradient or task.source.live is not None:
-        return _within(resident, [resident], limit)
-    streamed = _streamed(task, weights)
-    if compute.stream or not task.runs_model:
-        return _within(streamed[0] if compute.stream else replace(streamed[0], why=""), streamed, limit)
-    room = free_memory(torch.device(device)) if limit is None else limit
-    if room is None or (resident.memory <= room and limit is not None) or weights.whole <= room:
-        return _within(resident, [resident, *streamed], limit)
-    why = f", as the model's {_gigabytes(weights.whole)} do not fit in {_gigabytes(room)}"
-    return _within(replace(streamed[0], why=why), [replace(one, why=why) for one in streamed], limit)
+    weights, limit = weigh(task.source, task.compute), task.compute.memory_bytes
+    ways = [_resident(task, weights)]
+    if not (whole or task.needs_gradient or task.source.live is not None):
+        free = free_memory(torch.device(device))
+        layer_by_layer = _streamed(task, weights, free)
+        if task.compute.stream or not task.runs_model:
+            ways = layer_by_layer
+        elif limit is not None:
+            ways += layer_by_layer
+        elif free is not None and weights.whole > free:
+            why = f", as the model's {_gigabytes(weights.whole)} do not fit in {_gigabytes(free)}"
+            ways = [replace(layer_by_layer[0], why=why)]
+    if limit is None:  # without it batches stay as large as they are: the last bits hang on them
+        return ways[0]
+    return next((way for way in ways if way.memory <= limit), None) or _refuse(ways, limit)
 
 
-def _within(best: Cost, ways: Sequence[Cost], limit: int | None) -> Cost:
-    """The first way that a limit allows.
-
-    Raises:
-        RecipeError: none does; with the least that would do.
-    """
-    if limit is None:
-        return best
-    if (found := next((way for way in ways if way.memory <= limit), None)) is None:
-        least = min(way.memory for way in ways)
-        raise RecipeError(
-            f"--memory {_gigabytes(limit)} is less than this run needs: one layer at a time takes about "
-            f"{_gigabytes(least)}."
-            if any(way.streamed for way in ways)
-            else f"--memory {_gigabytes(limit)} is less than this run needs with the whole model in memory, about "
-            f"{_gigabytes(least)}."
-        )
-    return found
+def _refuse(ways: Sequence[Cost], limit: int) -> NoReturn:
+    how = "one layer at a time" if any(way.streamed for way in ways) else "with the whole model in memory"
+    raise RecipeError(
+        f"--memory {_gigabytes(limit)} is less than this run needs: {how} it takes about "
+        f"{_gigabytes(min(way.memory for way in ways))}."
+    )
 
 
 def _resident(task: Asked, weights: Weights) -> Cost:
@@ -165,7 +156,7 @@ def _resident(task: Asked, weights: Weights) -> Cost:
     return Cost(False, memory, weights.whole, _passes(task, len(weights.layers)), _hidden(task))
 
 
-def _streamed(task: Asked, weights: Weights) -> list[Cost]:
+def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:
     """What reading layer by layer takes: with the usual batches; a sample at a time; that, and states in files."""
     last = max(task.layers, default=len(weights.layers) - 1)
     layer, passes = max(weights.layers), _passes(task, len(weights.layers))
@@ -175,8 +166,10 @@ def _streamed(task: Asked, weights: Weights) -> list[Cost]:
     read = int(passes * sum(weights.layers[: last + 1])) + weights.outside
     base, hidden = held_memory() + weights.outside + 2 * layer, _hidden(task)
     usual = Cost(True, base + _at_work(task, None) + hidden, read, passes, hidden)
+    if free is not None and hidden > _IN_MEMORY * free:
+        usual = replace(usual, memory=usual.memory - hidden + hidden // 10, on_disk=True)
     single = base + _at_work(task, 1)
-    low = replace(usual, memory=single + hidden, samples=1)
+    low = replace(usual, memory=single + hidden, samples=1, on_disk=False)
     least = replace(low, memory=single + hidden // 10, on_disk=True)
     return [usual, low, least]
 
