@@ -24,6 +24,7 @@ from dicer.errors import RecipeError
 from dicer.files import as_output_error, folder_beside, write_whole
 from dicer.measure.statistics import Sums
 from dicer.model.units import SubLayer
+from dicer.processes import several
 
 _KEY, _STATES = "run.json", "hidden.safetensors"
 
@@ -53,6 +54,8 @@ class Kept:
     """
 
     def __init__(self, folder: Path, task: Asked) -> None:
+        if several():
+            raise RecipeError("--resume keeps what one process gave, and there are several: leave it out.")
         if task.needs_gradient or task.method.walks_alone:
             raise RecipeError(
                 "--resume goes on behind the last finished layer, which cannot be done where "
