@@ -40,8 +40,8 @@ from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
 from dicer.write.opened import as_source, check_cut
-from dicer.write.proof import Proof, check_proofs, proven
-from dicer.write.prove import prove
+from dicer.write.proof import Proof, check_proofs
+from dicer.write.prove import proofs_for, prove, proven
 from dicer.write.sink import check_output, check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line
@@ -118,6 +118,7 @@ def look(
     before, after = foreseen(task)
     targets = ""
     if isinstance(task, Decided):
+        proofs = proofs_for(source, task.outline(), proofs)
         check_cut(cut := plan_cut(source, task.outline()))
         if recipe.stock and "auto_map" in cut.config:
             raise RecipeError(
@@ -169,7 +170,7 @@ def make_plan(
     found = look(model, recipe, compute)
     task, store = _opened(found, with_text(found.task), tell)
     kept = Kept(resume, task) if resume is not None else None
-    plan = proven(_scored(task, store, progress, tell, kept), found.proofs)
+    plan = proven(task.source, _scored(task, store, progress, tell, kept), found.proofs)
     task.source.check_unchanged()
     return plan
 
@@ -228,7 +229,7 @@ def apply_plan(
     loaded.check_model(str(source.config.model_type), source.fingerprint)
     axes = [axis for axis, layers in loaded.axes.items() if layers]
     check_proofs(source, proofs := prove(source, [*axes, *(["block"] if loaded.blocks else [])]))
-    proven(loaded, proofs)
+    proven(source, loaded, proofs)
     cut = plan_cut(source, loaded)
     result = Result(loaded, *cut.sizes(), notes=list(source.notes))
     check_space(out, result.after.nbytes)
@@ -298,7 +299,7 @@ def prune(
         with _timed(seconds, "fidelity"):
             reference = _reference(fidelity_text, store.model, source, tokenizer, found.before.nbytes, progress)
     with _timed(seconds, "score"):
-        plan = proven(_scored(task, store, progress, tell, kept), found.proofs)
+        plan = proven(source, _scored(task, store, progress, tell, kept), found.proofs)
     cut = plan_cut(source, plan)
     result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*task.notes, *plan.notes])
     if windows is not None:

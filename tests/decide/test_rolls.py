@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tiny import LAYERS, tiny_model, tiny_tokens
+from tiny import LAYERS, family_of, tiny_model, tiny_tokens
 
 import dicer
 from dicer.decide.amounts.by_cosine import cosine_ratios
@@ -17,7 +17,6 @@ from dicer.decide.rolls import best_roll
 from dicer.errors import RecipeError
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.turning import turning
-from dicer.model.families import family_of
 from dicer.model.units import SubLayer
 
 UNITS, CHANNELS, KEEP, WIDTH = 8, 2, 5, 7
@@ -80,7 +79,7 @@ def test_turning_of_the_hidden_states(family):
         layer.register_forward_hook(
             lambda _, args, out, i=index: [inputs.update({i: args[0]}), outputs.update({i: out})][0]
         )
-    store = ResidentStore(model, family_of(family))
+    store = ResidentStore(model, family_of(model))
     found = turning(store, LAYERS - 1, tokens.split(4))
     with torch.no_grad():
         model(input_ids=tokens, use_cache=False)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from texts import jsonl
-from tiny import PLACES, VOCABULARY, save_tiny, tiny_model
+from tiny import PLACES, VOCABULARY, family_of, save_tiny, tiny_model
 
 import dicer
 from dicer.ask.text import Text
@@ -95,7 +95,7 @@ def test_sums_of_each_row_alone(tmp_path, family, side):
     calibration = shown(tmp_path, rows)
     batches = own_batches(calibration.tokens, 2, mask=calibration.mask)
     assert sorted(map(tuple, (batch.shape for batch in batches))) == [(1, 3), (1, 9), (1, 24), (2, 17), (2, 24)]
-    store = ResidentStore(model, dicer.model.families.FAMILIES[family])
+    store = ResidentStore(model, family_of(model))
     plain, final = plainly(model, family, counted)
     for visit in walk(store, [2], batches, axes=("mlp", "attention"), needs=NEEDS):
         values = plain[visit.place.axis]
@@ -121,7 +121,7 @@ def test_gradients_of_each_row_alone(tmp_path, family, checkpointing):
     model = tiny_model(family)
     calibration = shown(tmp_path, padded(ROWS, "right", counted=COUNTED))
     batches = own_batches(calibration.tokens, mask=calibration.mask)
-    store = ResidentStore(model, dicer.model.families.FAMILIES[family])
+    store = ResidentStore(model, family_of(model))
     found = store.gradients(batches, [1], ["mlp"], checkpointing=checkpointing, progress=lambda *_: None)
     losses = torch.zeros(())
     for row, kept in zip(ROWS, COUNTED, strict=True):

@@ -138,11 +138,9 @@ def test_one_layer_at_a_time(sources, calib, monkeypatch):
     put, alive = store._parts.put, []
     monkeypatch.setattr(store._parts, "put", lambda tensors: (put(tensors), alive.append(there(store))))
     score([with_text(prepare(source, Recipe(method="rc-a", layers="1-2", calib=calib)))], store)
-    assert (alive, reads, there(store)) == (
-        [[0], [0], [1], [2]],
-        [0, 1, 2],
-        [],
-    )  # the first to record what layers are called with
+    assert reads == [OUTSIDE, 0, 1, 2]
+    assert alive == [[], [0], [0], [1], [2]]  # the first also to record what layers are called with
+    assert there(store) == []
 
 
 def test_weights_read_only_where_chosen(sources, monkeypatch):

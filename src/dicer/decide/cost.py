@@ -194,8 +194,8 @@ def _itemsize(task: Asked) -> int:
 
 def _at_work(task: Asked, samples: int | None) -> int:
     """Bytes of what one layer makes of one batch, and of its sums."""
-    units = {axis: max(task.source.family.units(task.source.config, axis)) for axis in task.axes}
-    axes = task.source.family.sized(task.source.config)
+    units = {axis: max(task.source.family.units(axis)) for axis in task.axes}
+    axes = task.source.family.axes
     inputs = {axis: units[axis] * axes[axis].channels for axis in task.axes}
     sums = 0
     for need in task.walked_needs if task.method.walks_alone else task.needs:

@@ -108,7 +108,7 @@ def evidence_notes(task: Decided) -> list[str]:
         return []
     tokens = text.tokens.numel() if text.mask is None else int((text.mask == COUNTED).sum())
     length = text.tokens.shape[1] if text.mask is None else int((text.mask != ABSENT).sum(1).max())
-    axes, notes = task.source.family.sized(task.source.config), []
+    axes, notes = task.source.family.axes, []
     for axis in task.axes:
         kept = [keep for place, keep in task.amounts.keep.items() if place.axis == axis]
         inputs = max(kept, default=0) * axes[axis].channels

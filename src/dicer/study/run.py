@@ -19,7 +19,7 @@ from dicer.ask.evaluation import FIDELITY_TEXTS, Evaluation
 from dicer.ask.portable import portable, portable_evaluation
 from dicer.ask.spelling import Wanted
 from dicer.decide.cost import check_streams
-from dicer.decide.task import prepare
+from dicer.decide.task import Asked, prepare
 from dicer.decide.together import Scored, score_all
 from dicer.errors import DicerError, ExperimentError
 from dicer.machine import peak_memory, pick_device, reset_peak_memory
@@ -35,7 +35,7 @@ from dicer.study.record import make_record
 from dicer.study.records import locked, read_records, record_path, run_id, write_record
 from dicer.study.run_record import plan_entries, surroundings
 from dicer.write.proof import Proof, check_proofs
-from dicer.write.prove import prove
+from dicer.write.prove import prove, proven
 from dicer.write.surgery import plan_cut
 
 
@@ -225,7 +225,7 @@ def _check_evaluation(evaluation: Evaluation) -> None:
 def _check_runs(tasks: list[Task]) -> None:
     """Hold the runs of one model against it, its device and the files that they read; the hub is not asked."""
     pick_device(tasks[0].run.compute.device)
-    proofs = cache(partial(_proofs, tasks[0].source))
+    proofs = _proofs(tasks[0].source)
     for task in tasks:
         if (recipe := task.run.recipe) is not None:
             if task.run.compute.memory:
@@ -233,13 +233,15 @@ def _check_runs(tasks: list[Task]) -> None:
             with _as_experiment_error(f"{task.source.name} {task.run.method}: "):
                 asked = prepare(task.source, recipe, task.run.compute)
                 check_streams(asked, whole=False)
-                check_proofs(task.source, proofs(tuple(proven_axes(asked))))
+                check_proofs(task.source, proofs(asked))
                 if asked.runs_model:
                     check_text(recipe.text)
 
 
-def _proofs(source: ModelSource, axes: tuple[str, ...]) -> list[Proof]:
-    return prove(source, axes)
+def _proofs(source: ModelSource) -> Callable[[Asked], list[Proof]]:
+    """What proves the axes of any run of a model, each set of them once."""
+    found = cache(partial(prove, source))
+    return lambda task: found(tuple(proven_axes(task)))
 
 
 @contextmanager
@@ -303,11 +305,15 @@ def _score(tasks: list[Task], store: ResidentStore, tokenizer: Any, bench: Bench
     except Exception as error:
         found = [error] * len(asked)
     scored: list[tuple[Task, Scored]] = []
+    proofs = _proofs(source)
     for (task, _), one in zip(asked, found, strict=True):
-        if isinstance(one, Exception):
-            _fail(task, bench, one)
-        else:
+        try:
+            if isinstance(one, Exception):
+                raise one
+            proven(source, one.plan, proofs(one.task))
             scored.append((task, one))
+        except Exception as error:
+            _fail(task, bench, error)
     return scored
 
 

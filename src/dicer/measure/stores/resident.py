@@ -15,7 +15,6 @@ from dicer.measure.batches import counted_of
 from dicer.measure.experts import Experts
 from dicer.measure.stores.store import Arguments, Recording
 from dicer.model.families import Family
-from dicer.model.structure.find import FoundFamily
 from dicer.model.units import Axis, UnitWeights, unit_weights
 from dicer.processes import all_reduce, sum_of, world_size
 from dicer.progress import Progress
@@ -26,16 +25,16 @@ class ResidentStore:
 
     Args:
         model: a transformers model of a known family; left as it is, whatever is done with it meanwhile.
-        family: its row of the table.
+        family: its structure.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self._family = family
         self._model: Any = model
         self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
-        self._axes = family.sized(model.config)
-        self._returned: int | None = None  # how many values a layer returns; 0 where it is no tuple
-        self._units = {name: family.units(model.config, name) for name in self._axes}
+        self._axes = family.axes
+        self._returned = family.returned
+        self._units = {name: family.units(name) for name in self._axes}
 
     @property
     def model(self) -> Any:
@@ -109,8 +108,6 @@ class ResidentStore:
 
     def _as_returned(self, forward: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
         """Hidden states in the form in which a layer hands them on: some return a tuple; one is run to see it."""
-        if not isinstance(self._family, FoundFamily):
-            return hidden
         if self._returned is None:
             returned = forward(hidden, *args, **kwargs)
             self._returned = len(returned) if isinstance(returned, tuple) else 0
