@@ -43,9 +43,10 @@ def asked(source, calib, compute=None, **recipe):
 def test_weights(source):
     weights = weigh(source, Compute())
     assert weights.layers == (LAYER,) * LAYERS
-    assert (weights.outside, weights.head, weights.largest) == (TABLE + 4 * 32, TABLE, TABLE)
+    assert (weights.outside, weights.head, weights.copied) == (TABLE + 4 * 32, TABLE, False)
     assert weights.whole == sum(info.nbytes for info in source.tensors.infos().values())
-    assert weigh(source, Compute(dtype="bfloat16")).layers == (LAYER // 2,) * LAYERS
+    half = weigh(source, Compute(dtype="bfloat16"))
+    assert (half.layers, half.copied) == ((LAYER // 2,) * LAYERS, True)
 
 
 def test_ways(source, calib):

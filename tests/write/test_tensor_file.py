@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import save_tiny
 
-from dicer.model.tensors import DTYPES, TensorInfo
+import dicer
+from dicer.model.tensors import DTYPES, SafetensorsSource, TensorInfo
+from dicer.write import surgery
 from dicer.write.tensor_file import write_file
 
 TENSORS = {
@@ -29,6 +32,26 @@ def test_same_bytes(tmp_path, names):
     save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "theirs", metadata={"format": "pt"})
     write_file(tmp_path / "ours", _infos(tensors), tensors.__getitem__)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_rows_at_a_time(tmp_path):
+    table = torch.arange(40.0).reshape(10, 4)
+    save_file({"a": table}, tmp_path / "theirs", metadata={"format": "pt"})
+    write_file(tmp_path / "ours", _infos({"a": table}), lambda _: iter(table.split(3)))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_large_copies_in_rows(tmp_path, monkeypatch):
+    """A tensor that is copied and larger than what is held at once is never read whole."""
+    model = save_tiny(tmp_path / "model")
+    dicer.prune(model, dicer.Recipe(method="random"), output=tmp_path / "whole")
+    reads, read = [], SafetensorsSource.read
+    monkeypatch.setattr(surgery, "_AT_ONCE", 1000)
+    monkeypatch.setattr(SafetensorsSource, "read", lambda self, name: reads.append(name) or read(self, name))
+    dicer.prune(model, dicer.Recipe(method="random"), output=tmp_path / "rows")
+    assert "model.embed_tokens.weight" not in reads
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "rows")]
+    assert written[0] == written[1]
 
 
 def test_each_read_once(tmp_path):

@@ -21,6 +21,7 @@ from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
 from dicer.model.source import ModelSource
 
 _IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
+_READ_AROUND = 256 * 1024  # bytes that the system maps around a row of a table; between 70 kB and 350 kB were seen
 _IN_FLOAT = 8  # bytes of a weight while a criterion squares it
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
@@ -34,13 +35,13 @@ class Weights:
         layers: of each decoder layer.
         outside: of what else is needed to run them: embeddings and the like.
         head: of the rest.
-        largest: of the largest tensor.
+        copied: they are copied, and not views of mapped files.
     """
 
     layers: tuple[int, ...]
     outside: int
     head: int
-    largest: int
+    copied: bool
 
     @property
     def whole(self) -> int:
@@ -48,21 +49,21 @@ class Weights:
         return sum(self.layers) + self.outside + self.head
 
 
-def weigh(source: ModelSource, compute: Compute) -> Weights:
+def weigh(source: ModelSource, compute: Compute, device: str = "cpu") -> Weights:
     """What the parts of a model take; from the headers."""
     size = None if compute.dtype == "auto" else getattr(torch, compute.dtype).itemsize
     layers: dict[int, int] = {}
-    outside = head = largest = 0
+    outside, head, copied = 0, 0, device != "cpu"
     for name, info in source.tensors.infos().items():
         nbytes = info.nbytes if size is None else info.numel * size
-        largest = max(largest, nbytes)
+        copied |= nbytes != info.nbytes
         if place := source.family.locate(name):
             layers[place[0]] = layers.get(place[0], 0) + nbytes
         elif "head" in name or name.startswith("embed_out"):
             head += nbytes
         else:
             outside += nbytes
-    return Weights(tuple(n for _, n in sorted(layers.items())), outside, head, largest)
+    return Weights(tuple(n for _, n in sorted(layers.items())), outside, head, copied)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def foresee(task: Asked, device: str, *, whole: bool = False) -> Cost:
     Raises:
         RecipeError: what the run needs at least is more than ``--memory``.
     """
-    weights, limit = weigh(task.source, task.compute), task.compute.memory_bytes
+    weights, limit = weigh(task.source, task.compute, device), task.compute.memory_bytes
     ways = [_resident(task, weights)]
     if not (whole or task.needs_gradient or task.source.live is not None):
         free = free_memory(torch.device(device))
@@ -162,9 +163,9 @@ def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:
     layer, passes = max(weights.layers), _passes(task, len(weights.layers))
     if not task.runs_model:
         chosen = sum(weights.layers[index] for index in task.layers)
-        return [Cost(True, held_memory() + max(layer + _at_work(task, None), weights.largest), chosen, 0, 0)]
+        return [Cost(True, held_memory() + layer + _at_work(task, None), chosen, 0, 0)]
     read = int(passes * sum(weights.layers[: last + 1])) + weights.outside
-    base, hidden = held_memory() + weights.outside + 2 * layer, _hidden(task)
+    base, hidden = held_memory() + _outside(task, weights) + 2 * layer, _hidden(task)
     usual = Cost(True, base + _at_work(task, None) + hidden, read, passes, hidden)
     if free is not None and hidden > _IN_MEMORY * free:
         usual = replace(usual, memory=usual.memory - hidden + hidden // 10, on_disk=True)
@@ -172,6 +173,11 @@ def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:
     low = replace(usual, memory=single + hidden, samples=1, on_disk=False)
     least = replace(low, memory=single + hidden // 10, on_disk=True)
     return [usual, low, least]
+
+
+def _outside(task: Asked, weights: Weights) -> int:
+    """Bytes of the embeddings that are held: where they are mapped, what the system maps around the tokens' rows."""
+    return weights.outside if weights.copied else min(weights.outside, _tokens(task) * _READ_AROUND)
 
 
 def _tokens(task: Asked) -> int:

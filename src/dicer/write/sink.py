@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from dicer.errors import OutputError
 from dicer.files import as_output_error, check_writable
 from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
-from dicer.write.tensor_file import write_file
+from dicer.write.tensor_file import Read, write_file
 
 SHARD_BYTES = 2 * 1024**3  # of one file of the output
 _MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
@@ -111,21 +111,19 @@ class CheckpointSink:
             if not self._marker.exists():  # else the next run is in already
                 raise
 
-    def write_tensors(
-        self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], progress: Callable[[int], None]
-    ) -> None:
+    def write_tensors(self, infos: Mapping[str, TensorInfo], read: Read, progress: Callable[[int], None]) -> None:
         """Write all weights, one tensor in memory at a time.
 
         Args:
             infos: every tensor that will be written, in the order of writing; the shards are laid out from this.
-            read: makes one tensor.
+            read: makes one tensor, or its rows a few at a time.
             progress: called with the number of tensors done.
         """
         shards = list(_shards(infos, self._shard_bytes))
         names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
         done = 0
 
-        def counted(name: str) -> Tensor:
+        def counted(name: str) -> Tensor | Iterator[Tensor]:
             nonlocal done
             progress(done := done + 1)
             return read(name)

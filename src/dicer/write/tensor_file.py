@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,8 +17,11 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNED = 8  # bytes; the header ends at a multiple
 
 
-def write_file(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
-    """Write tensors to a file; one of them is in memory at a time.
+Read = Callable[[str], Tensor | Iterator[Tensor]]  # a tensor, or its rows a few at a time
+
+
+def write_file(path: Path, infos: Mapping[str, TensorInfo], read: Read) -> None:
+    """Write tensors to a file; one of them, or a few of its rows, is in memory at a time.
 
     Args:
         path: the file.
@@ -33,11 +36,16 @@ def write_file(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str]
     with path.open("wb") as file:
         file.write(_header(names, infos))
         for name in names:
-            tensor = read(name).detach().cpu().contiguous()
-            if (tuple(tensor.shape), tensor.dtype) != (infos[name].shape, infos[name].dtype):
-                raise ValueError(f"'{name}' is {tuple(tensor.shape)} {tensor.dtype}, and not {infos[name]}")
-            if tensor.numel():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            found = read(name)
+            if isinstance(found, Tensor) and (tuple(found.shape), found.dtype) != (
+                infos[name].shape,
+                infos[name].dtype,
+            ):
+                raise ValueError(f"'{name}' is {tuple(found.shape)} {found.dtype}, and not {infos[name]}")
+            for piece in [found] if isinstance(found, Tensor) else found:
+                if piece.numel():
+                    flat = piece.detach().cpu().contiguous().reshape(-1)
+                    file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _header(names: list[str], infos: Mapping[str, TensorInfo]) -> bytes:
