@@ -17,12 +17,14 @@ from dicer.ask.compute import Compute
 from dicer.ask.evaluation import FIDELITY_TEXTS, Evaluation
 from dicer.ask.portable import portable, portable_evaluation
 from dicer.ask.spelling import Wanted
+from dicer.decide.cost import check_streams
 from dicer.decide.task import Asked, prepare
 from dicer.decide.together import Scored, score_all
 from dicer.errors import DicerError, ExperimentError
 from dicer.machine import peak_memory, pick_device, reset_peak_memory
 from dicer.measure.documents import check_source, check_text
 from dicer.measure.stores.resident import ResidentStore
+from dicer.measure.stores.streamed import StreamedStore
 from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import build_model, proven_axes
 from dicer.processes import from_first, rank, world_size
@@ -168,8 +170,11 @@ def _check_runs(tasks: list[Task]) -> None:
     proofs = _proofs(tasks[0].source)
     for task in tasks:
         if (recipe := task.run.recipe) is not None:
+            if task.run.compute.memory:
+                raise ExperimentError("memory is for dicer prune and dicer plan: an experiment's runs share a model.")
             with _as_experiment_error(f"{task.source.name} {task.run.method}: "):
                 asked = prepare(task.source, recipe, task.run.compute)
+                check_streams(asked, whole=False)
                 check_proofs(task.source, proofs(asked))
                 if asked.runs_model:
                     check_text(recipe.text)
@@ -196,19 +201,20 @@ def run_model(tasks: list[Task], bench: Bench) -> None:
     try:
         tokenizer = source.tokenizer()
         reference = _reference(bench, compute) if bench.evaluation.against != ORIGINAL else None
-        model = source.load_model(compute.dtype, pick_device(compute.device))
+        store = _store(tasks, bench)
+        model = store.model
         if bench.evaluation.against == ORIGINAL:
             reference = _reference(bench, compute, (model, tokenizer, source))
     except Exception as error:
         for task in tasks:
             fail(task, bench, error)
         return
-    load, dtype, device = {"load": time.perf_counter() - start}, model.dtype, model.device
+    load, dtype, device = {"load": time.perf_counter() - start}, model.dtype, pick_device(compute.device)
     for task in tasks:
         if task.run.recipe is None:
             _measure(task, bench, partial(_given, model), tokenizer, load, _own_bytes(task), reference)
-    scored = _score(tasks, model, tokenizer, bench)
-    del model
+    scored = _score(tasks, store, tokenizer, bench)
+    del model, store
     for task, found in scored:
         gc.collect()  # a model that is gone but not collected would double the peak
         cut = plan_cut(source, found.plan)
@@ -220,7 +226,16 @@ def run_model(tasks: list[Task], bench: Bench) -> None:
         _measure(task, bench, build, tokenizer, {**load, "score": found.seconds}, facts, reference)
 
 
-def _score(tasks: list[Task], model: Any, tokenizer: Any, bench: Bench) -> list[tuple[Task, Scored]]:
+def _store(tasks: list[Task], bench: Bench) -> ResidentStore:
+    """The layers of a model: one at a time, where that is asked for and nothing runs the whole of it as it is."""
+    source, compute = tasks[0].source, tasks[0].run.compute
+    device = pick_device(compute.device)
+    if compute.stream and bench.evaluation.against != ORIGINAL and all(task.run.recipe for task in tasks):
+        return StreamedStore(source, compute.dtype, device)
+    return ResidentStore(source.load_model(compute.dtype, device), source.family)
+
+
+def _score(tasks: list[Task], store: ResidentStore, tokenizer: Any, bench: Bench) -> list[tuple[Task, Scored]]:
     """A plan for each run that prunes; errors end here, as their tracebacks would keep the model alive."""
     asked = [(task, task.run.recipe) for task in tasks if task.run.recipe is not None]
     for task, _ in asked:
@@ -228,7 +243,7 @@ def _score(tasks: list[Task], model: Any, tokenizer: Any, bench: Bench) -> list[
     source, wanted = tasks[0].source, [Wanted(recipe, task.run.compute) for task, recipe in asked]
     found: Sequence[Scored | Exception]
     try:
-        found = score_all(source, ResidentStore(model, source.family), wanted, tokenizer, bench.progress)
+        found = score_all(source, store, wanted, tokenizer, bench.progress)
     except Exception as error:
         found = [error] * len(asked)
     scored: list[tuple[Task, Scored]] = []
