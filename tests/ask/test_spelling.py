@@ -53,6 +53,8 @@ OTHER = {
     "device": "cpu",
     "dtype": "float32",
     "gradient_checkpointing": True,
+    "stream": True,
+    "memory": "8GB",
     "set": {"linkage": "average", "grouping.power": 2},
 }
 

@@ -190,3 +190,10 @@ def test_profile_that_does_not_fit(run, refused, model, rows, tmp_path):
         refused("plan", *words, "-o", tmp_path / "plan", *text, says=[says])
     out = run("plan", tmp_path / "other", "-o", tmp_path / "plan", *entropy, *text)
     assert "Note: the profile profile.json was not measured on these weights." in out
+
+
+def test_streamed(run, model, rows, tmp_path, monkeypatch):
+    for name, more in (("whole", ()), ("streamed", ("--stream",))):
+        monkeypatch.setenv("DICER_CACHE", str(tmp_path / f"cache of {name}"))
+        run("entropy", model, "-o", tmp_path / f"{name}.json", "--calib", rows, *more)
+    assert (tmp_path / "whole.json").read_bytes() == (tmp_path / "streamed.json").read_bytes()

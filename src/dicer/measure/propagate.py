@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -110,11 +111,12 @@ def propagate(
         raise RecipeError("the processes do not prune the same layers, so none knows what the others' cuts have done.")
     recording = store.record([*tokens.batches, *(batch[:1, :_PROBE] for batch in tokens.batches[:1])])
     probe = recording.hidden.pop() if tokens.batches else None  # uncut all the way: only of what form layers are counts
-    beside: list[Tensor] | None = None
+    beside: MutableSequence[Tensor] | None = None
     for index in range(last + 1):
         if dense and index == chosen[0]:  # before it both are the same
-            beside = list(recording.hidden)
-        with store.layer(index) as layer, torch.no_grad(), swapping(layer) as swap:
+            beside = copy(recording.hidden)
+        following = index + 1 if index < last else None
+        with store.layer(index, then=following) as layer, torch.no_grad(), swapping(layer) as swap:
             runner = Runner(layer, index, recording)
             before, probe = probe, None if probe is None else runner.whole(probe)
             walked = _Layer(runner, tokens, beside, None if before is None or probe is None else (before, probe))
@@ -151,7 +153,7 @@ class _Layer:
 
     runner: Runner
     tokens: Tokens
-    beside: list[Tensor] | None
+    beside: MutableSequence[Tensor] | None
     probe: tuple[Tensor, Tensor] | None
     outputs: list[Tensor] = field(default_factory=list)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -163,7 +165,7 @@ class _Layer:
         return self.runner.layer
 
     @property
-    def hidden(self) -> list[Tensor]:
+    def hidden(self) -> MutableSequence[Tensor]:
         return self.runner.recording.hidden
 
     def visit(

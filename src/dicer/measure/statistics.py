@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -246,6 +246,19 @@ class Sums:
         rest.count = self.count
         rest._totals = {need: total for need, total in self._totals.items() if "gram" not in need.kind}
         return rest
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """Everything that was summed, by names that :meth:`from_tensors` understands."""
+        totals = {"/".join(need): total for need, total in self._totals.items()}
+        return {**totals, "count": torch.tensor(self.count), "channels": torch.tensor(self.channels)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Sums:
+        """The sums that :meth:`as_tensors` gave."""
+        totals = {Need(*name.split("/")): total for name, total in tensors.items() if "/" in name}  # type: ignore[arg-type]
+        sums = cls(totals, int(tensors["channels"]))
+        sums.count, sums._totals = int(tensors["count"]), totals
+        return sums
 
     def get(self, kind: Kind, activation: str) -> Tensor:
         """One sum.

@@ -34,7 +34,7 @@ def check_same(name: str, model: Any, tensors: TensorSource, family: Family) -> 
         ModelError: for the first tensor that differs; then more lies between file and model than dicer knows of.
     """
     for state in _portions(model, family):
-        _check_portion(name, state, tensors)
+        check_portion(name, state, tensors)
 
 
 def _portions(model: Any, family: Family) -> Iterator[Mapping[str, Tensor]]:
@@ -50,7 +50,8 @@ def _portions(model: Any, family: Family) -> Iterator[Mapping[str, Tensor]]:
         yield on_disk(model, portion)
 
 
-def _check_portion(name: str, state: Mapping[str, Tensor], tensors: TensorSource) -> None:
+def check_portion(name: str, state: Mapping[str, Tensor], tensors: TensorSource) -> None:
+    """The same for some of its tensors, by their names on disk."""
     infos = tensors.infos()
     pairs: dict[str, tuple[Tensor, str]] = {}
     for full, loaded in state.items():

@@ -67,6 +67,18 @@ class ModelSource:
         """A hash that tells two models apart (see :func:`dicer.model.tensors.fingerprint`)."""
         return fingerprint(self.tensors)
 
+    def check_unchanged(self) -> None:
+        """See to it that the weights are still the files that were opened.
+
+        Raises:
+            ModelError: one of them has another size or time, or is gone.
+        """
+        if isinstance(self.tensors, SafetensorsSource) and (file := self.tensors.changed()):
+            raise ModelError(
+                f"{self.name}: {file} was changed while it was read, so what came of it is of no model. Let whatever "
+                "writes there finish, then run again."
+            )
+
     @property
     def widest(self) -> int:
         """Neurons of the widest layer."""
@@ -122,16 +134,28 @@ class ModelSource:
         Raises:
             ModelError: transformers cannot load it, or loads other tensors than those that would be written.
         """
+        with as_model_error(self.name, "model"):
+            model: nn.Module = self._from_pretrained(dtype)
+            check_same(self.name, model, self.tensors, self.family)
+            return model.to(device).eval()
+
+    def load_empty(self, dtype: str = "auto") -> Any:
+        """The same model on the meta device, each tensor in the dtype that it would have; no weight is read.
+
+        Raises:
+            ModelError: transformers cannot load it.
+        """
+        with as_model_error(self.name, "model"):
+            return self._from_pretrained(dtype, device_map="meta").eval()
+
+    def _from_pretrained(self, dtype: str, **more: Any) -> Any:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
         reads = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
         auto: Any = AutoModelForCausalLM if reads else AutoModelForImageTextToText
         loader = self.family.stock_class if self.is_stock else auto
         where: dict[str, Any] = {"config": self.config, "trust_remote_code": False, "local_files_only": True}
-        with as_model_error(self.name, "model"):
-            model: nn.Module = loader.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **where)
-            check_same(self.name, model, self.tensors, self.family)
-            return model.to(device).eval()
+        return loader.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **where, **more)
 
     @property
     def is_stock(self) -> bool:

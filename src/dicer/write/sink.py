@@ -6,20 +6,19 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import filelock
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dicer.errors import OutputError
 from dicer.files import as_output_error, check_writable
 from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
+from dicer.write.tensor_file import Read, write_file
 
-SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
+SHARD_BYTES = 2 * 1024**3  # of one file of the output
 _MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's
 _OLD = "old"  # inside it: the checkpoint that --overwrite replaces, between two renames
 _MADE_BY_DICER = "dicer_plan.json"  # in every checkpoint and plan of ours; nothing else is overwritten
@@ -112,33 +111,25 @@ class CheckpointSink:
             if not self._marker.exists():  # else the next run is in already
                 raise
 
-    def write_tensors(
-        self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], progress: Callable[[int], None]
-    ) -> None:
-        """Write all weights, one shard in memory at a time.
+    def write_tensors(self, infos: Mapping[str, TensorInfo], read: Read, progress: Callable[[int], None]) -> None:
+        """Write all weights, one tensor in memory at a time.
 
         Args:
             infos: every tensor that will be written, in the order of writing; the shards are laid out from this.
-            read: makes one tensor.
+            read: makes one tensor, or its rows a few at a time.
             progress: called with the number of tensors done.
         """
         shards = list(_shards(infos, self._shard_bytes))
         names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
         done = 0
+
+        def counted(name: str) -> Tensor | Iterator[Tensor]:
+            nonlocal done
+            progress(done := done + 1)
+            return read(name)
+
         for file, members in zip(names, shards, strict=True):
-            tensors: dict[str, Tensor] = {}
-            for name in members:
-                tensor = read(name).detach().cpu().contiguous()
-                # safetensors refuses tensors that share memory, as in a model in memory with weights tied by hand.
-                storage = tensor.untyped_storage().data_ptr()
-                shared = any(storage == other.untyped_storage().data_ptr() for other in tensors.values())
-                tensors[name] = tensor.clone() if shared else tensor
-                progress(done := done + 1)
-            try:
-                save_file(tensors, self.folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # what safetensors makes of a full disk
-                raise OutputError(f"cannot write {self.out}: {error}.") from error
-            shutil.copymode(self._partial / _MARKER, self.folder / file)  # safetensors makes files for the owner only
+            write_file(self.folder / file, {name: infos[name] for name in members}, counted)
         counts = {
             "total_parameters": sum(info.numel for info in infos.values()),
             "total_size": sum(info.nbytes for info in infos.values()),

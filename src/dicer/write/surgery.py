@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from dicer.write.config import pruned_config, zero_biases
 from dicer.write.experts import ExpertCut, expert_cuts
 
 Read = Callable[[], Tensor]
+_AT_ONCE = 128 * 1024**2  # bytes of a tensor that is only copied
 
 
 def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
@@ -85,6 +86,15 @@ class Cut:
     def read(self, name: str) -> Tensor:
         """One tensor of the result."""
         return self.made[name]() if name in self.made else self.source.tensors.read(self.origin[name])
+
+    def pieces(self, name: str) -> Tensor | Iterator[Tensor]:
+        """The same to be written: of a large tensor that is copied a few rows at a time, so that it is never mapped."""
+        info = self.infos[name]
+        if name in self.made or info.nbytes <= _AT_ONCE or info.shape[0] < 2:
+            return self.read(name)
+        rows = max(1, _AT_ONCE * info.shape[0] // info.nbytes)
+        read, origin = self.source.tensors.read_rows, self.origin[name]
+        return (read(origin, start, min(start + rows, info.shape[0])) for start in range(0, info.shape[0], rows))
 
     def sizes(self) -> tuple[Sizes, Sizes]:
         """What the model has and what it will have."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
@@ -37,6 +37,16 @@ class ResidentStore:
         self._units = {name: family.units(name) for name in self._axes}
 
     @property
+    def model(self) -> Any:
+        """The model; of one that is streamed only what is outside the layers is there."""
+        return self._model
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of weights that were read from disk for it."""
+        return sum(parameter.nbytes for parameter in self._model.parameters())
+
+    @property
     def computes(self) -> dict[str, Any]:
         """Config, attention implementation and dtype."""
         config = self._model.config
@@ -50,8 +60,8 @@ class ResidentStore:
         """The axes that a layer has units of."""
         return {name: axis for name, axis in self._axes.items() if self._units[name][index]}
 
-    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """One decoder layer."""
+    def layer(self, index: int, then: int | None = None) -> AbstractContextManager[nn.Module]:  # noqa: ARG002
+        """One decoder layer; the next is there already."""
         return evaluating(self._layers[index])
 
     @property
@@ -72,7 +82,7 @@ class ResidentStore:
         Args:
             batches: int64 [B, T] each.
         """
-        recording = Recording()
+        recording, device = Recording(self._no_states()), next(self._model.get_input_embeddings().parameters()).device
         for batch in batches:
             calls: list[Arguments] = []
 
@@ -88,9 +98,13 @@ class ResidentStore:
                 return record
 
             with evaluating(self._model), replaced_forwards(self._layers, recorder):
-                self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
+                self._model.base_model(input_ids=batch.to(device), use_cache=False)
             recording.arguments.setdefault((batch.shape[0], batch.shape[1]), calls)
         return recording
+
+    def _no_states(self) -> MutableSequence[Tensor]:
+        """Where hidden states will lie."""
+        return []
 
     def _as_returned(self, forward: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
         """Hidden states in the form in which a layer hands them on: some return a tuple; one is run to see it."""
