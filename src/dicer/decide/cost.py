@@ -21,7 +21,7 @@ from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
 from dicer.model.source import ModelSource
 
 _IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
-_READ_AROUND = 256 * 1024  # bytes that the system maps around a row of a table; between 70 kB and 350 kB were seen
+_READ_AROUND = 512 * 1024  # bytes that the system maps around a row of a table; 70 kB to 520 kB were seen
 _IN_FLOAT = 8  # bytes of a weight while a criterion squares it
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
