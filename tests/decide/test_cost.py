@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
 import pytest
 import torch
+from families.tiny import tiny_input
+from families.tiny import tiny_model as tiny_of_type
 from tiny import LAYERS, save_tiny, tiny_model
 
 import dicer
@@ -117,6 +120,23 @@ def test_no_activations_no_model(model, tmp_path, monkeypatch, method):
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "in memory")]
     assert weights[0] == weights[1]
     assert told[0].startswith("To do: read layer by layer from disk: about ")
+
+
+@pytest.mark.parametrize("axis", ["mlp", "experts", "attention"])
+def test_experts(tmp_path, axis):
+    """Whatever the units are, it is foreseen, and the plan is that of the model in memory."""
+    tiny_of_type("qwen3_moe").save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tiny_input(4).tolist()))
+    recipe = Recipe(criterion="act-l2", axis=axis, calib=str(rows))
+    plans = [dicer.make_plan(tmp_path / "model", recipe, Compute(stream=stream)) for stream in (False, True)]
+    assert plans[0].files() == plans[1].files()
+
+
+@pytest.mark.parametrize("compute", [Compute(stream=True), Compute(memory="8GB")], ids=["stream", "memory"])
+def test_model_in_memory(compute):
+    with pytest.raises(RecipeError, match="in memory already"):
+        dicer.prune(tiny_model("llama"), Recipe(method="random"), compute)
 
 
 def test_told(model, calib):

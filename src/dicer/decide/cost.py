@@ -21,7 +21,7 @@ from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
 from dicer.model.source import ModelSource
 
 _IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
-_READ_AROUND = 256 * 1024  # bytes that the system maps around a row of a table; between 70 kB and 350 kB were seen
+_READ_AROUND = 512 * 1024  # bytes that the system maps around a row of a table; 70 kB to 520 kB were seen
 _IN_FLOAT = 8  # bytes of a weight while a criterion squares it
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
@@ -106,8 +106,8 @@ def check_streams(task: Asked, *, whole: bool) -> None:
     Raises:
         RecipeError: streaming is asked for and cannot be.
     """
-    if task.compute.stream and task.source.live is not None:
-        raise RecipeError("the model is in memory already, so --stream has nothing to read: leave it out.")
+    if task.source.live is not None and (task.compute.stream or task.compute.memory):
+        raise RecipeError("the model is in memory already, so stream and memory decide nothing: leave them out.")
     if task.compute.stream and (whole or task.needs_gradient):
         raise RecipeError(NO_GRADIENTS if task.needs_gradient else _NOT_WHOLE)
 
@@ -200,9 +200,9 @@ def _itemsize(task: Asked) -> int:
 
 def _at_work(task: Asked, samples: int | None) -> int:
     """Bytes of what one layer makes of one batch, and of its sums."""
-    units = {axis: max(task.source.family.units(axis)) for axis in task.axes}
     axes = task.source.family.axes
-    inputs = {axis: units[axis] * axes[axis].channels for axis in task.axes}
+    units = {name: max(task.source.family.units(name)) for name in axes}
+    inputs = {name: units[name] * axis.channels for name, axis in axes.items()}
     sums = 0
     for need in task.walked_needs if task.method.walks_alone else task.needs:
         size = gram_dtype(inputs[need.axis], torch.device("cpu")).itemsize
@@ -214,8 +214,7 @@ def _at_work(task: Asked, samples: int | None) -> int:
     length = task.calibration.tokens.shape[1]
     rows = samples or task.compute.batch_size or max(1, BATCH_TOKENS // length)
     tokens = min(rows * length, _tokens(task))
-    widest = max(inputs.values(), default=task.source.widest)
-    return sums + tokens * widest * (4 * _itemsize(task) + 8)
+    return sums + tokens * max(inputs.values(), default=1) * (4 * _itemsize(task) + 8)
 
 
 def _passes(task: Asked, layers: int) -> float:

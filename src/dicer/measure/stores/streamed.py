@@ -48,7 +48,7 @@ class StreamedStore(ResidentStore):
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._nbytes_read = 0
         super().__init__(self._parts.model, source.family)
-        self._is_embedding = False  # what is outside the layers is there; criteria that read weights need none of it
+        self._has_outside = False  # criteria that read weights alone need nothing of it
         self._name = source.name
 
     @property
@@ -80,9 +80,9 @@ class StreamedStore(ResidentStore):
 
     def record(self, batches: Sequence[Tensor]) -> Recording:
         """Embed every batch and note what each layer is called with; one layer is there, as it may be run."""
-        if not self._is_embedding:
+        if not self._has_outside:
             self._parts.put(self._read(OUTSIDE))
-            self._is_embedding = True
+            self._has_outside = True
         first = self._taken(0)
         self._parts.put(first)
         try:
