@@ -67,6 +67,20 @@ open(out, "w").write(json.dumps({
 """
 
 
+STREAM = """
+import json, sys
+import dicer
+from dicer import processes
+
+if processes.several():
+    processes.join(cpu=True)
+folder, out = sys.argv[2], sys.argv[1]
+recipe = dicer.Recipe(method="sim-dominant", axis="mlp", compensate="bias", calib=f"{folder}/rows.jsonl")
+plan = dicer.make_plan(f"{folder}/model", recipe, dicer.Compute(stream=sys.argv[3] == "streamed"))
+open(out, "w").write(json.dumps({i: layer.keep.tolist() for i, layer in plan.mlp.items()}))
+"""
+
+
 def launch(folder, size, child=CHILD, *words):
     """Start so many processes as a launcher would; what each found."""
     with socket.socket() as free:
@@ -116,6 +130,17 @@ def test_repair_of_two(target, tmp_path):
         assert first[name][:2] == [keep, ridge]
         if weight is not None:
             torch.testing.assert_close(torch.tensor(first[name][2]), torch.tensor(weight), rtol=1e-3, atol=1e-3)
+
+
+def test_streamed_by_two(tmp_path):
+    """In memory or layer by layer, one process or two: the same units."""
+    save_tiny(tmp_path / "model", shards=True)
+    rows = tiny_tokens(24, 24).tolist()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    ways = [(size, how) for size in (1, 2) for how in ("resident", "streamed")]
+    found = [one for size, how in ways for one in launch(tmp_path, size, STREAM, str(tmp_path), how)]
+    assert len(found) == 6
+    assert all(one == found[0] for one in found)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from tiny import NEURONS, save_tiny
 
 import dicer
 from dicer.ask.methods import PRESETS
-from dicer.model.families import FAMILIES
+from dicer.write.export.llama_cpp.arch import ARCHS
+from dicer.write.targets import IN_VLLM
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -35,5 +36,6 @@ def test_row_of_every_preset(name):
 
 
 def test_families_of_the_readme():
-    (listed,) = re.findall(r"- Rows written by hand: ([\w, ]+)\.", README)
-    assert set(listed.split(", ")) == FAMILIES.keys()
+    (listed,) = re.findall(r"- GGUF files are written of ([\w, ]+);", README)
+    assert set(listed.split(", ")) == ARCHS.keys()
+    assert set(IN_VLLM) == ARCHS.keys() - {"gpt2"} | {"opt"}

@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from dicer.model.source import from_memory
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "opt")
 # Decoder layers, attention's output projection, the MLP's: written down apart from the library's own table.
 PLACES = dict.fromkeys(FAMILIES, ("model.layers", "self_attn.o_proj", "mlp.down_proj")) | {
@@ -60,6 +62,11 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     return model.to(dtype)
+
+
+def family_of(model: Any) -> Any:
+    """What is found of a model in memory."""
+    return from_memory(model).family
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

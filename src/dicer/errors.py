@@ -3,7 +3,7 @@
 DicerError              anything that a user can mend; the command line turns it into one line and exit code 2
 ├── RecipeError         what was asked for contradicts itself, the model, or the registries
 ├── ModelError          the model cannot be read, or is not what its config says
-│   └── UnknownFamily   its model_type has no row in the family table
+│   └── UnknownFamily   its structure cannot be found, or does not hold
 ├── CalibrationError    the text cannot be had, or gives not one sample
 ├── EvaluationError     a benchmark task, or the data that it needs, cannot be had
 ├── PlanError           the plan file is broken, or was made for another model
@@ -34,7 +34,7 @@ class ModelError(DicerError):
 
 
 class UnknownFamily(ModelError):  # noqa: N818 - reads as a sentence where it is raised
-    """The model_type has no row in the family table."""
+    """The structure of the model cannot be found, or what was found does not hold."""
 
 
 class CalibrationError(DicerError):

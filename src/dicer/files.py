@@ -152,6 +152,11 @@ def check_writable(path: Path, inputs: Iterable[str | os.PathLike[str] | None] =
     return target
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder in which, or in a folder below which, something will be made: one that is there."""
+    return next(place for place in Path(os.path.realpath(path)).parents if place.is_dir())
+
+
 def is_there(name: str | os.PathLike[str]) -> bool:
     """Whether a path is there; not, where nobody may look or no disk takes the name."""
     with suppress(OSError):

@@ -43,12 +43,26 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> dict[str, int]:
     """Most bytes that this process has held: ``host``, and each CUDA device that was used."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    peaks = {"host": _host_peak()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
     return peaks
+
+
+def _host_peak() -> int:
+    with contextlib.suppress(OSError, StopIteration):  # what getrusage says begins with the peak of who started this
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def held_memory() -> int:
+    """Bytes that this process holds now; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    return 0
 
 
 def free_memory(device: torch.device) -> int | None:

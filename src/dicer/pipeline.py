@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor
 from dicer.ask.compute import Compute
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.recipe import Recipe
+from dicer.decide.cost import as_foreseen, check_streams, foresee, open_store
 from dicer.decide.decide import score
+from dicer.decide.kept import Kept
 from dicer.decide.plan import PrunePlan, load_plan
 from dicer.decide.task import Asked, Decided, prepare, with_text
 from dicer.errors import ModelError, RecipeError
@@ -24,8 +27,9 @@ from dicer.evaluate.fidelity import fidelity
 from dicer.evaluate.quality import perplexity
 from dicer.evaluate.reference import Reference, reference_of
 from dicer.evaluate.texts import check_texts
+from dicer.files import nearest_folder
 from dicer.holds import check_output, claimed
-from dicer.machine import pick_device
+from dicer.machine import peak_memory, pick_device
 from dicer.measure.documents import check_source, check_text
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_windows
@@ -37,12 +41,15 @@ from dicer.write.checkpoint import Result as Result
 from dicer.write.checkpoint import build_model as build_model
 from dicer.write.checkpoint import write_checkpoint
 from dicer.write.opened import as_source, check_cut
-from dicer.write.proof import Proof, check_proofs, proven
-from dicer.write.prove import prove
+from dicer.write.proof import Proof, check_proofs
+from dicer.write.prove import proofs_for, prove, proven
 from dicer.write.sink import check_space
 from dicer.write.surgery import plan_cut
 from dicer.write.targets import targets_line
 
+Tell = Callable[[str], None]
+Opened = tuple[Asked, ResidentStore]
+_LONG = 5.0  # seconds; what takes less need not be foreseen
 PERPLEXITY_WINDOWS = 8
 PERPLEXITY_LENGTH = 1024
 
@@ -104,6 +111,7 @@ def look(
         _check_place(model, recipe, output, overwrite=overwrite, inputs=inputs, **texts)
     source = from_memory(model, recipe.family) if in_memory else open_model(model, recipe.family)
     task = prepare(source, recipe, _as_it_is(model, compute) if in_memory else compute)
+    check_streams(task, whole=bool(perplexity_text or fidelity_text))
     if task.runs_model:
         check_text(recipe.text)
     if perplexity_text is not None:
@@ -116,6 +124,7 @@ def look(
     before, after = foreseen(task)
     targets = ""
     if isinstance(task, Decided):
+        proofs = proofs_for(source, task.outline(), proofs)
         check_cut(cut := plan_cut(source, task.outline()))
         if "auto_map" in cut.config:
             source.unnamed_tokenizer_class()
@@ -165,6 +174,8 @@ def make_plan(
     compute: Compute | None = None,
     *,
     progress: Progress = silent,
+    tell: Tell = silent,
+    resume: Path | None = None,
 ) -> PrunePlan:
     """Decide which units of a model stay, and write nothing.
 
@@ -173,21 +184,45 @@ def make_plan(
         recipe: what to do; the default is rc-a at 25% in all layers.
         compute: how it is computed.
         progress: called with (stage, done, total).
+        tell: told what the run will take, before it begins, and what it took.
+        resume: a folder for what each layer gave: the same call goes on from there if it was stopped.
 
     Raises:
         DicerError: anything that the user can mend.
     """
     found = look(model, recipe, compute)
-    task = with_text(found.task, found.tokenizer)
-    return proven(score([task], _store(_loaded(found), task.source), progress)[0], found.proofs)
+    task, store = _opened(found, with_text(found.task, found.tokenizer), tell)
+    kept = Kept(resume, task) if resume is not None else None
+    plan = proven(task.source, _scored(task, store, progress, tell, kept), found.proofs)
+    task.source.check_unchanged()
+    return plan
 
 
-def _loaded(found: Look) -> Any:
-    return found.task.source.load_model(found.task.compute.dtype, found.device)
+def _opened(found: Look, task: Asked, tell: Tell, *, output: Path | None = None, whole: bool = False) -> Opened:
+    """A task as its memory allows it, and the layers of its model: all in memory, or one at a time."""
+    if task.source.live is not None:
+        return task, ResidentStore(task.source.live, task.source.family)
+    cost = foresee(task, found.device, whole=whole)
+    tell(f"To do: {cost.line}{'' if output is None else f', {found.after.nbytes / 1e9:,.2f} GB to write'}.")
+    folder = Path(tempfile.gettempdir()) if output is None else nearest_folder(output)
+    return as_foreseen(task, cost), open_store(task, cost, found.device, folder)
 
 
-def _store(model: Any, source: ModelSource) -> ResidentStore:
-    return ResidentStore(model, source.family)
+def _scored(task: Asked, store: ResidentStore, progress: Progress, tell: Tell, kept: Kept | None = None) -> PrunePlan:
+    """The plan, while it is told how long the layers will take, and what they took."""
+    start = time.perf_counter()
+
+    def heard(stage: str, done: int, total: int) -> None:
+        progress(stage, done, total)
+        if done == 1 and (rest := (time.perf_counter() - start) * (total - 1)) > _LONG:
+            tell(f"The first of {total} ({stage}) took {time.perf_counter() - start:.1f} s: about {rest:.0f} s more.")
+
+    plan = score([task], store, heard, kept=kept)[0]
+    tell(
+        f"Scored in {time.perf_counter() - start:.1f} s; {peak_memory()['host'] / 1e9:.2f} GB of memory at the peak, "
+        f"{store.nbytes_read / 1e9:.2f} GB read."
+    )
+    return plan
 
 
 def apply_plan(
@@ -229,7 +264,7 @@ def _applied(
     loaded.check_model(str(source.config.model_type), source.fingerprint)
     axes = [axis for axis, layers in loaded.axes.items() if layers]
     check_proofs(source, proofs := prove(source, [*axes, *(["block"] if loaded.blocks else [])]))
-    proven(loaded, proofs)
+    proven(source, loaded, proofs)
     cut = plan_cut(source, loaded)
     source.generation_config()
     if "auto_map" in cut.config:
@@ -253,6 +288,8 @@ def prune(
     fidelity_text: str | None = None,
     inputs: Iterable[str | os.PathLike[str] | None] = (),
     progress: Progress = silent,
+    tell: Tell = silent,
+    resume: bool = False,
 ) -> Result:
     """Prune a model: score, decide, cut.
 
@@ -268,6 +305,8 @@ def prune(
             model has lost of the dense one (:mod:`dicer.evaluate.fidelity`), and put it into the card.
         inputs: what else the run was made from (a recipe file), which must not lie in ``output``.
         progress: called with (stage, done, total).
+        tell: told what the run will take, before it begins, and what it took.
+        resume: keep what each layer gave in ``<output>.resume``: the same call goes on from there if it was stopped.
 
     Returns:
         Result with ``path`` or ``model``, the plan, sizes and times. A model given in memory is left as it was.
@@ -280,7 +319,8 @@ def prune(
         _check_place(model, recipe or Recipe(), output, overwrite=overwrite, inputs=inputs, **texts)
     with claimed(None if output is None else Path(output)):  # from now on, whatever takes hours
         found = look(model, recipe, compute, output=output, overwrite=overwrite, inputs=inputs, **texts)
-        return _pruned(found, tokenizer, output, overwrite=overwrite, progress=progress, **texts)
+        how: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "tell": tell, "resume": resume}
+        return _pruned(found, tokenizer, output, **how, **texts)
 
 
 def _pruned(
@@ -292,6 +332,8 @@ def _pruned(
     perplexity_text: str | None,
     fidelity_text: str | None,
     progress: Progress,
+    tell: Tell,
+    resume: bool,
 ) -> Result:
     """Score, decide and cut what was looked at."""
     seconds: dict[str, float] = {}
@@ -300,21 +342,23 @@ def _pruned(
         task = with_text(found.task, tokenizer)
         source = task.source
         windows = perplexity_windows(perplexity_text, source, tokenizer) if perplexity_text else None
-        dense = _loaded(found) if source.live is None else source.live
+        whole = windows is not None or fidelity_text is not None
+        task, store = _opened(found, task, tell, output=None if output is None else Path(output), whole=whole)
+    kept = Kept(resume_folder(output), task) if resume and output is not None else None
     reference = None
     if fidelity_text:  # before the scoring: a text that is too short costs no run
         with _timed(seconds, "fidelity"):
-            reference = _reference(fidelity_text, dense, source, tokenizer, found.before.nbytes, progress)
+            reference = _reference(fidelity_text, store.model, source, tokenizer, found.before.nbytes, progress)
     with _timed(seconds, "score"):
-        plan = proven(score([task], _store(dense, source), progress)[0], found.proofs)
+        plan = proven(source, _scored(task, store, progress, tell, kept), found.proofs)
     cut = plan_cut(source, plan)
     result = Result(plan, *cut.sizes(), seconds=seconds, notes=[*task.notes, *plan.notes])
     if windows is not None:
         _note_same_text(result, task, perplexity_text)
         with _timed(seconds, "perplexity"):
-            result.perplexities["before"] = _perplexity(dense, windows, "perplexity before", progress)
-    where = (dense.dtype, dense.device)
-    del dense
+            result.perplexities["before"] = _perplexity(store.model, windows, "perplexity before", progress)
+    where = (store.model.dtype, found.device if source.live is None else source.live.device)
+    del store
     if output is None or windows is not None or reference is not None:
         with _timed(seconds, "cut"):
             result.model = build_model(cut, *where)
@@ -332,7 +376,15 @@ def _pruned(
         options: dict[str, Any] = {"overwrite": overwrite, "tokenizer": own, "perplexity_text": perplexity_text}
         with _timed(seconds, "write"):
             write_checkpoint(result, cut, Path(output), progress, **options)
+    if kept is not None:
+        kept.remove()
     return result
+
+
+def resume_folder(output: str | os.PathLike[str]) -> Path:
+    """Where a run that writes there keeps what it goes on from."""
+    target = Path(os.path.realpath(output))
+    return target.with_name(target.name + ".resume")
 
 
 def _fidelity(text: str | None) -> Evaluation:

@@ -46,12 +46,15 @@ OTHER = {
     "calib_field": "body",
     "samples": 3,
     "seq_len": 17,
+    "skip_first": 6,
     "calib_seed": 8,
     "seed": 2**40,
     "batch_size": 2,
     "device": "cpu",
     "dtype": "float32",
     "gradient_checkpointing": True,
+    "stream": True,
+    "memory": "8GB",
     "set": {"linkage": "average", "grouping.power": 2},
 }
 

@@ -6,14 +6,13 @@ import json
 import re
 
 import pytest
-from tiny import save_tiny, tiny_model, tiny_tokens
+from tiny import family_of, save_tiny, tiny_model, tiny_tokens
 
 from dicer.decide.plan import load_plan
 from dicer.measure.entropy import cache as entropy_cache
 from dicer.measure.entropy.profile import read_profile
 from dicer.measure.entropy.transfer import layer_forwards, measure
 from dicer.measure.stores.resident import ResidentStore
-from dicer.model.families import family_of
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +30,7 @@ def test_table_and_profile(run, model, rows, tmp_path):
     file = tmp_path / "profile.json"
     out = run("entropy", model, "-o", file, "--calib", rows, "--device", "cpu")
     profile = read_profile(file)
-    store = ResidentStore(tiny_model("llama"), family_of("llama"))
+    store = ResidentStore(tiny_model("llama"), family_of(tiny_model("llama")))
     expected = measure(store, [tiny_tokens()])
     assert profile.lists == expected.lists
     assert f"To run: {layer_forwards(4)} layer forwards, as many as in 7.5 forward passes" in out
@@ -191,3 +190,10 @@ def test_profile_that_does_not_fit(run, refused, model, rows, tmp_path):
         refused("plan", *words, "-o", tmp_path / "plan", *text, says=[says])
     out = run("plan", tmp_path / "other", "-o", tmp_path / "plan", *entropy, *text)
     assert "Note: the profile profile.json was not measured on these weights." in out
+
+
+def test_streamed(run, model, rows, tmp_path, monkeypatch):
+    for name, more in (("whole", ()), ("streamed", ("--stream",))):
+        monkeypatch.setenv("DICER_CACHE", str(tmp_path / f"cache of {name}"))
+        run("entropy", model, "-o", tmp_path / f"{name}.json", "--calib", rows, *more)
+    assert (tmp_path / "whole.json").read_bytes() == (tmp_path / "streamed.json").read_bytes()

@@ -35,7 +35,7 @@ from by_hand import (
     units_of,
     untied,
 )
-from tiny import FAMILIES, LAYERS, NEURONS, PLACES, save_tiny, tiny_model, tiny_tokens
+from tiny import FAMILIES, LAYERS, NEURONS, PLACES, family_of, save_tiny, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 from without_dicer import HIDDEN, load_elsewhere
 
@@ -43,7 +43,6 @@ import dicer
 from dicer.decide.plan import LayerPlan
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.walk import walk
-from dicer.model.families import family_of
 from dicer.model.source import from_memory, open_model
 from dicer.write.export import modeling_pruned
 
@@ -84,7 +83,7 @@ class TestFamilyContract:
     def test_statistics_equal_plain_hooks(self, family, dtype):
         model, batches = tiny_model(family, dtype=dtype), tiny_tokens().split(4)  # 4 and 2 samples
         seen = plain_activations(model, family, batches)
-        visits = walk(ResidentStore(model, family_of(family)), range(LAYERS), batches, needs=NEEDS)
+        visits = walk(ResidentStore(model, family_of(model)), range(LAYERS), batches, needs=NEEDS)
         for index, visit in enumerate(visits):
             assert (visit.place, visit.sums.count) == ((index, "mlp"), 6 * 24)
             assert_same_sums(visit.sums, seen, index)
@@ -96,7 +95,7 @@ class TestFamilyContract:
         seen = plain_activations(model, family, [tiny_tokens()])
         for index, layer in enumerate(attrgetter(PLACES[family][0])(model)):
             layer.get_submodule(PLACES[family][2]).register_forward_hook(lambda *_, index=index: ran.append(index))
-        visits = list(walk(ResidentStore(model, family_of(family)), [2], [tiny_tokens()], needs=NEEDS))
+        visits = list(walk(ResidentStore(model, family_of(model)), [2], [tiny_tokens()], needs=NEEDS))
         assert [visit.place for visit in visits] == [(2, "mlp")]
         assert ran == [0, 1, 2]
         assert_same_sums(visits[0].sums, seen, 2)
@@ -133,7 +132,7 @@ class TestFamilyContract:
             folder, stock = elsewhere.folder(case, shape), is_stock(case, shape)
             assert type(elsewhere.models[case, shape]).__module__.startswith("transformers.models.") is stock, shape
             assert [path.name for path in folder.rglob("*.py")] == ([] if stock else ["modeling_pruned.py"]), shape
-            own = {"auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"}
+            own = {"auto_map", "pruned"}
             assert own & config_in(folder).keys() == (set() if stock else own), shape
             assert (config_in(folder)["model_type"] == CASES[case][0]) is stock, shape
 
@@ -222,8 +221,8 @@ class TestFamilyContract:
         twice = cut_by(plan, from_memory(once))
         assert_near(logits_of(twice), logits_of(masked(once, family, plan)))
         groups = units_of(family, "attention")
-        assert family_of(family).units(twice.config, "attention") == [groups, 0, groups]
-        assert family_of(family).units(twice.config, "mlp") == [0, NEURONS // 2, NEURONS // 2]
+        assert family_of(twice).units("attention") == [groups, 0, groups]
+        assert family_of(twice).units("mlp") == [0, NEURONS // 2, NEURONS // 2]
 
     @every_family
     def test_pruned_twice_has_the_units_that_were_asked_for(self, family, tmp_path, calib, elsewhere):
@@ -231,7 +230,7 @@ class TestFamilyContract:
         twice = dicer.prune(once, asked, output=tmp_path / "twice")
         assert [(p.units, len(p.keep)) for p in twice.plan.mlp.values()] == [(40, 20), (30, 15), (30, 15), (40, 20)]
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
-        assert family_of(family).widths(model.config) == [20, 15, 15, 20]
+        assert family_of(model).widths == [20, 15, 15, 20]
         memory = dicer.prune(AutoModelForCausalLM.from_pretrained(once), asked)
         assert torch.equal(logits_of(memory.model), logits_of(model))
         assert memory.after == twice.after
@@ -243,7 +242,7 @@ class TestFamilyContract:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
         assert type(model).__module__.startswith("transformers.models.")
         assert not (tmp_path / "twice" / "modeling_pruned.py").exists()
-        assert family_of(family).widths(model.config) == [30] * LAYERS
+        assert family_of(model).widths == [30] * LAYERS
 
 
 MIXED = "neurons differ"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from by_hand import logits_of
-from tiny import LAYERS, PLACES, save_tiny, tiny_model, tiny_tokens
+from tiny import LAYERS, PLACES, family_of, save_tiny, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 import dicer
@@ -19,7 +19,6 @@ from dicer.errors import ModelError
 from dicer.measure.statistics import Need
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.walk import walk
-from dicer.model.families import family_of
 from dicer.write.export import modeling_pruned
 
 CHECKPOINTING = dicer.Compute(batch_size=4, gradient_checkpointing=True)
@@ -160,7 +159,7 @@ def test_taylor_in_half_precision():
             parameter.mul_(0.5)
     kept = {}
     for dtype in (torch.float32, torch.float16):
-        store = ResidentStore(copy.deepcopy(model).to(dtype), family_of("llama"))
+        store = ResidentStore(copy.deepcopy(model).to(dtype), family_of(model))
         found = store.gradients(tokens.split(2), [1], ["mlp"], checkpointing=False, progress=lambda *_: None)[1]["mlp"]
         kept[dtype] = (found.up * model.model.layers[1].mlp.up_proj.weight.detach()).abs().sum(1)
     torch.testing.assert_close(kept[torch.float16], kept[torch.float32], rtol=0.02, atol=1e-5)
@@ -170,7 +169,7 @@ def test_one_layers_sums_at_a_time():
     alive: list[weakref.ref] = []
     most = []
     visits = walk(
-        ResidentStore(tiny_model("llama"), family_of("llama")),
+        ResidentStore(tiny_model("llama"), family_of(tiny_model("llama"))),
         range(LAYERS),
         tiny_tokens().split(3),
         needs={Need("gram", "mod")},

@@ -6,12 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import NEURONS, tiny_model, tiny_tokens
+from tiny import NEURONS, family_of, tiny_model, tiny_tokens
 
 import dicer
 from dicer.decide.merging import dominant_of_groups, keep_strongest, mean_of_groups
 from dicer.decide.plan import LayerPlan
-from dicer.model.families import FAMILIES
 from dicer.model.units import Slice
 from dicer.write.surgery import slice_tensor
 
@@ -119,7 +118,7 @@ def shape_of(piece):
 PIECES = {
     f"{family}-{piece.name}": piece
     for family, names in {"phi3": "gate_up_proj down_proj", "gpt2": "c_fc c_proj"}.items()
-    for piece in FAMILIES[family].axes["mlp"].slices
+    for piece in family_of(tiny_model(family)).axes["mlp"].slices
     if any(name in piece.name for name in names.split())
 }
 

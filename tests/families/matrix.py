@@ -21,7 +21,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,8 +32,8 @@ import transformers
 from dicer.ask.axes import kind_name
 from dicer.decide.plan import PrunePlan, load_plan
 from dicer.errors import DicerError
+from dicer.model.families import Family
 from dicer.model.source import ModelSource, open_model
-from dicer.model.structure.find import FoundFamily, find_family
 from dicer.write.proof import Proof
 from dicer.write.prove import prove
 from families.independent import Wrong, masked_logits, tensors_of
@@ -86,7 +86,7 @@ def cells() -> list[str]:
     return [f"{column} {form}" for column in COLUMNS for form in FORMS]
 
 
-def column_of(family: FoundFamily, axis: str) -> str:
+def column_of(family: Family, axis: str) -> str:
     """The column that an axis belongs to."""
     row = family.axes[axis]
     if row.kind.routed:
@@ -104,22 +104,14 @@ def look_at(model_type: str, root: Path) -> Found:
     try:
         tiny_model(model_type).save_pretrained(dense)
         source = open_model(dense)
-        found = source.family
-        if not isinstance(found, FoundFamily):
-            found = find_family(source.config, found.stock_class)
-        family = found
-        proven = replace(source, family=family)
-        proofs = {proof.axis: proof for proof in prove(proven, [*family.axes, "block"])}
+        proofs = {proof.axis: proof for proof in prove(source, [*source.family.axes, "block"])}
     except Exception as error:
         return Found(dict.fromkeys(cells(), few_words(str(error))))
-    return _examined(model_type, dense, proven, proofs, stock=source)
+    return _examined(model_type, dense, source, proofs)
 
 
-def _examined(
-    model_type: str, dense: Path, source: ModelSource, proofs: Mapping[str, Proof], stock: ModelSource
-) -> Found:
+def _examined(model_type: str, dense: Path, source: ModelSource, proofs: Mapping[str, Proof]) -> Found:
     family = source.family
-    assert isinstance(family, FoundFamily)
     names = [name for name, tensor in tensors_of(dense).items() if tensor.dim() == 2 or "experts" in name]
     found = Found({})
     by_column = {column: [a for a in family.axes if column_of(family, a) == column] for column in COLUMNS}
@@ -129,17 +121,16 @@ def _examined(
         uniform, differing = _said(column, own, family, names)
         found.row |= {f"{column} uniform": uniform, f"{column} differing": differing}
     # The same model for all runs: to open it and to prove it once is enough.
-    opened = patch("dicer.pipeline.open_model", lambda *_: stock)
-    with opened, patch("dicer.pipeline.prove", _of_proofs(family, proofs)):
-        for cell, write in runs(dense, stock, family, by_column, found.row):
+    opened = patch("dicer.pipeline.open_model", lambda *_: source)
+    with opened, patch("dicer.pipeline.prove", _of_proofs(proofs)):
+        for cell, write in runs(dense, source, family, by_column, found.row):
             _run(found, cell, model_type, dense, write)
     return found
 
 
-def _of_proofs(family: FoundFamily, proofs: Mapping[str, Proof]) -> Callable[..., list[Proof]]:
+def _of_proofs(proofs: Mapping[str, Proof]) -> Callable[..., list[Proof]]:
     def proven(source: ModelSource, axes: Sequence[str]) -> list[Proof]:
-        row = not isinstance(source.family, FoundFamily)
-        return [] if row else [proofs[n] for n in _proof_names(axes, proofs) if n in proofs]
+        return [proofs[n] for n in _proof_names(axes, proofs) if n in proofs]
 
     return proven
 
@@ -149,7 +140,7 @@ def _proof_names(axes: Sequence[str], proofs: Mapping[str, Proof]) -> list[str]:
     return list(dict.fromkeys(axis if axis in proofs else "mlp.experts" for axis in axes))
 
 
-def _said(column: str, proofs: Sequence[Proof], family: FoundFamily, names: Sequence[str]) -> tuple[str, str]:
+def _said(column: str, proofs: Sequence[Proof], family: Family, names: Sequence[str]) -> tuple[str, str]:
     """What the proofs come to: (uniform, differing)."""
     if not proofs:
         refused = [why for axis, why in family.refused.items() if kind_name(axis) == column]

@@ -54,9 +54,6 @@ Two things, both of them.
   "own code" or the layers differ. Where units lie is then found again by comparing the two folders' rows, which are
   random and so all different; the dense model without these is run by transformers. Again 1e-4.
 
-Ten types (llama, gpt2 ...) have a row written by hand as well: their structure is proven as it is found, and pruned as
-the row says it.
-
 What that does not show: the twin has random weights, few layers (each kind once or twice), few tokens, narrow MLPs
 and few heads. The hidden size, activations, norms, rotary settings, sparsities and scales are those of the user's
 config, as a wrong structure shows in them (BitNet's norm over neurons and the sparse activations of Gemma 3n load

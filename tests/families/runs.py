@@ -11,8 +11,8 @@ import torch
 
 import dicer
 from dicer.decide.plan import LayerPlan, PrunePlan
+from dicer.model.families import Family
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily
 
 
 def _passes(row: Mapping[str, str], cell: str) -> bool:
@@ -20,7 +20,7 @@ def _passes(row: Mapping[str, str], cell: str) -> bool:
 
 
 def runs(
-    dense: Path, source: ModelSource, family: FoundFamily, by_column: Mapping[str, list[str]], row: Mapping[str, str]
+    dense: Path, source: ModelSource, family: Family, by_column: Mapping[str, list[str]], row: Mapping[str, str]
 ) -> Iterator[tuple[tuple[str, ...], Callable[[Path], PrunePlan]]]:
     """(cells that it is for, what prunes the dense folder into another) for each run that the proofs allow."""
     inside = bool(by_column["expert neurons"])
@@ -57,7 +57,7 @@ def _by_recipe(dense: Path, **recipe: Any) -> Callable[[Path], PrunePlan]:
 
 
 def _by_file(
-    dense: Path, family: FoundFamily, axes: Sequence[str], kind: str, even: float, odd: float
+    dense: Path, family: Family, axes: Sequence[str], kind: str, even: float, odd: float
 ) -> Callable[[Path], PrunePlan]:
     def write(out: Path) -> PrunePlan:
         there = [i for i in range(family.where.count) if any(family.counts[axis][i] for axis in axes)]
@@ -71,7 +71,7 @@ def _by_file(
 
 
 def _by_plan(
-    dense: Path, source: ModelSource, family: FoundFamily, axes: Sequence[str], even: float, odd: float
+    dense: Path, source: ModelSource, family: Family, axes: Sequence[str], even: float, odd: float
 ) -> Callable[[Path], PrunePlan]:
     """For what no recipe says: some of the axes of a kind."""
 
@@ -102,7 +102,7 @@ def _plan(source: ModelSource, axes: dict[str, dict[int, LayerPlan]], blocks: tu
     return PrunePlan(model, said, {}, {}, axes, blocks)
 
 
-def _without_block(dense: Path, source: ModelSource, family: FoundFamily) -> Callable[[Path], PrunePlan]:
+def _without_block(dense: Path, source: ModelSource, family: Family) -> Callable[[Path], PrunePlan]:
     """Without the last layer but one, as --axis block would take it (which needs a text to choose it by)."""
 
     def write(out: Path) -> PrunePlan:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import dicer
 from dicer.decide.plan import LayerPlan, PrunePlan
+from dicer.model.families import Family
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily, find_family
+from dicer.model.structure.find import find_family
 from dicer.model.structure.skeleton import changed, on_disk
 from dicer.model.tensors import MemorySource
 from dicer.model.units import Axis
@@ -50,8 +51,8 @@ def moe(name: str) -> tuple[Any, ModelSource]:
     return model, ModelSource(name, None, model.config, raw, family, MemorySource(tensors), model)
 
 
-def found(source: ModelSource) -> FoundFamily:
-    assert isinstance(source.family, FoundFamily)
+def found(source: ModelSource) -> Family:
+    assert isinstance(source.family, Family)
     return source.family
 
 
@@ -89,7 +90,7 @@ def kept(units: int, keep: int, layer: int, parts: int = 1) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def plan_of(family: FoundFamily, axes: list[Axis], keep: Callable[[int], int]) -> PrunePlan:
+def plan_of(family: Family, axes: list[Axis], keep: Callable[[int], int]) -> PrunePlan:
     plans: dict[str, dict[int, LayerPlan]] = {}
     for number, axis in enumerate(axes):
         for layer, units in enumerate(family.counts[axis.name]):
@@ -100,7 +101,7 @@ def plan_of(family: FoundFamily, axes: list[Axis], keep: Callable[[int], int]) -
 
 
 @contextmanager
-def without_experts(model: Any, family: FoundFamily, plan: PrunePlan) -> Iterator[None]:
+def without_experts(model: Any, family: Family, plan: PrunePlan) -> Iterator[None]:
     """The router's logit of every expert that goes is minus infinity, and no correction brings it back."""
     gone, biases = {}, []
     for layer, own in plan.axes["experts"].items():

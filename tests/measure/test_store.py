@@ -1,92 +1,177 @@
-"""The seam that streaming needs: a store that makes its layers one at a time gives the same plans and profiles."""
+"""A model that is read layer by layer gives the plans and profiles of one in memory, bit for bit."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
-from tiny import LAYERS, save_tiny, tiny_tokens
-from transformers import AutoModelForCausalLM
+from families.tiny import tiny_input
+from families.tiny import tiny_model as tiny_of_type
+from tiny import FAMILIES, LAYERS, save_tiny, tiny_tokens
 
+from dicer.ask.compute import Compute
 from dicer.ask.recipe import Recipe
 from dicer.decide.decide import score
 from dicer.decide.task import prepare, with_text
+from dicer.errors import ModelError, RecipeError
 from dicer.measure.entropy.cache import entropy_profile
 from dicer.measure.stores.resident import ResidentStore
-from dicer.model.source import open_model
+from dicer.measure.stores.streamed import StreamedStore
+from dicer.measure.text import Calibration
+from dicer.model.piecewise import OUTSIDE, Piecewise
+from dicer.model.source import from_memory, open_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype")
 
 
-class LayerByLayer:
-    """A Llama or Qwen2 whose layers are made from a folder's tensors when they are asked for, and gone afterwards."""
-
-    def __init__(self, source):
-        self.source, self.depth, self.made, self.alive = source, LAYERS, [], 0
-        self.model = AutoModelForCausalLM.from_config(source.config).eval()
-        self.kind = type(self.model.model.layers[0])
-        self.model.model.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(LAYERS))
-        self.model.load_state_dict({n: source.tensors.read(n) for n in source.tensors.infos() if ".layers." not in n})
-        self.rest = ResidentStore(self.model, source.family)
-        self.computes, self.axes = self.rest.computes, self.rest.axes
-        self.final_norm, self.record = self.rest.final_norm, self.rest.record
-
-    @contextmanager
-    def layer(self, index):
-        prefix, names = f"model.layers.{index}.", self.source.tensors.infos()
-        layer = self.kind(self.model.config, index).eval()
-        layer.load_state_dict({n[len(prefix) :]: self.source.tensors.read(n) for n in names if n.startswith(prefix)})
-        self.made.append(index)
-        self.alive += 1
-        assert self.alive == 1, "one layer at a time"
-        yield layer
-        self.alive -= 1
-        for parameter in layer.parameters():
-            parameter.data.fill_(torch.nan)  # whatever still looks at it shall be seen
-        layer.to("meta")
-
-    def gradients(self, *words, **options):
-        return ResidentStore(self.source.load_model(), self.source.family).gradients(*words, **options)
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def source(request, tmp_path_factory):
-    return open_model(save_tiny(tmp_path_factory.mktemp("model") / request.param, request.param))
+def stores_of(source, dtype="auto"):
+    return ResidentStore(source.load_model(dtype), source.family), StreamedStore(source, dtype)
 
 
 @pytest.fixture(scope="module")
-def stores(source):
-    return ResidentStore(source.load_model(), source.family), LayerByLayer(source)
+def sources(tmp_path_factory):
+    """family, dtype -> a tiny model in several shards."""
+    folder, made = tmp_path_factory.mktemp("models"), {}
+
+    def source(family, dtype=torch.float32):
+        if (family, dtype) not in made:
+            path = folder / f"{family} {dtype}"
+            made[family, dtype] = open_model(save_tiny(path, family, shards=True, dtype=dtype))
+        return made[family, dtype]
+
+    return source
 
 
-RECIPES = [
-    {"method": "rc-a", "layers": "1-2"},
-    {"method": "sim-dominant", "compensate": "bias"},
-    {"method": "taylor", "axis": "all"},
-    {"method": "sim-a", "allocate": "global"},  # whose Gram matrices are another walk
-    {"method": "let-llm"},
-    {"method": "weight-l2"},
-]
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch, tmp_path):
+    """A cache of transfer entropies for each plan, or the second would be read off the first."""
+    numbers = iter(range(99))
+    return lambda: monkeypatch.setenv("DICER_CACHE", str(tmp_path / str(next(numbers))))
 
 
-@pytest.mark.parametrize("asked", RECIPES, ids=[" ".join(asked.values()) for asked in RECIPES])
-def test_same_plan(source, stores, asked, calib, monkeypatch, tmp_path):
-    task = with_text(prepare(source, Recipe(**asked, calib=calib)))
-    plans = []
-    for number, store in enumerate(stores):
-        monkeypatch.setenv("DICER_CACHE", str(tmp_path / str(number)))
+RECIPES = {
+    "rc-a of two layers": {"method": "rc-a", "layers": "1-2"},
+    "all axes with bias": {"criterion": "act-l2", "activation": "mod", "axis": "all", "compensate": "bias"},
+    "similarity": {"method": "sim-dominant"},
+    "similarity, global": {"method": "sim-a", "allocate": "global"},  # whose Gram matrices are another walk
+    "entropy": {"method": "let-llm"},
+    "cosine": {"method": "rc-a", "allocate": "cosine"},
+    "repair": {"criterion": "act-l2", "repair": "least-squares", "ridge": 0.01},
+    "propagate": {"criterion": "act-l2", "propagate": "pruned"},
+    "weights": {"method": "weight-l2"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("asked", RECIPES)
+def test_same_plan(sources, no_cache, asked, family, calib):
+    source = sources(family)
+    task, plans = with_text(prepare(source, Recipe(**RECIPES[asked], calib=calib))), []
+    for store in stores_of(source):
+        no_cache()
         plans.append(score([task], store)[0])
     assert plans[0].files() == plans[1].files()
-    if asked["method"] == "rc-a":
-        assert stores[1].made[-3:] == [0, 1, 2]  # and none behind the last that is chosen
-    assert stores[1].alive == 0
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_plan_bfloat16(sources, family, dtype, calib):
+    source = sources(family, torch.bfloat16)
+    task = with_text(prepare(source, Recipe(method="act-l2", axis="all", calib=calib), Compute(dtype=dtype)))
+    plans = [score([task], store)[0] for store in stores_of(source, dtype)]
+    assert plans[0].files() == plans[1].files()
+
+
+# Maps that lie side by side in memory and one by one on disk, transposed ones, buffers that one module makes in others.
+EXPERTS = ["qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3", "jamba"]
+
+
+@pytest.mark.parametrize("axis", ["mlp", "experts"])
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_same_plan_experts(model_type, axis, tmp_path):
+    tiny_of_type(model_type).save_pretrained(tmp_path / "model")
+    source, plans = open_model(tmp_path / "model"), []
+    known = Calibration(tiny_input(4), {"source": "a test"})
+    criterion = {"axis": axis, "criterion": "act-l2" if axis == "mlp" else "reap"}
+    for store in stores_of(source):
+        plans.append(score([with_text(prepare(source, Recipe(**criterion)), known=known)], store)[0])
+    assert plans[0].files() == plans[1].files()
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "gptj", "gpt_neo", "bloom", "gemma3", "zamba2", "olmo2"])
+def test_same_states(model_type, tmp_path):
+    """Buffers that are in no file: masks, positions, scales."""
+    tiny_of_type(model_type).save_pretrained(tmp_path / "model")
+    source, found = open_model(tmp_path / "model"), []
+    for store in stores_of(source):
+        recording = store.record([tiny_input()])
+        with torch.no_grad():
+            for index in range(store.depth):
+                with store.layer(index) as layer:
+                    args, kwargs = recording.arguments_of(recording.hidden[0])[index]
+                    output = layer(recording.hidden[0], *args, **kwargs)
+                    recording.hidden[0] = output[0] if isinstance(output, tuple) else output
+            found.append(store.final_norm()(recording.hidden[0]))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("search", ["independent", "greedy"])
-def test_same_profile(source, stores, search, monkeypatch, tmp_path):
-    profiles = []
-    for number, store in enumerate(stores):
+def test_same_profile(sources, search, monkeypatch, tmp_path):
+    source, profiles = sources("qwen2"), []
+    for number, store in enumerate(stores_of(source)):
         monkeypatch.setenv("DICER_CACHE", str(tmp_path / str(number)))
         profiles.append(entropy_profile(source, store, tiny_tokens(), search=search, batch_size=4))
     assert profiles[0] == profiles[1]
     caches = [[file.name for file in (tmp_path / str(i) / "entropy").iterdir()] for i in (0, 1)]
     assert caches[0] == caches[1], "either goes on where the other was killed"
+
+
+def there(store):
+    return [i for i, layer in enumerate(store._layers) if not any(p.is_meta for p in layer.parameters())]
+
+
+def test_one_layer_at_a_time(sources, calib, monkeypatch):
+    """Two at most: the one in use and the next; none behind the last that is chosen, and none afterwards."""
+    source, reads = sources("llama"), []
+    store = StreamedStore(source)
+    read = store._parts.read
+    monkeypatch.setattr(store._parts, "read", lambda part: reads.append(part) or read(part))
+    put, alive = store._parts.put, []
+    monkeypatch.setattr(store._parts, "put", lambda tensors: (put(tensors), alive.append(there(store))))
+    score([with_text(prepare(source, Recipe(method="rc-a", layers="1-2", calib=calib)))], store)
+    assert reads == [OUTSIDE, 0, 1, 2]
+    assert alive == [[], [0], [0], [1], [2]]  # the first also to record what layers are called with
+    assert there(store) == []
+
+
+def test_weights_read_only_where_chosen(sources, monkeypatch):
+    source, reads = sources("llama"), []
+    store = StreamedStore(source)
+    read = store._parts.read
+    monkeypatch.setattr(store._parts, "read", lambda part: reads.append(part) or read(part))
+    score([prepare(source, Recipe(method="weight-l2", layers="1,3"))], store)
+    assert reads == [1, 3]
+
+
+def test_head_not_read(sources):
+    parts = Piecewise(sources("llama"))
+    names = [name for part in (OUTSIDE, *range(LAYERS)) for name in parts.names(part)]
+    assert sorted([*names, "lm_head.weight"]) == sorted(sources("llama").tensors.infos())
+
+
+def test_gradient_refused(sources, calib):
+    task = with_text(prepare(sources("llama"), Recipe(method="taylor", calib=calib)))
+    with pytest.raises(RecipeError, match="layer by layer"):
+        score([task], StreamedStore(sources("llama")))
+
+
+def test_in_memory_refused(sources):
+    with pytest.raises(ModelError, match="in memory"):
+        StreamedStore(from_memory(sources("llama").load_model()))
+
+
+def test_shard_gone_meanwhile(tmp_path, calib):
+    source = open_model(save_tiny(tmp_path / "model", shards=True))
+    store, last = StreamedStore(source), sorted((tmp_path / "model").glob("*.safetensors"))[-2]
+    last.unlink()
+    with pytest.raises(ModelError, match=f"{last.name} is missing"):
+        score([with_text(prepare(source, Recipe(calib=calib)))], store)

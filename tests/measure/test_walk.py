@@ -5,20 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from heads import CASES, HEADS, SIZE, by_unit, heads_outputs, make
-from tiny import LAYERS, NEURONS, tiny_model, tiny_tokens
+from tiny import LAYERS, NEURONS, family_of, tiny_model, tiny_tokens
 
 from dicer.measure import statistics
 from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.walk import walk
-from dicer.model.families import family_of
 from dicer.model.units import SubLayer
 
 KINDS = ("square_sum", "sum", "gram", "channel_sum", "channel_square_sum", "channel_gram")
 
 
 def store_of(model):
-    return ResidentStore(model, family_of(model.config.model_type))
+    return ResidentStore(model, family_of(model))
 
 
 @pytest.mark.parametrize(("family", "groups"), CASES)

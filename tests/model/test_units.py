@@ -7,16 +7,15 @@ import torch
 from heads import CASES, layers_of, make, matrices, owned
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, HIDDEN, NEURONS, tiny_model
+from tiny import FAMILIES, HIDDEN, NEURONS, family_of, tiny_model
 
 from dicer.measure.stores.resident import axis_weights
-from dicer.model.families import family_of
 from dicer.model.units import Slice, SubLayer, unit_weights
 
 
 def view(model, family, name):
     """(The unit weights of layer 1, the tensors that they were made of)."""
-    axis = family_of(family).sized(model.config)[name]
+    axis = family_of(model).axes[name]
     tensors = {key: weight.detach() for key, weight in axis_weights(axis, layers_of(model, family)[1]).items()}
     return unit_weights(axis, tensors), tensors
 
@@ -53,7 +52,7 @@ def test_rows_of_heads(family, groups):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_views_that_compute_the_mlp(family):
     model = tiny_model(family, **({"mlp_bias": True} if family == "llama" else {}))
-    axis, layer = family_of(family).axes["mlp"], layers_of(model, family)[1]
+    axis, layer = family_of(model).axes["mlp"], layers_of(model, family)[1]
     weights, tensors = view(model, family, "mlp")
     storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     parts = [part for part in (weights.gate, weights.up, weights.down) if part is not None]

@@ -148,6 +148,8 @@ BEFOREHAND = [
     ({"calib": ["bookcorpos"]}, "unknown calibration text 'bookcorpos'. Did you mean 'bookcorpus'?"),
     ({"evaluation": {"perplexity": "gone.txt"}}, "perplexity text gone.txt cannot be read: No such file or directory."),
     ({"recipe": {"device": "cuda:77"}}, "device 'cuda:77' cannot be used here"),
+    ({"recipe": {"memory": "8GB"}}, "memory is for dicer prune and dicer plan"),
+    ({"methods": [{"method": "taylor", "stream": True}]}, "gradients of the loss need the whole model in memory"),
 ]
 
 
@@ -212,6 +214,19 @@ def _nan(folder):
         'def nan(w, s):\n    return s.square_sum * float("nan")\n'
     )
     return own
+
+
+def test_streamed_without_the_dense_model(model, rows, tmp_path, monkeypatch):
+    """Where nothing runs the model as it is, it is read layer by layer, and the plans are the same."""
+    methods = [method for method in METHODS if method != "taylor"]
+    run_experiment(make_experiment(_values(model, rows, methods=methods)), tmp_path / "whole", evaluate=Measure())
+    dense = make_experiment(_values(model, rows, methods=["random"], ratios=[0.25]))
+    run_experiment(dense, tmp_path / "streamed", evaluate=Measure())
+    monkeypatch.setattr(ModelSource, "load_model", None)
+    asked = make_experiment(_values(model, rows, methods=methods, recipe={"layers": "1-2", "stream": True}))
+    assert run_experiment(asked, tmp_path / "streamed", evaluate=Measure())["failed"] == 0
+    plans = [{r["id"]: r.get("plan_sha256") for r in read_records(tmp_path / name)} for name in ("whole", "streamed")]
+    assert plans[0] == plans[1]
 
 
 def test_one_bad_member_of_a_pass_does_not_take_the_others_along(model, rows, tmp_path):

@@ -65,12 +65,14 @@ def test_skipped_attention_calls_the_attention_interface():
 @pytest.mark.parametrize("axis", ["attention", "mlp"])
 def test_head_dim_where_heads_differ(family, axis, tmp_path):
     source = open_model(save_tiny(tmp_path / "dense", family))
-    units = source.family.units(source.config, axis)[1]
+    units = source.family.units(axis)[1]
     plan = {axis: {1: LayerPlan(units, torch.arange(units // 2), torch.zeros(units))}}
     dicer.apply_plan(_plan(source, plan), tmp_path / "dense", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    stated = "head_dim" in source.raw_config
-    assert config.get("head_dim") == (8 if stated or axis == "attention" else None)
+    before = source.raw_config
+    assert config.get("head_dim") == before.get("head_dim")
+    heads = next(key for key in ("num_attention_heads", "n_head") if key in before)
+    assert config[heads] == before[heads]  # so that hidden size by heads stays the size of one, where nothing says it
 
 
 def _plan(source, axes):
@@ -99,7 +101,7 @@ transformers.AutoTokenizer.from_pretrained(again, **flag)
 def test_nothing_is_asked_or_printed(family, with_dicer, tmp_path):
     """Loading, generating, saving, loading again, in a process of its own: with the flag, or with dicer and none."""
     source = open_model(save_tiny(tmp_path / "dense", family))
-    heads = source.family.units(source.config, "attention")[0]
+    heads = source.family.units("attention")[0]
     half, gone = (LayerPlan(heads, torch.arange(kept), torch.zeros(heads)) for kept in (heads // 2, 0))
     dicer.apply_plan(_plan(source, {"attention": {0: gone, 1: half}}), tmp_path / "dense", tmp_path / "out")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}

@@ -13,10 +13,9 @@ import torch
 from families.tiny import auto_class, tiny_input, tiny_model
 
 from dicer.decide.plan import LayerPlan, PrunePlan
-from dicer.errors import PlanError
 from dicer.model.source import from_memory, open_model
 from dicer.write.checkpoint import build_model
-from dicer.write.config_found import placed
+from dicer.write.config import placed
 from dicer.write.opened import check_cut
 from dicer.write.surgery import plan_cut
 
@@ -218,11 +217,20 @@ def test_sub_layer_gone(model_type, axis, bias, tmp_path):
     assert torch.equal(with_cache, without)
 
 
-def test_sub_layer_of_several_modules():
-    source = from_memory(tiny_model("bert"))
-    own = LayerPlan(40, torch.empty(0, dtype=torch.int64), torch.zeros(40))
-    with pytest.raises(PlanError, match=r"mlp of layer 3 cannot go whole: it is several modules \(intermediate.dense"):
-        plan_cut(source, PrunePlan({}, {}, {}, {}, {"mlp": {3: own}}))
+@torch.no_grad()
+@pytest.mark.parametrize("means", [None, torch.linspace(-1, 1, 40)])
+def test_sub_layer_of_several_modules(means):
+    """BERT's MLP is two maps that the layer itself holds: both go, and what comes of neither is added."""
+    model = tiny_model("bert")
+    source = from_memory(model)
+    own = LayerPlan(40, torch.empty(0, dtype=torch.int64), torch.zeros(40), means=means)
+    plan = PrunePlan({}, {}, {}, {}, {"mlp": {3: own}})
+    output = model.bert.encoder.layer[3].output.dense
+    constant = 0 if means is None else output.bias + output.weight @ means
+    cut = build_model(plan_cut(source, plan), torch.float32)
+    model = masked(model, source.family, plan)
+    output.bias.copy_(torch.zeros(48) + constant)
+    assert_same(logits(cut), logits(model))
 
 
 @pytest.mark.parametrize("model_type", ["granite", "starcoder2", "gemma3", "deepseek_v3"])

@@ -60,7 +60,7 @@ def watch(folder, last):
     return seen
 
 
-def half_a_file(tensors, path, metadata):
+def half_a_file(path, infos, read):
     pathlib.Path(path).write_bytes(b"half")
     die()
 
@@ -71,7 +71,7 @@ def run(kind, point):
     child = os.fork()
     if child == 0:
         if point == -1:
-            dicer.write.sink.save_file = half_a_file
+            dicer.write.sink.write_file = half_a_file
         if kind == "apart":
             dicer.holds.exchange = lambda *_: False
         seen = watch(folder, point)
@@ -202,7 +202,7 @@ def test_an_old_checkpoint_left_aside_is_put_back_or_replaced(model, old, new, t
 
 def test_an_old_checkpoint_left_aside_survives_a_run_that_fails(model, old, tmp_path, monkeypatch):
     _aside(model, tmp_path, old, whole=False)
-    monkeypatch.setattr(sink, "save_file", _full_disk)
+    monkeypatch.setattr(sink, "write_file", _full_disk)
     with pytest.raises(OutputError):
         _prune(model, tmp_path / "out", overwrite=True)
     assert _bytes(tmp_path / "out") == old
@@ -211,10 +211,6 @@ def test_an_old_checkpoint_left_aside_survives_a_run_that_fails(model, old, tmp_
 
 def _full_disk(*_, **__):
     raise OSError(28, "No space left on device")
-
-
-def _safetensors_full_disk(*_, **__):
-    raise sink.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def _interrupted(*_, **__):
@@ -229,7 +225,6 @@ def _bug(*_, **__):
     ("failure", "error"),
     [
         (_full_disk, OutputError),
-        (_safetensors_full_disk, OutputError),
         (_interrupted, KeyboardInterrupt),
         (_bug, ZeroDivisionError),
     ],
@@ -240,7 +235,7 @@ def test_an_error_in_the_middle_leaves_nothing_of_the_new_one(
 ):
     if overwrite:
         _restore(tmp_path / "out", old)
-    monkeypatch.setattr(sink, "save_file", failure)
+    monkeypatch.setattr(sink, "write_file", failure)
     with pytest.raises(error) as caught:
         _prune(model, tmp_path / "out", overwrite=overwrite)
     if error is OutputError:

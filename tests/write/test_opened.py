@@ -8,7 +8,8 @@ import pytest
 import torch
 from by_hand import assert_near, logits_of, masked, plan_for
 from safetensors.torch import load_file, save_file
-from tiny import LAYERS, save_tiny
+from tiny import LAYERS, NEURONS, save_tiny
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import dicer
 from dicer.decide.plan import LayerPlan
@@ -63,8 +64,9 @@ def test_all_layers_of_one_attention_removed(kind, tmp_path):
 
 
 def test_config_that_nothing_takes_is_refused_before_the_run(model, calib, monkeypatch, tmp_path):
-    monkeypatch.setattr(config, "_stock_keys", lambda *_: {"num_attention_heads": 3, "head_dim": None})
-    monkeypatch.setattr(config, "_is_taken", lambda _: True)
+    monkeypatch.setattr(config, "_heads", lambda *_: {"num_attention_heads": 3, "head_dim": None})
+    monkeypatch.setattr(config, "_is", lambda *_: True)
+    monkeypatch.setattr("dicer.pipeline.prove", lambda *_: [])  # which would see it before
     with pytest.raises(ModelError, match=r"the checkpoint that this would be cannot be loaded: .*not a multiple"):
         dicer.prune(model, dicer.Recipe(calib="no such file", method="weight-l2"), output=tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -125,9 +127,13 @@ def test_damage_between_writing_and_naming(damage, model, calib, tmp_path, monke
 
 def test_forward_that_does_not_fit_together(model, monkeypatch, tmp_path):
     """Shapes can be those of the config and still not go through the layers."""
-    from transformers.models.llama import modeling_llama
+    forward = LlamaMLP.forward
 
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, c, s: (q @ k, k))
+    def other(self, hidden):
+        return forward(self, hidden if self.up_proj.out_features == NEURONS else hidden[..., :3])
+
+    monkeypatch.setattr(LlamaMLP, "forward", other)
+    monkeypatch.setattr("dicer.pipeline.prove", lambda *_: [])  # which would see it before
     with pytest.raises(DicerError, match=r"could not be opened again|cannot be loaded"):
         dicer.prune(model, dicer.Recipe(method="weight-l2"), output=tmp_path / "out")
     assert not list(tmp_path.iterdir())

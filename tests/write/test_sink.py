@@ -95,8 +95,8 @@ def test_shards_in_order_up_to_the_limit(out, shard_bytes, shards):
     }
 
 
-def test_one_shard_in_memory_and_the_index_last(out):
-    """How many files are there when each tensor is read: those before it are all written."""
+def test_one_shard_after_the_other_and_the_index_last(out):
+    """How many files are there when each tensor is read: its own, and those before it."""
     seen = []
 
     def read(name):
@@ -106,7 +106,7 @@ def test_one_shard_in_memory_and_the_index_last(out):
     with CheckpointSink(out, shard_bytes=1) as sink:
         sink.write_tensors(_infos(TENSORS), read, lambda _: None)
     shards = [f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)]
-    assert seen == [(name, shards[:count]) for count, name in enumerate("abcde")]
+    assert seen == [(name, shards[:count]) for count, name in enumerate("abcde", start=1)]
     assert _names(out) == [*shards, INDEX]
 
 

@@ -76,7 +76,8 @@ def _without(folder, name):
 
 def _narrower(folder):
     config = json.loads((folder / "config.json").read_text())
-    config["per_layer_config"]["001"]["intermediate_size"] = 7
+    for name, shape in config["pruned"]["own"]["001"]["shapes"].items():
+        shape[name.endswith("down_proj.weight")] = 7
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -201,7 +202,7 @@ def test_tensor_parallel(run, written, model):
         "info", model, "--tensor-parallel", 2
     )
     source = open_model(written)
-    line = parallel_line(source.family, source.config, 4)
+    line = parallel_line(source.family, 4)
     assert "key-value heads of layers 0, 1, 2, 3; neurons of layers 1, 2. Prune with --width-multiple 4" in line
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dicer.ask.panels import MACHINE
 from dicer.ask.strict import LARGEST, Strict
@@ -31,8 +32,34 @@ class Compute(Strict):
     gradient_checkpointing: bool = Field(
         default=False, description="taylor only: less memory, one more forward pass", json_schema_extra=MACHINE
     )
+    stream: bool = Field(
+        default=False,
+        description="read one decoder layer at a time from disk (by itself where the model would not fit)",
+        json_schema_extra=MACHINE,
+    )
+    memory: str | None = Field(
+        default=None,
+        description="most memory to use, as in 8GB; decides on --stream, the batch size and where hidden states lie",
+        json_schema_extra=MACHINE,
+    )
+
+    @field_validator("memory")
+    @classmethod
+    def _is_bytes(cls, value: str | None) -> str | None:
+        if value is not None and not _BYTES.fullmatch(value):
+            raise ValueError("a number with MB, GB or TB behind it is expected")
+        return value
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The most memory to use, bytes; None where nothing was said."""
+        found = _BYTES.fullmatch(self.memory or "")
+        return int(float(found[1]) * _UNITS[found[2].upper()]) if found else None
 
 
+_UNITS = {"M": 10**6, "G": 10**9, "T": 10**12}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([MGTmgt])[Bb]")
 COMPUTE_KEYS = tuple(Compute.keys())
+UNRECORDED = ("stream", "memory")  # with either, the result is the same to the last bit
 # What tells two runs apart all the same: a run in another dtype rounds otherwise.
 WITHOUT_EFFECT = tuple(key for key in COMPUTE_KEYS if key != "dtype")

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from dicer.ask.compute import Compute
+from dicer.ask.compute import UNRECORDED, Compute
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
@@ -32,7 +32,7 @@ def portable(recipe: Recipe, method: Method, compute: Compute) -> dict[str, Any]
     if recipe.family:
         named["family"] = _by_content(recipe.family)
     found = {**recipe.flat(), **compute.flat(), "method": choices.pop("preset"), **choices, **named}
-    unsaid = () if method.walks_alone else ("repair", "propagate")  # so that what was recorded before is the same
+    unsaid = UNRECORDED if method.walks_alone else (*UNRECORDED, "repair", "propagate")  # as it was recorded before
     return {name: value for name, value in found.items() if name not in unsaid}
 
 

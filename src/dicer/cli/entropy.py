@@ -30,7 +30,7 @@ from dicer.holds import claimed
 
 app = typer.Typer()
 
-_FIELDS = fields_of(Text) | fields_of(Compute, "device", "dtype", "batch_size")
+_FIELDS = fields_of(Text) | fields_of(Compute, "device", "dtype", "batch_size", "stream")
 _KEYS = ("entropy", "search", "at", "tokens", "channels")  # of a profile
 
 
@@ -69,6 +69,7 @@ def entropy_command(
         from dicer.machine import pick_device
         from dicer.measure.entropy.cache import entropy_profile
         from dicer.measure.stores.resident import ResidentStore
+        from dicer.measure.stores.streamed import StreamedStore
         from dicer.measure.text import load_calibration
         from dicer.model.source import open_model, tokenize_with
 
@@ -76,13 +77,17 @@ def entropy_command(
         source = open_model(model)
         calibration = load_calibration(recipe.text, tokenize_with(source.tokenizer()))
         check_tokens(calibration.tokens, source)
-        loaded = source.load_model(compute.dtype, pick_device(compute.device))
-        _show_cost(len(source.family.widths(source.config)), chosen, search, calibration.tokens.shape)
+        device = pick_device(compute.device)
+        if compute.stream:
+            store: ResidentStore = StreamedStore(source, compute.dtype, device)
+        else:
+            store = ResidentStore(source.load_model(compute.dtype, device), source.family)
+        _show_cost(len(source.family.widths), chosen, search, calibration.tokens.shape)
         try:
             with Bar() as progress:
                 profile = entropy_profile(
                     source,
-                    ResidentStore(loaded, source.family),
+                    store,
                     calibration.tokens,
                     mask=calibration.mask,
                     lists=chosen,
@@ -94,7 +99,7 @@ def entropy_command(
         except (KeyboardInterrupt, Stopped) as stopped:
             number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
             raise Stopped(number, "The same command goes on where it stopped.") from None
-        profile = replace(profile, about=_about(source, calibration, loaded.dtype))
+        profile = replace(profile, about=_about(source, calibration, store.model.dtype))
         write_result(output, profile.to_json())
         _show(profile, [*calibration.notes, *profile.notes])
         say(f"Profile: {output}")

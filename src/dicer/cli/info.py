@@ -56,7 +56,7 @@ def info(
     if tensor_parallel is not None:
         from dicer.write.targets import parallel_line
 
-        say(parallel_line(source.family, source.config, tensor_parallel))
+        say(parallel_line(source.family, tensor_parallel))
 
 
 def _made_of(source: ModelSource) -> list[tuple[str, str]]:
@@ -65,8 +65,8 @@ def _made_of(source: ModelSource) -> list[tuple[str, str]]:
     from dicer.model.sizes import count_sizes
 
     infos, family = source.tensors.infos(), source.family
-    spans = [(f"{_units(axis)} a layer", _layers_span(family.units(source.config, axis))) for axis in _shown(source)]
-    counts_of = {axis: family.units(source.config, axis) for axis in family.axes}
+    spans = [(f"{_units(axis)} a layer", _layers_span(family.units(axis))) for axis in _shown(source)]
+    counts_of = {axis: family.units(axis) for axis in family.axes}
     count_layers = len(layer_shapes(family, source.config))
     widest = max((max(units) for axis, units in counts_of.items() if axis.startswith("mlp")), default=0)
     inside = {name: info.numel for name, info in infos.items() if family.locate(name)}
@@ -111,25 +111,18 @@ def _layers_span(units: list[int]) -> str:
 
 
 def _row(source: ModelSource) -> str:
-    """The structure of a model as TOML, also of one whose family has a row."""
+    """The structure of a model as TOML."""
     from dicer.model.structure.family_file import as_toml
-    from dicer.model.structure.find import FoundFamily, find_family
 
-    shapes = {name: info.shape for name, info in source.tensors.infos().items()}
     found = source.family
-    if not isinstance(found, FoundFamily):
-        found = find_family(source.config, source.family.stock_class, shapes)
     return as_toml(found.model_type, found.where, found.axes, found.factors, found.sets)
 
 
 def _proofs(source: ModelSource) -> list[str]:
-    """What was found of a family without a row, and whether it holds."""
-    from dicer.model.structure.find import FoundFamily
+    """What was found, and whether it holds."""
     from dicer.write.prove import prove
 
     family = source.family
-    if not isinstance(family, FoundFamily):
-        return []
     lines = [str(proof) for proof in prove(source, [*family.axes, "block"])]
     lacking = [kind for kind in ("attention", "mlp") if not any(axis.startswith(kind) for axis in family.axes)]
     return lines + [f"{kind}: not found" for kind in lacking]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,17 @@ RecipeOption = Annotated[
         metavar="FILE.toml",
         rich_help_panel="How it is chosen",
         help="Read these options from a file; flags override it.",
+    ),
+]
+
+
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        metavar="",
+        rich_help_panel="Machine",
+        help="Keep what each layer gave in OUT.resume: the same command goes on from there if it was stopped.",
     ),
 ]
 
@@ -70,6 +82,7 @@ def prune(
             help="Measure what was lost of MODEL token by token, on 'builtin,builtin:code' or files; see dicer eval.",
         ),
     ] = None,
+    resume: ResumeOption = False,
     *,
     flags: dict[str, Any],
 ) -> None:
@@ -96,7 +109,8 @@ def prune(
             _show_look(pipeline.look(model, *wanted, **options, inputs=[recipe]), output)
             return
         with Bar() as progress:
-            result = pipeline.prune(model, *wanted, **options, inputs=[recipe], progress=progress)
+            options |= {"progress": progress, "tell": say, "resume": resume}
+            result = pipeline.prune(model, *wanted, **options, inputs=[recipe])
     _show_result(result)
 
 
@@ -113,6 +127,7 @@ def plan(
             "--explain", metavar="", rich_help_panel="Output", help="Also print what each layer keeps, and why."
         ),
     ] = False,
+    resume: ResumeOption = False,
     *,
     flags: dict[str, Any],
 ) -> None:
@@ -124,9 +139,12 @@ def plan(
 
         quiet_transformers()
         with Bar() as progress:
-            made = pipeline.make_plan(model, asked, compute, progress=progress)
+            kept = pipeline.resume_folder(output) if resume else None
+            made = pipeline.make_plan(model, asked, compute, progress=progress, tell=say, resume=kept)
         with CheckpointSink(output, overwrite=overwrite) as sink:
             made.save(sink.folder)
+    if kept is not None:
+        shutil.rmtree(kept, ignore_errors=True)
     for line in made.explain() if explain else ():
         say(line)
     _show_notes(made.notes)

@@ -72,7 +72,7 @@ def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
         RecipeError: layers that do not exist, or a ratio that the chosen sub-layers cannot give.
     """
     infos, family = source.tensors.infos(), source.family
-    units = {axis: family.units(source.config, axis) for axis in family.axes}
+    units = {axis: family.units(axis) for axis in family.axes}
     count = len(next(iter(units.values())))
     chosen = select_layers(recipe.layers, count)
     owned, inside = sub_layer_parameters(family, infos), layer_parameters(family, infos)

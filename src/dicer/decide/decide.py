@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from dicer.ask.axes import kind_of
 from dicer.ask.portable import portable
 from dicer.decide.budget import amounts_by_cosine, amounts_by_entropy, amounts_by_rank, lists_needed
 from dicer.decide.choose import Scores, batches_of, choose, scores_of
-from dicer.decide.plan import LayerPlan, PrunePlan
+from dicer.decide.kept import Kept, Seen
+from dicer.decide.plan import PrunePlan
 from dicer.decide.task import Asked, Decided, asked_groups, without_empty
 from dicer.decide.walk_cut import evidence_notes, walk_cut
 from dicer.errors import RecipeError
@@ -23,16 +23,9 @@ from dicer.model.units import SubLayer
 from dicer.progress import Progress, silent
 
 
-@dataclass
-class _Seen:
-    """What one walk gave one task: plans, or where it is not decided yet the scores; tokens that experts saw."""
-
-    plans: dict[SubLayer, LayerPlan] = field(default_factory=dict)
-    tokens: dict[SubLayer, list[int]] = field(default_factory=dict)
-    scores: dict[SubLayer, Scores] = field(default_factory=dict)
-
-
-def score(tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent) -> list[PrunePlan]:
+def score(
+    tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent, *, kept: Kept | None = None
+) -> list[PrunePlan]:
     """Run the walk once for all tasks, and decide for every chosen layer what stays.
 
     In several processes, each sees its share of the samples, the sums are added up, and all come to the same plans.
@@ -42,6 +35,7 @@ def score(tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent
             have the same tokens.
         store: where the model's layers come from, in the dtype and on the device to compute with.
         progress: called with (stage, done, total).
+        kept: of one task alone, where its walks go on if they were stopped.
 
     Returns:
         One plan for each task, the same as if it had been alone.
@@ -54,13 +48,13 @@ def score(tasks: Sequence[Asked], store: LayerStore, progress: Progress = silent
         raise RecipeError("methods that share a pass must share their calibration tokens; score these apart.")
     tasks = [_measured(task, store, progress) for task in tasks]
     together = [task for task in tasks if not (isinstance(task, Decided) and task.method.walks_alone)]
-    walked = iter(_walk(together, store, progress))
+    walked = iter(_walk(together, store, progress, kept))
     plans = []
     for task in tasks:
         if not isinstance(task, Decided):
-            plans.append(_by_rank(task, next(walked), store, progress))
+            plans.append(_by_rank(task, next(walked), store, progress, kept))
         elif task.method.walks_alone:
-            plans.append(_plan(task, _Seen(walk_cut(task, store, progress))))
+            plans.append(_plan(task, Seen(walk_cut(task, store, progress))))
         else:
             plans.append(_plan(task, next(walked)))
     return plans
@@ -89,20 +83,20 @@ def _measured(task: Asked, store: LayerStore, progress: Progress) -> Asked:
     return task.decided(amounts_by_entropy(task.budget, task.recipe, profile))
 
 
-def _by_rank(task: Asked, seen: _Seen, store: LayerStore, progress: Progress) -> PrunePlan:
+def _by_rank(task: Asked, seen: Seen, store: LayerStore, progress: Progress, kept: Kept | None) -> PrunePlan:
     """Decide by the scores of all sub-layers; Gram matrices were not kept, so what needs them is another walk."""
     decided = task.decided(amounts_by_rank(task.budget, {p: scored.values for p, scored in seen.scores.items()}))
     if task.method.walks_alone:
-        return _plan(decided, _Seen(walk_cut(decided, store, progress)))
+        return _plan(decided, Seen(walk_cut(decided, store, progress)))
     if task.recipe.rolls > 1 or any("gram" in n for n in (*task.parts.grouping.needs, *task.parts.merge.needs)):
-        return _plan(decided, _walk([decided], store, progress)[0])
+        return _plan(decided, _walk([decided], store, progress, kept)[0])
     seen.plans = {place: choose(decided, place, scored) for place, scored in seen.scores.items()}
     return _plan(decided, seen)
 
 
-def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list[_Seen]:
+def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress, kept: Kept | None) -> list[Seen]:
     """One walk for all tasks."""
-    found = [_Seen() for _ in tasks]
+    found = [Seen() for _ in tasks]
     layers = sorted({layer for task in tasks for layer in task.layers})
     if not layers:
         return found
@@ -115,6 +109,7 @@ def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list
         gradient=any(task.needs_gradient for task in tasks),
         checkpointing=any(task.compute.gradient_checkpointing for task in tasks),
         progress=progress,
+        along=None if kept is None else kept.walk(*found),
     )
     for visit in visits:
         for task, seen in zip(tasks, found, strict=True):
@@ -124,7 +119,7 @@ def _walk(tasks: Sequence[Asked], store: LayerStore, progress: Progress) -> list
     return found
 
 
-def _see(task: Asked, seen: _Seen, visit: Visit) -> None:
+def _see(task: Asked, seen: Seen, visit: Visit) -> None:
     """Score one sub-layer, and choose at once where it is known how much stays."""
     scored = scores_of(task, visit)
     if task.source.family.axes[visit.place.axis].routed and visit.sums.needs:
@@ -136,7 +131,7 @@ def _see(task: Asked, seen: _Seen, visit: Visit) -> None:
         seen.scores[visit.place] = Scores(scored.values, visit.sums.without_grams())
 
 
-def _plan(task: Decided, seen: _Seen) -> PrunePlan:
+def _plan(task: Decided, seen: Seen) -> PrunePlan:
     source, amounts = task.source, task.amounts
     notes = [*amounts.provenance.get("notes", ()), *_groups_note(task), *_tokens_note(seen.tokens)]
     notes += evidence_notes(task)

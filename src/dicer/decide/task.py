@@ -24,7 +24,7 @@ from dicer.measure.statistics import Kind, Need
 from dicer.measure.text import Calibration, load_calibration
 from dicer.model.shapes import layer_shapes
 from dicer.model.source import ModelSource, tokenize_with
-from dicer.model.structure.find import FoundFamily
+from dicer.model.structure.idle import is_shell
 from dicer.model.units import SubLayer
 
 _BEYOND = 8  # times a model's positions, which may be exceeded where they are rotary
@@ -124,14 +124,14 @@ class Asked:
             notes.append(f"merge '{self.method.merge}' has nothing to merge without groups; name a --grouping")
         return notes
 
-    @property
-    def goes_with_its_layer(self) -> bool:
+    def goes_with_its_layer(self, layer: int) -> bool:
         """Whether a layer without its sub-layers can go whole: nothing of it is left, nor hangs on its number."""
-        if isinstance(self.source.family, FoundFamily):
+        source = self.source
+        if getattr(source.config, "scale_attn_by_inverse_layer_idx", False) or self.recipe.compensate == "bias":
             return False
-        config = self.source.config
-        stays = getattr(config, "scale_attn_by_inverse_layer_idx", False) or self.recipe.compensate == "bias"
-        return not stays and getattr(config, "do_layer_norm_before", True)
+        if "block" in source.family.refused:
+            return False
+        return is_shell(source.family, source.config, [*source.tensors.infos()], layer)
 
     def decided(self, amounts: Amounts) -> Decided:
         """The same, now that it is known how much stays.
@@ -331,7 +331,7 @@ def without_empty(
         return bool(shape.units[place.axis]) or place.axis in shape.output_bias
 
     places = {i: [SubLayer(i, axis) for axis in task.source.family.axes] for i in task.layers}
-    empty = [i for i in task.layers if task.goes_with_its_layer and not any(map(keeps, places[i]))]
+    empty = [i for i in task.layers if not any(map(keeps, places[i])) and task.goes_with_its_layer(i)]
     axes: dict[str, dict[int, LayerPlan]] = {axis: {} for axis in task.axes}
     for place, layer in sorted(layers.items()):
         if place.layer not in empty:

@@ -7,14 +7,14 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dicer.errors import ModelError
-from dicer.model.families import FAMILIES
+from dicer.errors import DicerError, ModelError
 from dicer.model.find import find_model, read_config
 from dicer.model.source import load_any, open_model
 from dicer.model.tokenizer import read_tokenizer
@@ -74,7 +74,7 @@ def open_dense(model: str | os.PathLike[str], dtype: str = "auto", device: str =
     positions = text_config.get("max_position_embeddings") or text_config.get("n_positions") or math.inf
     return Dense(
         name,
-        _fingerprint(model, config, folder),
+        _fingerprint(model, folder),
         _stamp(folder),
         {"dtype": own_dtype if dtype == "auto" else dtype, "device": device.partition(":")[0]},
         tokenizer,
@@ -129,9 +129,9 @@ def _content(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(model: str | os.PathLike[str], config: dict[str, Any], folder: Path) -> str:
+def _fingerprint(model: str | os.PathLike[str], folder: Path) -> str:
     """As dicer knows a model that it can prune; of any other a hash of its whole files."""
-    if config.get("model_type") in FAMILIES and not config.get("quantization_config"):
+    with suppress(DicerError):
         return open_model(model).fingerprint
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):

@@ -31,7 +31,7 @@ def turning(store: LayerStore, last: int, batches: Sequence[Tensor], progress: P
     recording, counted, found = store.record(batches), counted_of(batches), []
     for index in range(last + 1):
         total, tokens = torch.zeros(1), 0
-        with store.layer(index) as layer:
+        with store.layer(index, then=index + 1 if index < last else None) as layer:
             for number, (hidden, counts) in enumerate(zip(recording.hidden, counted, strict=True)):
                 args, kwargs = recording.arguments_of(hidden)[index]
                 output = recording.hidden[number] = layer(hidden, *args, **kwargs)

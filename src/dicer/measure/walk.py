@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dicer.measure.batches import counted_of
 from dicer.measure.experts import Experts, listening
+from dicer.measure.gram import joint
 from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import axis_weights, weights_of
 from dicer.measure.stores.store import LayerStore, Recording
@@ -34,6 +37,34 @@ class Visit:
     sums: Sums
     gradient: UnitWeights | None
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """The output projection by its inputs, [U * C, d]."""
+        return self.weights.down.T.reshape(self.weights.units * self.sums.channels, -1)
+
+    @cached_property
+    def joint(self) -> Tensor:
+        """What each two of its inputs bring to the output together (:func:`dicer.measure.gram.joint`)."""
+        return joint(self.sums.get("channel_gram", "mod"), self.rows)
+
+
+class Along(Protocol):
+    """What goes along with a walk, so that one that was stopped need not begin anew.
+
+    Attributes:
+        start: the first layer that is not finished.
+    """
+
+    start: int
+
+    def states(self) -> Sequence[Tensor]:
+        """The hidden states that go into it; asked for where it is not the first of all."""
+        ...
+
+    def finished(self, index: int, hidden: Sequence[Tensor]) -> None:
+        """A layer's visits are over; the hidden states behind it."""
+        ...
+
 
 def walk(
     store: LayerStore,
@@ -45,6 +76,7 @@ def walk(
     gradient: bool = False,
     checkpointing: bool = False,
     progress: Progress = silent,
+    along: Along | None = None,
 ) -> Iterator[Visit]:
     """Visit the sub-layers of the chosen layers in order; one pass over the tokens serves all needs.
 
@@ -60,17 +92,22 @@ def walk(
         gradient: also dL/dW, by one forward and backward pass of the whole model.
         checkpointing: with ``gradient``, trade a second forward pass for memory.
         progress: called with (stage, done, total).
+        along: says where to begin, and is told of every layer that is done.
     """
     chosen, last = set(layers), max(layers)
     gradients: dict[int, dict[str, UnitWeights]] = {}
     if gradient:
         gradients = store.gradients(batches, sorted(chosen), axes, checkpointing=checkpointing, progress=progress)
-    recording = store.record(batches) if needs else Recording()
+    start = along.start if along is not None else 0
+    recording = store.record(batches) if needs and start <= last else Recording()
     counted = counted_of(batches) if needs else ()
-    for index in range(last + 1):
+    if along is not None and needs and 0 < start <= last:
+        for number, states in enumerate(along.states()):
+            recording.hidden[number] = states.to(recording.hidden[number].device)
+    for index in range(start, last + 1):
         if index not in chosen and not needs:
             continue
-        with store.layer(index) as layer:
+        with store.layer(index, then=index + 1 if needs and index < last else None) as layer:
             found = {n: axis for n, axis in store.axes(index).items() if n in axes and index in chosen}
             sums = {n: Sums([need for need in needs if need.axis == n], axis.channels) for n, axis in found.items()}
             with torch.no_grad(), ExitStack() as stack:
@@ -92,6 +129,8 @@ def walk(
             for name, axis in found.items():
                 yield _visit(SubLayer(index, name), layer, axis, sums.pop(name), own.get(name))
             del sums  # a Gram matrix of the next layer must not meet this one
+            if along is not None:
+                along.finished(index, recording.hidden)
 
 
 def _visit(place: SubLayer, layer: nn.Module, axis: Axis, sums: Sums, gradient: UnitWeights | None) -> Visit:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from dicer.errors import ModelError
-from dicer.model.families import Family
+from dicer.model.families import Family, Named
 
 ADAPTER = "adapter_config.json"  # what peft writes, and what transformers with peft installed loads unasked
 _MERGE = "merge it into the model (peft: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER))"
@@ -64,14 +64,8 @@ def refuse_adapter(name: str, folder: Path) -> None:
     raise ModelError(f"{name} holds an adapter alone ({ADAPTER}), and no model: {_MERGE}, and give that folder.")
 
 
-def refuse_config(name: str, raw: Mapping[str, Any], family: Family, *, runs: bool = False) -> None:
-    """Refuse a config that says that the model is another than the family's own, or quantized.
-
-    Args:
-        name: the model's, for people.
-        raw: ``config.json`` as it stands.
-        family: of its ``model_type``.
-        runs: the model is in memory and runs code of its own, so that names say nothing of it.
+def refuse_config(name: str, raw: Mapping[str, Any]) -> None:
+    """Refuse a config that says that the model is no language model as it was trained, or quantized.
 
     Raises:
         ModelError: with what it is.
@@ -87,16 +81,30 @@ def refuse_config(name: str, raw: Mapping[str, Any], family: Family, *, runs: bo
             f"{name} is a {kind}, no language model: its head scores or classifies. Give the language model that it "
             "was made from (or save it with a language-model head)."
         )
+    if file := raw.get("transformers_weights"):
+        raise ModelError(
+            f"{name}: transformers_weights in config.json has transformers load '{file}'. Rename that file to "
+            "model.safetensors and take the key out."
+        )
+
+
+def refuse_code(name: str, raw: Mapping[str, Any], family: Named, *, runs: bool = False) -> None:
+    """Refuse a model that code of its own may make another than the one of transformers.
+
+    Args:
+        name: the model's, for people.
+        raw: ``config.json`` as it stands.
+        family: of its ``model_type``.
+        runs: the model is in memory and runs code of its own, so that names say nothing of it.
+
+    Raises:
+        ModelError: with the class.
+    """
     if code := next(iter(_own_code(raw, family, stock_names=runs)), None):
         raise ModelError(
             f"{name} has modelling code of its own ({code}, named by auto_map in config.json), which dicer does not "
             f"run; as a {family.causal_lm} of transformers it may be another model. If it is the same one, take "
             "auto_map out of config.json."
-        )
-    if file := raw.get("transformers_weights"):
-        raise ModelError(
-            f"{name}: transformers_weights in config.json has transformers load '{file}'. Rename that file to "
-            "model.safetensors and take the key out."
         )
 
 
@@ -118,7 +126,7 @@ def refuse_quantized(name: str, raw: Mapping[str, Any]) -> None:
         )
 
 
-def named_code(raw: Mapping[str, Any], family: Family) -> str | None:
+def named_code(raw: Mapping[str, Any], family: Named) -> str | None:
     """The first class of a model's own code, where all have the names of transformers' own; else None.
 
     Phi-3 and others came with code before transformers had them; without the flag it loads its own class for them.
@@ -126,7 +134,7 @@ def named_code(raw: Mapping[str, Any], family: Family) -> str | None:
     return None if _own_code(raw, family) else next(iter(_own_code(raw, family, stock_names=True)), None)
 
 
-def code_notes(raw: Mapping[str, Any], family: Family, folder: Path) -> list[str]:
+def code_notes(raw: Mapping[str, Any], family: Named, folder: Path) -> list[str]:
     """Notes on what hints at other code than the family's own, though nothing names it."""
     notes, classes = [], raw.get("architectures")
     known = {family.causal_lm, f"{family.stem}Model", *family.pruned_classes.values()}
@@ -160,7 +168,7 @@ def _other_kind(raw: Mapping[str, Any]) -> str | None:
     return next((name for name in found if name.endswith(_OTHER_ENDINGS)), None)
 
 
-def _own_code(raw: Mapping[str, Any], family: Family, *, stock_names: bool = False) -> list[str]:
+def _own_code(raw: Mapping[str, Any], family: Named, *, stock_names: bool = False) -> list[str]:
     """The classes that only code of the folder has, the model's own first; none where the code is dicer's own.
 
     Args:
@@ -213,7 +221,7 @@ def why_missing(missing: Collection[str], infos: Collection[str], family: Family
     Args:
         missing: full names, at least one.
         infos: the names that are there.
-        family: its row of the table.
+        family: as it should be.
         layers: how many decoder layers its config says.
     """
     if line := _wrapped(next(iter(missing)), infos):

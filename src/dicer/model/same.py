@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dicer.errors import ModelError
 from dicer.model.families import Family
-from dicer.model.match import same_content
-from dicer.model.structure.find import FoundFamily
+from dicer.model.structure.account import same_content
 from dicer.model.structure.skeleton import on_disk
 from dicer.model.tensors import TensorSource
 
@@ -22,28 +21,26 @@ _DO = "So what is scored would not be what is written: load it with transformers
 def check_same(name: str, model: Any, tensors: TensorSource, family: Family) -> None:
     """See to it that every tensor of a loaded model is in its files, by name, shape and content.
 
-    Tensors of the files that no model has are looked for before, in the headers (:func:`dicer.model.match.match`).
+    Tensors of the files that no model has are looked for before, in the headers
+    (:func:`dicer.model.structure.account.account`).
 
     Args:
         name: the model's, for people.
         model: as transformers loaded it, on the CPU, in any dtype.
         tensors: what will be written, by the names on disk.
-        family: its row of the table, or the one that was found.
+        family: as it was found.
 
     Raises:
         ModelError: for the first tensor that differs; then more lies between file and model than dicer knows of.
     """
     for state in _portions(model, family):
-        _check_portion(name, state, tensors)
+        check_portion(name, state, tensors)
 
 
 def _portions(model: Any, family: Family) -> Iterator[Mapping[str, Tensor]]:
     """A model's tensors by their names on disk; layer by layer where to have them so some have to be copied."""
     tied = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
     state = {full: loaded for full, loaded in model.state_dict().items() if full not in tied}
-    if not isinstance(family, FoundFamily):
-        yield state
-        return
     by_layer: dict[str, dict[str, Tensor]] = {}
     prefix = f"{family.layers}."
     for full, loaded in state.items():
@@ -53,7 +50,8 @@ def _portions(model: Any, family: Family) -> Iterator[Mapping[str, Tensor]]:
         yield on_disk(model, portion)
 
 
-def _check_portion(name: str, state: Mapping[str, Tensor], tensors: TensorSource) -> None:
+def check_portion(name: str, state: Mapping[str, Tensor], tensors: TensorSource) -> None:
+    """The same for some of its tensors, by their names on disk."""
     infos = tensors.infos()
     pairs: dict[str, tuple[Tensor, str]] = {}
     for full, loaded in state.items():

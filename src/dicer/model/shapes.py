@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dicer.model.families import Family
+from dicer.model.structure.skeleton import changed, flat_values, stock_config
 from dicer.model.units import Axis
 
 
@@ -26,7 +27,7 @@ class LayerShape:
 
 def layer_shapes(family: Family, config: Any) -> list[LayerShape]:
     """Every layer of a model, from its transformers config (stock or pruned)."""
-    units = {axis: family.units(config, axis) for axis in family.axes}
+    units = {axis: family.units(axis) for axis in family.axes}
     return [
         LayerShape({axis: units[axis][i] for axis in units}, biased)
         for i, biased in enumerate(family.output_biases(config))
@@ -46,13 +47,19 @@ def fits_stock(family: Family, config: Any, shapes: Sequence[LayerShape]) -> boo
         return False
     if any(axes[axis].bias_option is None for shape in shapes for axis in shape.output_bias):
         return False
-    values = config.to_dict()
-    return all(_is_legal(axis, values, first[name]) for name, axis in axes.items())
+    return all(_is_legal(axis, config, first[name]) for name, axis in axes.items())
 
 
-def _is_legal(axis: Axis, values: dict[str, Any], units: int) -> bool:
+def _is_legal(axis: Axis, config: Any, units: int) -> bool:
     """Whether the stock class takes another number of these units."""
+    values = flat_values(config)
     if axis.size_key is None or units == axis.width(values.get):
         return True
-    keys = axis.keys(values, units)
-    return not axis.fixed and not (axis.divides and values[axis.divides] % keys[axis.width_keys[0]])
+    if axis.fixed:
+        return False
+    size = {axis.size_key: axis.head_size(values)}
+    try:
+        changed(stock_config(config), {**axis.keys(values, units), **size})
+    except Exception:  # whatever a class raises of what it does not like: Llama's, of heads that do not divide its size
+        return False
+    return True

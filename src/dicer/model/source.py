@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,25 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from dicer.errors import ModelError
+from dicer.errors import ModelError, UnknownFamily
 from dicer.model.beside import left_behind
 from dicer.model.claims import check_config
-from dicer.model.families import FAMILIES, Family, known_family
+from dicer.model.families import Family, Named
 from dicer.model.find import as_model_error, find_model, read_config, which_is_meant
-from dicer.model.match import Matched, match, same_content, untied
 from dicer.model.odd import (
     code_notes,
     refuse_adapter,
+    refuse_code,
     refuse_config,
     refuse_names,
-    refuse_quantized,
     refuse_wrapped,
     why_missing,
 )
 from dicer.model.same import check_same
-from dicer.model.structure.account import account
-from dicer.model.structure.find import FoundFamily, find_family
-from dicer.model.structure.skeleton import model_class, on_disk, stock_class, stock_config
+from dicer.model.structure.account import Matched, account, same_content, untied
+from dicer.model.structure.find import find_family
+from dicer.model.structure.skeleton import build, model_class, on_disk, stock_class, stock_config
 from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
 from dicer.model.tokenizer import own_code, read_tokenizer, token_ids
 from dicer.reading import TABLES, read_json, reason
@@ -47,7 +47,7 @@ class ModelSource:
         folder: where its files are; None for a model in memory.
         config: the transformers config.
         raw_config: ``config.json`` as it stands.
-        family: its row of the table.
+        family: its structure, as it was found.
         tensors: its weights by name on disk.
         live: the model itself, where it is in memory.
         ignored: tensors of the files that are no part of the model: tied copies, old buffers. They are in no result.
@@ -69,10 +69,22 @@ class ModelSource:
         """A hash that tells two models apart (see :func:`dicer.model.tensors.fingerprint`)."""
         return fingerprint(self.tensors)
 
+    def check_unchanged(self) -> None:
+        """See to it that the weights are still the files that were opened.
+
+        Raises:
+            ModelError: one of them has another size or time, or is gone.
+        """
+        if isinstance(self.tensors, SafetensorsSource) and (file := self.tensors.changed()):
+            raise ModelError(
+                f"{self.name}: {file} was changed while it was read, so what came of it is of no model. Let whatever "
+                "writes there finish, then run again."
+            )
+
     @property
     def widest(self) -> int:
         """Neurons of the widest layer."""
-        return max(self.family.widths(self.config))
+        return max(self.family.widths)
 
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the folder has none.
@@ -124,21 +136,33 @@ class ModelSource:
         Raises:
             ModelError: transformers cannot load it, or loads other tensors than those that would be written.
         """
+        with as_model_error(self.name, "model"):
+            model: nn.Module = self._from_pretrained(dtype)
+            check_same(self.name, model, self.tensors, self.family)
+            return model.to(device).eval()
+
+    def load_empty(self, dtype: str = "auto") -> Any:
+        """The same model on the meta device, each tensor in the dtype that it would have; no weight is read.
+
+        Raises:
+            ModelError: transformers cannot load it.
+        """
+        with as_model_error(self.name, "model"):
+            return self._from_pretrained(dtype, device_map="meta").eval()
+
+    def _from_pretrained(self, dtype: str, **more: Any) -> Any:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
         reads = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
         auto: Any = AutoModelForCausalLM if reads else AutoModelForImageTextToText
-        loader = self.family.stock_class if self.is_stock_found else auto
+        loader = self.family.stock_class if self.is_stock else auto
         where: dict[str, Any] = {"config": self.config, "trust_remote_code": False, "local_files_only": True}
-        with as_model_error(self.name, "model"):
-            model: nn.Module = loader.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **where)
-            check_same(self.name, model, self.tensors, self.family)
-            return model.to(device).eval()
+        return loader.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **where, **more)
 
     @property
-    def is_stock_found(self) -> bool:
-        """Whether its family was found, and it is loaded by a class of transformers."""
-        return isinstance(self.family, FoundFamily) and self.config.model_type == self.family.model_type
+    def is_stock(self) -> bool:
+        """Whether a class of transformers loads it."""
+        return bool(self.config.model_type == self.family.model_type)
 
     @property
     def text_config(self) -> Any:
@@ -181,24 +205,34 @@ def open_model(model: str | os.PathLike[str], family_file: str | None = None) ->
     Raises:
         ModelError: it cannot be found or read, its weights are missing, broken, pickled or quantized, or its tensors
             are not what its config says.
-        UnknownFamily: its family has no row in the table.
+        UnknownFamily: its structure cannot be found.
     """
     name, folder = find_model(os.fspath(model))
     refuse_adapter(name, folder)
-    raw_config = read_config(folder)
-    family = known_family(str(raw_config.get("model_type"))) if family_file is None else None
-    meant = which_is_meant(os.fspath(model))
-    if family is None:
-        opened = _open_found(name, folder, raw_config, family_file)
-        return replace(opened, notes=(*meant, *opened.notes))
-    refuse_config(name, raw_config, family)
-    check_config(name, raw_config, (tensors := SafetensorsSource(folder)).infos())
+    read = read_config(folder)
+    refuse_config(name, read)
+    check_config(name, read, (tensors := SafetensorsSource(folder)).infos())
     config = _config(name, folder)
-    found = match(name, config, raw_config, family, tensors)
-    notes = (*meant, *found.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
+    raw_config = _as_read(read, config)
+    with as_model_error(name, "model"):
+        kind = model_class(config, raw_config.get("architectures"))
+        refuse_code(name, raw_config, Named.of(stock_config(config), stock_class(kind)))
+        found = account(name, config, raw_config, kind, tensors)
+        shapes = {n: info.shape for n, info in tensors.infos().items()}
+        family = find_family(stock_config(found.config), stock_class(kind), shapes, file=family_file)
+    meant = which_is_meant(os.fspath(model))
+    notes = (*meant, *found.notes, *family.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
     return ModelSource(
         name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
     )
+
+
+def _as_read(raw: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
+    """``config.json`` of dicer 0.1 with what its ``per_layer_config`` was read as; any other as it stands."""
+    earlier = ("per_layer_config", "allow_global_per_layer_attribute_access", "output_bias")
+    if "pruned" in raw or (listed := getattr(config, "pruned", None)) is None:
+        return raw
+    return {key: value for key, value in raw.items() if key not in earlier} | {"pruned": listed}
 
 
 def _config(name: str, folder: Path) -> Any:
@@ -206,23 +240,6 @@ def _config(name: str, folder: Path) -> Any:
 
     with as_model_error(name, "config"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def _open_found(name: str, folder: Path, raw_config: Mapping[str, Any], file: str | None = None) -> ModelSource:
-    """A model of a family that has no row: its row is found."""
-    refuse_quantized(name, raw_config)
-    check_config(name, raw_config, (tensors := SafetensorsSource(folder)).infos())
-    config = _config(name, folder)
-    with as_model_error(name, "model"):
-        kind = model_class(config, raw_config.get("architectures"))
-        found = account(name, config, raw_config, kind, tensors)
-        shapes = {n: info.shape for n, info in tensors.infos().items()}
-        family = find_family(stock_config(found.config), stock_class(kind), shapes, file=file)
-    refuse_config(name, raw_config, family)
-    notes = (*found.notes, *family.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
-    return ModelSource(
-        name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
-    )
 
 
 def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> tuple[str, Any, Any | None]:
@@ -241,8 +258,9 @@ def load_any(model: str | os.PathLike[str], dtype: str = "auto", device: str = "
     """
     name, folder = find_model(os.fspath(model))
     raw_config = read_config(folder)
-    if raw_config.get("model_type") in FAMILIES and not raw_config.get("quantization_config"):
-        open_model(model)  # whose checks say more than the loading does
+    if not raw_config.get("quantization_config"):
+        with suppress(UnknownFamily):
+            open_model(model)  # whose checks say more than the loading does
     from transformers import AutoModelForCausalLM
 
     with as_model_error(name, "model"):
@@ -268,74 +286,61 @@ def from_memory(model: Any, family_file: str | None = None) -> ModelSource:
         family_file: a TOML file that says the structure, where it cannot be found.
 
     Raises:
-        UnknownFamily: its family has no row in the table.
+        UnknownFamily: its structure cannot be found.
         ModelError: it is no language model of transformers, or its weights are quantized.
     """
     refuse_wrapped(model)
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
         raise ModelError(f"a {type(model).__name__} is no transformers model; give an AutoModelForCausalLM, or a path.")
-    known = known_family(str(config.model_type)) if family_file is None else None
-    if known is None:
-        return _found_in_memory(model, family_file)
-    family = known
-    if not {kind.__name__ for kind in type(model).__mro__} & {family.causal_lm, *family.pruned_classes.values()}:
-        raise ModelError(
-            f"a {type(model).__name__} cannot be pruned: its head is not that of a {family.causal_lm}. Load it with "
-            "AutoModelForCausalLM (and merge or unload adapters first)."
-        )
-    if type(model).__module__.startswith("transformers_modules.") and not type(model).__name__.startswith("Pruned"):
-        refuse_config("the model in memory", {**config.to_dict(), "architectures": None}, family, runs=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
-    _check_memory(model, family)
+    kind = _class_in_memory(model)
+    _check_memory(model)
+    if type(config).__module__.startswith("transformers_modules."):  # ours, as an earlier dicer wrote it
+        from transformers import CONFIG_MAPPING
+
+        config = CONFIG_MAPPING[config.model_type].from_dict(config.to_dict())
     raw_config = json.loads(json.dumps(config.to_dict(), default=str))
-    state: dict[str, torch.Tensor] = model.state_dict()
-    ties: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
+    raw_config["architectures"] = [kind.__name__]
     found = Matched(config, raw_config)
-    own = [name for name, other in ties.items() if not same_content(state[name], state[other])]
+    state: dict[str, torch.Tensor] = model.state_dict()
+    tied: Mapping[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
+    own = [name for name, other in tied.items() if not same_content(state[name], state[other])]
     if own:
         found = untied(found, own[0])
-    kinds = {family.causal_lm, *family.pruned_classes.values()}
-    if type(model).__name__ not in kinds:
-        note = (
-            f"the model is a {type(model).__name__}; what is made of it is a {family.causal_lm}, without its own code"
-        )
-        found = replace(found, notes=(*found.notes, note))
-    state = {name: tensor for name, tensor in state.items() if name not in ties or name in own}
+    if type(model) is not kind and not type(model).__name__.startswith("Pruned"):
+        note = f"the model is a {type(model).__name__}; what is made of it is a {kind.__name__}, without its own code"
+        found = replace(found, notes=(note,))
+    tensors = on_disk(model) | {name: state[name] for name in own}
+    with as_model_error(kind.__name__, "model"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        family = find_family(stock_config(found.config), stock_class(kind), shapes, file=family_file)
+    if type(model).__module__.startswith("transformers_modules.") and not type(model).__name__.startswith("Pruned"):
+        refuse_code("the model in memory", config.to_dict(), family, runs=True)
+    _check_shapes(model, kind, family, tensors)
     name = Path(str(getattr(config, "_name_or_path", "") or type(model).__name__)).name
-    return ModelSource(
-        name, None, found.config, found.raw_config, family, MemorySource(state), model, notes=found.notes
+    notes = (*found.notes, *family.notes)
+    return ModelSource(name, None, found.config, found.raw_config, family, MemorySource(tensors), model, notes=notes)
+
+
+def _class_in_memory(model: Any) -> Any:
+    """The class of transformers, or of ours, that a model in memory is, or is made of.
+
+    Raises:
+        ModelError: it is none with a head that predicts tokens.
+    """
+    for kind in type(model).__mro__:
+        ours = kind.__module__.startswith(("transformers.", "dicer.")) or kind.__name__.startswith("Pruned")
+        if ours and kind.__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+            return kind
+    raise ModelError(
+        f"a {type(model).__name__} cannot be pruned: it is no class of transformers with a language-model head. Load "
+        "it with AutoModelForCausalLM (and merge or unload adapters first)."
     )
 
 
-def _found_in_memory(model: Any, file: str | None = None) -> ModelSource:
-    """A model in memory of a family that has no row."""
-    kind = type(model)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
-    if kind.__module__.startswith("transformers_modules.") or not kind.can_generate():
-        raise ModelError(
-            f"a {kind.__name__} cannot be pruned: it is no class of transformers with a language-model head. Load it "
-            "with AutoModelForCausalLM (and merge or unload adapters first)."
-        )
-    state = on_disk(model)
-    refuse_names(f"the {kind.__name__} in memory", state)
-    if away := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise ModelError(
-            f"the {kind.__name__} in memory has '{away[0]}' not in memory (offloaded, or never loaded). Load it whole "
-            "(without device_map and offload_folder), or give its folder."
-        )
-    with as_model_error(kind.__name__, "model"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        family = find_family(stock_config(model.config), stock_class(kind), shapes, file=file)
-    raw_config = json.loads(json.dumps(model.config.to_dict(), default=str))
-    raw_config["architectures"] = [kind.__name__]
-    name = Path(str(getattr(model.config, "_name_or_path", "") or kind.__name__)).name
-    return ModelSource(name, None, model.config, raw_config, family, MemorySource(state), model, notes=family.notes)
-
-
-def _check_memory(model: Any, family: Family) -> None:
+def _check_memory(model: Any) -> None:
     """Refuse a model whose weights are elsewhere, or in another form than its class has them.
 
     Raises:
@@ -351,28 +356,33 @@ def _check_memory(model: Any, family: Family) -> None:
             "offload_folder), or give its folder."
         )
     refuse_names(what, state)
-    units = {name: family.units(model.config, name) for name in family.axes}
-    needed = {
-        family.tensor_name(layer, piece.name): (piece.dim, count * sum(piece.blocks))
-        for axis in family.sized(model.config).values()
-        for layer, count in enumerate(units[axis.name])
-        if count
-        for piece in axis.required
-    }
-    if missing := [name for name in needed if name not in state]:
-        reason = why_missing(missing, state, family, len(units["mlp"]))
-        raise ModelError(f"{what}: tensor '{missing[0]}' is missing{reason}")
-    for name, (dim, size) in needed.items():
-        tensor = state[name]
+    for name, tensor in state.items():
         whole = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.numel() > 0  # DeepSpeed leaves empty ones
-        if not whole or tensor.dtype not in FLOATS:
+        if isinstance(tensor, nn.Parameter) and not (whole and tensor.dtype in FLOATS):
             kind = type(tensor).__name__ if tensor.dtype in FLOATS else str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
                 f"{what} holds '{name}' as {kind}: quantized or shared out, its rows cannot be cut. Load it whole in "
                 "bf16, fp16 or fp32."
             )
-        if tensor.shape[dim] != size:
-            raise ModelError(
-                f"{what}: its config calls for {size} in dimension {dim} of '{name}', and the tensor has "
-                f"{tensor.shape[dim]}. Save it with its own widths, or load it anew."
-            )
+
+
+def _check_shapes(model: Any, kind: Any, family: Family, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a model in memory whose tensors are not those that its config calls for.
+
+    Raises:
+        ModelError: with the first tensor that is missing, or of another size.
+    """
+    what, needed = f"the {type(model).__name__} in memory", build(model.config, kind).shapes
+    inside = {piece.name for axis in family.axes.values() for piece in axis.required}
+    wanted = {name: shape for name, shape in needed.items() if (place := family.locate(name)) and place[1] in inside}
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ModelError(
+            f"{what}: tensor '{missing[0]}' is missing{why_missing(missing, tensors, family, family.where.count)}"
+        )
+    for name, shape in wanted.items():
+        for dim, (size, found) in enumerate(zip(shape, tensors[name].shape, strict=True)):
+            if size != found:
+                raise ModelError(
+                    f"{what}: its config calls for {size} in dimension {dim} of '{name}', and the tensor has {found}. "
+                    "Save it with its own widths, or load it anew."
+                )

@@ -20,7 +20,7 @@ from dicer.reading import TABLES, check_plain, read_json, reason
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -116,6 +116,7 @@ class SafetensorsSource:
                     "Fetch the model again: index and shards are from different versions."
                 )
         self._files = {name: self._files.get(name, WEIGHTS) for name in self._infos}
+        self._opened = {file: _stamp(folder / file) for file in self.files}
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor's shape and dtype, from the headers alone."""
@@ -125,6 +126,10 @@ class SafetensorsSource:
     def files(self) -> list[str]:
         """The names of the files that hold them."""
         return sorted(set(self._files.values()))
+
+    def changed(self) -> str | None:
+        """The first file that is no longer as it was when it was opened, by size and time."""
+        return next((file for file, stamp in self._opened.items() if _stamp(self._folder / file) != stamp), None)
 
     def leave_out(self, names: Collection[str]) -> None:
         """Be as if these tensors were not there."""
@@ -142,6 +147,14 @@ class SafetensorsSource:
             tensor: Tensor = shard.get_tensor(stored)
             return tensor
 
+    def read_all(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Several tensors; each shard is opened once, and mapped until the last of its tensors is gone."""
+        stored, found = {name: self._renamed.get(name, name) for name in names}, dict[str, Tensor]()
+        for file in dict.fromkeys(self._files[own] for own in stored.values()):
+            with self._open(file) as shard:
+                found.update({n: shard.get_tensor(own) for n, own in stored.items() if self._files[own] == file})
+        return found
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 of one tensor; only they are read."""
         stored = self._renamed.get(name, name)
@@ -154,7 +167,7 @@ class SafetensorsSource:
         with self._open(file) as shard:
             for name in shard.keys():  # noqa: SIM118 - not a dict
                 piece = shard.get_slice(name)
-                dtype = _DTYPES.get(piece.get_dtype())
+                dtype = DTYPES.get(piece.get_dtype())
                 if dtype is None:
                     raise ModelError(
                         f"{self._folder / file}: tensor '{name}' has dtype {piece.get_dtype()}, which cannot "
@@ -180,6 +193,14 @@ class SafetensorsSource:
             raise ModelError(
                 f"{path} cannot be read: {error}. The file is truncated or corrupt; fetch it again."
             ) from None
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _one_set(folder: Path) -> dict[str, str]:

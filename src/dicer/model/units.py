@@ -63,6 +63,11 @@ class Slice:
         return all(role.endswith("_bias") for role in self.roles)
 
     @property
+    def bias(self) -> str:
+        """The name of the bias that belongs to a weight."""
+        return self.name.removesuffix("weight") + "bias"
+
+    @property
     def is_output(self) -> bool:
         """Whether the units are this tensor's inputs (the output projection) and not its outputs."""
         return self.roles in (("down",), ("output",))
@@ -105,7 +110,8 @@ class Axis:
         returns: how many values the last module returns, of which the first joins the residual stream; the others are
             None where the sub-layer is bypassed.
         size_key: config key that says how large a unit is; it must be said as soon as their number is another.
-        fixed: the stock class takes the size of a unit from the number of units, so fewer need own code.
+        fixed: where the stock class takes the size of a unit from their number, so that fewer need own code: what its
+            module keeps of their number, as attribute and ``units`` or ``channels``.
         divides: config key whose value the first of ``width_keys`` must divide in the stock class, if it must.
         default: (other config key, factor): how many units there are where the config does not say it.
         routed: the module in memory that sends tokens to experts and runs them, where the units are experts or lie in
@@ -123,7 +129,7 @@ class Axis:
     bias_option: str | None = None
     returns: int = 1
     size_key: str | None = None
-    fixed: bool = False
+    fixed: tuple[tuple[str, str], ...] = ()
     divides: str | None = None
     default: tuple[str, int] | None = None
     routed: str | None = None
@@ -144,6 +150,14 @@ class Axis:
         *more, own = self.width_keys
         return {**{key: units * int(values[key]) // before for key in more}, own: units}
 
+    def head_size(self, values: Mapping[str, Any]) -> int:
+        """Width of one head, from a config's values by their paths."""
+        queries = self.width_keys[0]
+        outer = queries.rpartition(".")[0]
+        prefix = f"{outer}." if outer else ""
+        hidden = next(values[prefix + key] for key in ("hidden_size", "n_embd", "d_model") if values.get(prefix + key))
+        return int(values.get(f"{prefix}head_dim") or hidden // values[queries])
+
     @property
     def kind(self) -> AxisKind:
         """What can be done with its units, whatever the family."""
@@ -153,6 +167,11 @@ class Axis:
     def output_slice(self) -> Slice:
         """The output projection."""
         return next(piece for piece in self.slices if piece.is_output)
+
+    @property
+    def output_bias(self) -> str:
+        """The name of the output projection's bias, which is there or not."""
+        return self.output_slice.bias
 
     def sized(self, query: int, head: int) -> Axis:
         """The axis with the number of rows that a unit owns in each tensor.

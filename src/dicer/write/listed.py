@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from torch import nn
-
 from dicer.errors import PlanError
+from dicer.model.families import Family
 from dicer.model.shapes import LayerShape
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily, memory_names
+from dicer.model.structure.find import memory_names
 from dicer.model.structure.probe import STEP, stepped
 from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values
-from dicer.model.structure.trace import trace
+from dicer.model.structure.trace import returned
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis
 
@@ -32,7 +32,7 @@ def listed_layers(
     """Number of a layer -> what is its own, by names in memory; None where more differs than the plan changes.
 
     Args:
-        source: the model that is cut; its family was found.
+        source: the model that is cut.
         skeleton: what the stock class makes of the config without the list.
         infos: the tensors that there will be, by their names on disk.
         shapes: what stays of each layer that stays.
@@ -41,20 +41,21 @@ def listed_layers(
     Raises:
         PlanError: a sub-layer goes whole that cannot be left out.
     """
-    family: Any = source.family
+    family = source.family
     layers: Listed = {f"{i:03d}": {} for i in range(len(kept))}
     _carry(source, layers, kept)
     for axis in family.axes.values():
         gone = [i for i, old in enumerate(kept) if family.counts[axis.name][old] and not shapes[i].units[axis.name]]
         for i in gone:
             biased = axis.name in shapes[i].output_bias
-            layers[f"{i:03d}"].setdefault("skip", {}).update(
-                _skipped(family, axis, source, skeleton, kept[i], i, biased)
-            )
+            layers[f"{i:03d}"].setdefault("skip", {}).update(_skipped(axis, source, skeleton, kept[i], i, biased))
     if not _list_shapes(family, skeleton, infos, layers):
         return None
+    _list_idle(source, skeleton, infos, layers, kept)
     for axis in family.axes.values():
-        if axis.width_keys[-1]:
+        if axis.fixed:
+            _list_fixed(family, axis, skeleton, shapes, layers)
+        elif axis.width_keys[-1]:
             _list_counts(family, axis, skeleton, shapes, layers)
     return {number: own for number, own in layers.items() if own}
 
@@ -63,11 +64,11 @@ def _carry(source: ModelSource, layers: Listed, kept: Sequence[int]) -> None:
     """What was skipped before stays so."""
     before = (source.raw_config.get("pruned") or {}).get("own", {})
     for i, old in enumerate(kept):
-        if skip := before.get(f"{old:03d}", {}).get("skip"):
-            layers[f"{i:03d}"]["skip"] = dict(skip)
+        said = before.get(f"{old:03d}", {})
+        layers[f"{i:03d}"].update({key: copy.copy(said[key]) for key in ("skip", "idle") if key in said})
 
 
-def _list_shapes(family: FoundFamily, skeleton: Skeleton, infos: Mapping[str, TensorInfo], layers: Listed) -> bool:
+def _list_shapes(family: Family, skeleton: Skeleton, infos: Mapping[str, TensorInfo], layers: Listed) -> bool:
     """Note parameters of other shapes; False where one differs that no unit runs through."""
     memory, state = memory_names(skeleton.model), skeleton.model.state_dict()
     cut = {piece.name for axis in family.axes.values() for piece in axis.slices}
@@ -93,6 +94,21 @@ def _list_shapes(family: FoundFamily, skeleton: Skeleton, infos: Mapping[str, Te
     return True
 
 
+def _list_idle(
+    source: ModelSource, skeleton: Skeleton, infos: Mapping[str, TensorInfo], layers: Listed, kept: Sequence[int]
+) -> None:
+    """Note the norms that go with a sub-layer."""
+    family, memory, before = source.family, memory_names(skeleton.model), source.tensors.infos()
+    for name in skeleton.shapes:
+        place = family.locate(name)
+        if place is None or name in infos or family.renumbered(name, kept[place[0]]) not in before:
+            continue
+        own = layers[f"{place[0]:03d}"]
+        inner = memory(name).removeprefix(f"{family.where.module}.{place[0]}.").rpartition(".")[0]
+        if "skip" in own and not any(f"{inner}.".startswith(f"{module}.") for module in own["skip"]):
+            own["idle"] = sorted({*own.get("idle", ()), inner})
+
+
 def _in_memory(built: Shape, wanted: Shape, memory: Shape) -> Shape:
     """The shape in memory of a tensor that has another one on disk, where it may be one of several side by side."""
     if len(built) == len(memory):
@@ -102,9 +118,7 @@ def _in_memory(built: Shape, wanted: Shape, memory: Shape) -> Shape:
     return (memory[0], *inner)
 
 
-def _list_counts(
-    family: FoundFamily, axis: Axis, skeleton: Skeleton, shapes: Sequence[LayerShape], layers: Listed
-) -> None:
+def _list_counts(family: Family, axis: Axis, skeleton: Skeleton, shapes: Sequence[LayerShape], layers: Listed) -> None:
     """Note numbers that modules keep beside their weights: heads, widths by which they split."""
     values = flat_values(skeleton.config)
     if axis.size_key is not None:
@@ -112,9 +126,11 @@ def _list_counts(
             return
         wanted = {i: Fraction(shape.units[axis.name]) for i, shape in enumerate(shapes) if shape.units[axis.name]}
         base = dict.fromkeys(wanted, Fraction(family.heads.count))
-        steps = [(family.heads.of(family.heads.count + more), more) for more in (1, 2, family.heads.count)]
+        steps = [(family.heads.tried(family.heads.count + more), more) for more in (1, 2, family.heads.count)]
     else:
         key = axis.width_keys[-1]
+        if values[key] is None:  # GPT-2's, of a width that is not cut
+            return
         wanted = {
             i: Fraction(shape.units[axis.name]) / family.factors[axis.name]
             for i, shape in enumerate(shapes)
@@ -136,8 +152,20 @@ def _list_counts(
             _list_configs(family, axis, skeleton, layers[f"{i:03d}"], i, int(wanted[i]))
 
 
+def _list_fixed(family: Family, axis: Axis, skeleton: Skeleton, shapes: Sequence[LayerShape], layers: Listed) -> None:
+    """Note the numbers of heads whose size the class takes from their number."""
+    place = axis.modules[-1]
+    for i, shape in enumerate(shapes):
+        if not (units := shape.units[axis.name]):
+            continue
+        module = skeleton.model.get_submodule(f"{family.where.module}.{i}.{place}")
+        wanted = {name: units * (axis.channels if of == "channels" else 1) for name, of in axis.fixed}
+        if any(getattr(module, name) != value for name, value in wanted.items()):
+            layers[f"{i:03d}"].setdefault("attributes", {}).setdefault(place, {}).update(wanted)
+
+
 def _rates(
-    family: FoundFamily, axis: Axis, skeleton: Skeleton, steps: Sequence[tuple[Mapping[str, Any], int]]
+    family: Family, axis: Axis, skeleton: Skeleton, steps: Sequence[tuple[Mapping[str, Any], int]]
 ) -> dict[tuple[int, str], tuple[Any, Any]]:
     """(layer, attribute's path inside it) -> its value and by how much it follows one more of the key."""
     before = dict(_numbers(family, axis, skeleton))
@@ -155,7 +183,7 @@ def _rates(
     return {}
 
 
-def _numbers(family: FoundFamily, axis: Axis, skeleton: Skeleton) -> Iterator[tuple[tuple[int, str], Any]]:
+def _numbers(family: Family, axis: Axis, skeleton: Skeleton) -> Iterator[tuple[tuple[int, str], Any]]:
     modules = dict(skeleton.model.named_modules())
     count = len(modules[family.where.module])
     for i in range(count):
@@ -191,9 +219,7 @@ def _moved(name: str, before: Any, rate: Any, by: Fraction) -> Any:
     return int(value)
 
 
-def _list_configs(
-    family: FoundFamily, axis: Axis, skeleton: Skeleton, own: dict[str, Any], layer: int, groups: int
-) -> None:
+def _list_configs(family: Family, axis: Axis, skeleton: Skeleton, own: dict[str, Any], layer: int, groups: int) -> None:
     """Note what modules of attention must find in their config, where they have one: some read it as they run."""
     assert family.heads is not None
     counts = {path.rpartition(".")[2]: n for path, n in family.heads.of(groups).items() if path != family.heads.size}
@@ -204,43 +230,29 @@ def _list_configs(
             own.setdefault("config", {})[place] = counts
 
 
-def _skipped(
-    family: FoundFamily, axis: Axis, source: ModelSource, skeleton: Skeleton, old: int, new: int, biased: bool
-) -> dict[str, Any]:
+def _skipped(axis: Axis, source: ModelSource, skeleton: Skeleton, old: int, new: int, biased: bool) -> dict[str, Any]:
     """What stands for a sub-layer that goes whole.
 
     Raises:
         PlanError: it is not one module whose output joins the residual stream.
     """
-    module = axis.modules[-1]
+    family, module = source.family, axis.modules[-1]
     known = {piece.name for piece in axis.slices}
     inside = [place[1] for n in source.tensors.infos() if (place := family.locate(n)) and place[0] == old]
     infos = source.tensors.infos()
     others = [n for n in inside if n.startswith(f"{module}.") and n not in known and axis.size_key is None]
     others = [n for n in others if len(infos[family.tensor_name(old, n)].shape) > 1]  # a router, or experts
-    if len(axis.modules) > 1 or not module or others:
+    *before, _ = axis.modules
+    maps = {piece.name.removesuffix(".weight") for piece in axis.required}
+    if not {*before} <= maps or not module or others:
         more = f"'{others[0]}' is in it, too" if others else f"it is several modules ({', '.join(axis.modules)})"
         raise PlanError(f"{axis.name} of layer {old} cannot go whole: {more}. Leave some units, or remove the block.")
     size = skeleton.shapes[family.tensor_name(new, axis.output_slice.name)][1 - axis.output_slice.dim]
-    return {
-        module: {"size": size, "returns": _returns(skeleton, f"{family.where.module}.{new}.{module}"), "bias": biased}
-    }
-
-
-def _returns(skeleton: Skeleton, path: str) -> int:
-    """How many values a module returns, seen from the first of its class that runs; one joins the residual stream."""
-    seen: list[int] = []
-    kind = type(skeleton.model.get_submodule(path))
-
-    def note(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(len(output) if isinstance(output, tuple | list) else 1)
-
-    hooks = [part.register_forward_hook(note) for part in skeleton.model.modules() if type(part) is kind]
-    try:
-        trace(skeleton)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not seen:
-        raise PlanError(f"'{path}' cannot go whole: what it returns cannot be seen without weights. Leave some units.")
-    return seen[0]
+    returns = returned(skeleton, f"{family.where.module}.{new}.{module}")
+    if returns is None:
+        raise PlanError(
+            f"{axis.name} of layer {old} cannot go whole: what '{module}' returns cannot be seen without weights. "
+            "Leave some units."
+        )
+    # Of maps that the layer itself holds the last one's output joins the stream; what goes into it does not matter.
+    return {**{name: {} for name in before}, module: {"size": size, "returns": max(returns, 1), "bias": biased}}

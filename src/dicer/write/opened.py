@@ -15,7 +15,6 @@ from torch import Tensor
 from dicer.errors import ModelError, OutputError
 from dicer.model.find import as_model_error
 from dicer.model.source import ModelSource, open_model
-from dicer.model.structure.find import FoundFamily
 from dicer.model.structure.skeleton import Skeleton, as_values
 from dicer.model.tensors import TensorInfo
 from dicer.write.surgery import Cut
@@ -99,16 +98,12 @@ def check_folder(folder: Path) -> ModelSource:
 
 
 def _class_of(source: ModelSource) -> Any:
-    """The class that loads an opened folder: by its name where its family was found, else as the auto class has it."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
+    """The class that loads an opened folder."""
     from dicer.write.export import modeling_pruned
 
-    if source.is_stock_found:
+    if source.is_stock:
         return source.family.stock_class
-    if isinstance(source.family, FoundFamily):
-        return getattr(modeling_pruned, source.raw_config["architectures"][0])
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
+    return getattr(modeling_pruned, source.raw_config["architectures"][0])
 
 
 def check_written(folder: Path, out: Path, original: ModelSource) -> ModelSource:
@@ -154,11 +149,10 @@ def _run(model: Any, source: ModelSource, what: str) -> None:
     if error is None:
         return
     with as_model_error(source.name, what):
-        if isinstance(source.family, FoundFamily):
-            with torch.device("meta"):
-                dense = source.family.stock_class._from_config(copy.deepcopy(source.config), dtype=model.dtype)
-            if _fault(dense) is not None:
-                return
+        with torch.device("meta"):
+            dense = source.family.stock_class._from_config(copy.deepcopy(source.config), dtype=model.dtype)
+        if _fault(dense) is not None:
+            return
         raise error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from dicer.decide.plan import PrunePlan
@@ -67,17 +67,6 @@ class Proof:
                 f"layers of this model cannot differ in width along {self.axis}: {self.differing}. Use "
                 "--allocate uniform on all layers, or another --axis."
             )
-
-
-def proven(plan: PrunePlan, proofs: Sequence[Proof]) -> PrunePlan:
-    """The same plan with its proofs in it.
-
-    Raises:
-        UnknownFamily: it holds what they do not speak of.
-    """
-    for proof in proofs:
-        proof.check_plan(plan)
-    return replace(plan, proof=[proof.record() for proof in proofs]) if proofs else plan
 
 
 def check_proofs(source: ModelSource, proofs: Sequence[Proof]) -> None:

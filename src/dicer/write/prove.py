@@ -11,21 +11,22 @@ from torch import Tensor
 
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import DicerError
+from dicer.model.families import Family
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily
 from dicer.model.units import Axis
 from dicer.write.checkpoint import build_model
-from dicer.write.proof import Proof
+from dicer.write.proof import Proof, check_proofs
 from dicer.write.surgery import plan_cut
 from dicer.write.twin import Twin, masked_logits
 
+WHOLE = " whole"  # behind an axis: its sub-layers, of which nothing stays
 EXPERT_NEURONS = "mlp.experts"  # what the neurons inside all experts are called where they are proven together
 _SAME = 1e-4  # of the logits' standard deviation
 _APART = 20.0  # a cut must move the logits by this many times what separates it from the masked model
 
 
 def prove(source: ModelSource, axes: Collection[str]) -> list[Proof]:
-    """Prove axes of a family that was found; one with a row needs no proof.
+    """Prove axes of a family.
 
     (a) A model made anew from the twin's tensors is the twin. (b) A cut through the whole path - surgery, config, the
     class of transformers, its loading - is the twin with the removed units' tensors zero. (c) It is not the dense twin.
@@ -33,9 +34,9 @@ def prove(source: ModelSource, axes: Collection[str]) -> list[Proof]:
 
     Args:
         source: the model.
-        axes: by their names; ``block`` for whole layers.
+        axes: by their names; ``block`` for whole layers, ``mlp whole`` for sub-layers of which nothing stays.
     """
-    if not isinstance(source.family, FoundFamily):
+    if not axes:
         return []
     try:
         twin = Twin(source)
@@ -47,12 +48,44 @@ def prove(source: ModelSource, axes: Collection[str]) -> list[Proof]:
         why = f"a twin of it, saved and loaded uncut, is another model (logits off by {reload:.2g})"
         return [Proof(axis, why_not=why) for axis in axes]
     return [
-        _blocks(source) if name == "block" else _axis(twin, source.family, name, members)
+        _blocks(source)
+        if name == "block"
+        else _whole(twin, name)
+        if name.endswith(WHOLE)
+        else _axis(twin, source.family, name, members)
         for name, members in _together(source.family, axes).items()
     ]
 
 
-def _together(family: FoundFamily, axes: Collection[str]) -> dict[str, list[str]]:
+def proofs_for(source: ModelSource, plan: PrunePlan, proofs: Sequence[Proof]) -> list[Proof]:
+    """Proofs of all that a plan does: also that layers and sub-layers can go whole, where nothing of them stays.
+
+    Args:
+        source: the model.
+        plan: what stays.
+        proofs: what was proven already.
+
+    Raises:
+        UnknownFamily: something cannot be proven.
+    """
+    needed = {f"{axis}{WHOLE}" for axis, layers in plan.axes.items() if any(not len(i.keep) for i in layers.values())}
+    needed |= {"block"} if plan.blocks else set()
+    check_proofs(source, more := prove(source, sorted(needed - {proof.axis for proof in proofs})))
+    for proof in (found := [*proofs, *more]):
+        proof.check_plan(plan)
+    return found
+
+
+def proven(source: ModelSource, plan: PrunePlan, proofs: Sequence[Proof]) -> PrunePlan:
+    """The same plan with its proofs in it.
+
+    Raises:
+        UnknownFamily: it holds what cannot be proven.
+    """
+    return replace(plan, proof=[proof.record() for proof in proofs_for(source, plan, proofs)])
+
+
+def _together(family: Family, axes: Collection[str]) -> dict[str, list[str]]:
     """Axes by what is proven at once: the neurons of all experts are cut together, as one tensor holds them."""
     found: dict[str, list[str]] = {}
     for name in axes:
@@ -62,7 +95,7 @@ def _together(family: FoundFamily, axes: Collection[str]) -> dict[str, list[str]
     return found
 
 
-def _axis(twin: Twin, family: FoundFamily, name: str, members: Sequence[str]) -> Proof:
+def _axis(twin: Twin, family: Family, name: str, members: Sequence[str]) -> Proof:
     own = twin.family.axes
     members = [axis for axis in members if axis in own] if len(members) > 1 else members  # a twin has fewer experts
     if any(axis not in own or not _same_tensors(own[axis], family.axes[axis]) for axis in members) or not members:
@@ -152,6 +185,27 @@ def _step(twin: Twin, axis: str, units: int) -> int:
     share = twin.family.factors[axis]
     whole = max(1, share.numerator)
     return whole * 8 if units >= whole * 24 else whole if units > whole else 1
+
+
+def _whole(twin: Twin, name: str) -> Proof:
+    """A sub-layer goes whole, in each layer in turn: it adds nothing, as if its units and its bias were zero."""
+    axis = name.removesuffix(WHOLE)
+    found = []
+    for index, units in enumerate(twin.family.counts.get(axis, ())):
+        if not units:
+            continue
+        plan = PrunePlan({}, {}, {}, {}, {axis: {index: LayerPlan(units, torch.arange(0), torch.zeros(units))}})
+        try:
+            cut = twin.logits(build_model(plan_cut(twin.source, plan), torch.float32))
+        except DicerError as fault:
+            return Proof(name, why_not=str(fault))
+        except Exception as fault:
+            return Proof(name, why_not=f"what is cut cannot be built ({_line(fault)})")
+        error, moved = twin.apart(cut, masked_logits(twin, plan)), twin.apart(cut, twin.dense)
+        if not _agrees(error, moved):
+            return Proof(name, error, moved, why_not=_numbers(axis, twin.family.axes[axis].output, error, moved))
+        found.append(Proof(name, error, moved))
+    return max(found, key=lambda own: own.error, default=Proof(name, why_not="a small twin of it has none"))
 
 
 def _blocks(source: ModelSource) -> Proof:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dicer.errors import OutputError
@@ -17,8 +15,9 @@ from dicer.holds import MADE_BY_EXPORT as MADE_BY_EXPORT
 from dicer.holds import MARKER, check_held, taken
 from dicer.holds import check_output as check_output
 from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
+from dicer.write.tensor_file import Read, write_file
 
-SHARD_BYTES = 2 * 1024**3  # at most one shard of the output is in memory
+SHARD_BYTES = 2 * 1024**3  # of one file of the output
 _MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
 
 
@@ -64,35 +63,25 @@ class CheckpointSink:
             if isinstance(error, OSError):
                 raise error
 
-    def write_tensors(
-        self, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], progress: Callable[[int], None]
-    ) -> None:
-        """Write all weights, one shard in memory at a time.
+    def write_tensors(self, infos: Mapping[str, TensorInfo], read: Read, progress: Callable[[int], None]) -> None:
+        """Write all weights, one tensor in memory at a time.
 
         Args:
             infos: every tensor that will be written, in the order of writing; the shards are laid out from this.
-            read: makes one tensor.
+            read: makes one tensor, or its rows a few at a time.
             progress: called with the number of tensors done.
         """
         shards = list(_shards(infos, self._shard_bytes))
         names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
         done = 0
+
+        def counted(name: str) -> Tensor | Iterator[Tensor]:
+            nonlocal done
+            progress(done := done + 1)
+            return read(name)
+
         for file, members in zip(names, shards, strict=True):
-            tensors: dict[str, Tensor] = {}
-            for name in members:
-                tensor = read(name).detach().cpu().contiguous()
-                # safetensors refuses tensors that share memory, as in a model in memory with weights tied by hand.
-                storage = tensor.untyped_storage().data_ptr()
-                shared = any(storage == other.untyped_storage().data_ptr() for other in tensors.values())
-                tensors[name] = tensor.clone() if shared else tensor
-                progress(done := done + 1)
-            try:
-                save_file(tensors, self.folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # what safetensors makes of a full disk
-                raise OutputError(f"cannot write {self.out}: {error}.") from error
-            shutil.copymode(
-                self._place.folder / MARKER, self.folder / file
-            )  # safetensors makes files for the owner only
+            write_file(self.folder / file, {name: infos[name] for name in members}, counted)
         counts = {
             "total_parameters": sum(info.numel for info in infos.values()),
             "total_size": sum(info.nbytes for info in infos.values()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ from dicer.model.families import Family
 from dicer.model.shapes import LayerShape, layer_shapes
 from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
+from dicer.model.structure.idle import idle_tensors
 from dicer.model.tensors import TensorInfo
 from dicer.model.units import Axis, Slice
+from dicer.write.config import pruned_config, zero_biases
 from dicer.write.experts import ExpertCut, expert_cuts
-from dicer.write.forms import form_of
 
 Read = Callable[[], Tensor]
+_AT_ONCE = 128 * 1024**2  # bytes of a tensor that is only copied
 
 
 def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
@@ -85,25 +87,34 @@ class Cut:
         """One tensor of the result."""
         return self.made[name]() if name in self.made else self.source.tensors.read(self.origin[name])
 
+    def pieces(self, name: str) -> Tensor | Iterator[Tensor]:
+        """The same to be written: of a large tensor that is copied a few rows at a time, so that it is never mapped."""
+        info = self.infos[name]
+        if name in self.made or info.nbytes <= _AT_ONCE or info.shape[0] < 2:
+            return self.read(name)
+        rows = max(1, _AT_ONCE * info.shape[0] // info.nbytes)
+        read, origin = self.source.tensors.read_rows, self.origin[name]
+        return (read(origin, start, min(start + rows, info.shape[0])) for start in range(0, info.shape[0], rows))
+
     def sizes(self) -> tuple[Sizes, Sizes]:
         """What the model has and what it will have."""
         return count_sizes(self.source.family, self.before), count_sizes(self.source.family, self.infos)
 
 
-def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
-    """Lay out the surgery without reading a weight.
+def plan_cut(source: ModelSource, plan: PrunePlan, *, stock: bool = True) -> Cut:
+    """Lay out the surgery without reading a weight; ``stock``: to the stock class where that can be it.
 
     Raises:
         PlanError: the plan's layers or widths are not those of the model.
     """
     family, before = source.family, source.tensors.infos()
     shapes = layer_shapes(family, source.config)
-    axes = family.sized(source.config)
+    axes = family.axes
     _check(plan, shapes, axes)
     kept = [i for i in range(len(shapes)) if i not in plan.blocks]
     places = _places(family, before)
     after = [_shape_after(plan, i, shapes[i], _native_biases(axes, shapes[i], places, i)) for i in kept]
-    cut, form = Cut({}, {}, {}, {}, before, source), form_of(family)
+    cut = Cut({}, {}, {}, {}, before, source)
     number = {old: new for new, old in enumerate(kept)}
     of_experts = expert_cuts(axes, plan)
     for name, info in before.items():
@@ -114,7 +125,7 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             _of_experts(cut, own, name, number[place[0]])
         elif place[0] in number:
             _inside(cut, axes, plan, name, number[place[0]])
-    for name in form.idle_norms(source, cut.infos, after):
+    for name in _idle(cut, after, number):
         del cut.infos[name], cut.origin[name]
     for old, new in number.items():
         for axis in axes:
@@ -122,10 +133,11 @@ def plan_cut(source: ModelSource, plan: PrunePlan) -> Cut:
             if axis in after[new].output_bias and layer is not None and layer.means is not None:
                 weight = places[old, axes[axis].output_slice.name]
                 _output_bias(cut, axes[axis], layer, weight, new)
-    cut.config.update(form.config(source, cut.infos, after, kept))
+    cut.config.update(pruned_config(source, cut.infos, after, kept, stock=stock))
     if "auto_map" not in cut.config:
-        biased = [axes[axis] for axis in axes if any(axis in shape.output_bias for shape in after)]
-        _zero_biases(cut, biased, len(after))
+        for name, info in zero_biases(source, cut.infos, after).items():
+            cut.infos[name] = info
+            cut.made[name] = lambda info=info: torch.zeros(info.shape, dtype=info.dtype)  # type: ignore[misc]
     return cut
 
 
@@ -153,12 +165,8 @@ def _native_biases(
     axes: Mapping[str, Axis], shape: LayerShape, places: Mapping[tuple[int, str], str], layer: int
 ) -> set[str]:
     """The axes whose output projection has a bias from the stock class itself."""
-    found = {axis.name for axis in axes.values() if (layer, _bias_name(axis)) in places and shape.units[axis.name]}
+    found = {axis.name for axis in axes.values() if (layer, axis.output_bias) in places and shape.units[axis.name]}
     return found - shape.output_bias
-
-
-def _bias_name(axis: Axis) -> str:
-    return axis.output_slice.name.removesuffix("weight") + "bias"
 
 
 def _shape_after(plan: PrunePlan, index: int, shape: LayerShape, native: set[str]) -> LayerShape:
@@ -194,8 +202,20 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
         shape[piece.dim] = len(layer.keep) * sum(piece.blocks)
         cut.infos[target] = TensorInfo(tuple(shape), info.dtype)
         cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
-    elif inner == _bias_name(axis) and layer.means is not None:
+    elif inner == axis.output_bias and layer.means is not None:
         cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
+
+
+def _idle(cut: Cut, after: list[LayerShape], number: Mapping[int, int]) -> list[str]:
+    """What will be tensors of norms that nothing comes of."""
+    family, gone = cut.source.family, dict[int, dict[str, bool]]()
+    for old, new in number.items():
+        for axis, counts in family.counts.items():
+            if counts[old] and not after[new].units[axis]:
+                gone.setdefault(old, {})[axis] = axis in after[new].output_bias
+    inside = {name: origin for name, origin in cut.origin.items() if (p := family.locate(origin)) and p[0] in gone}
+    idle = {*idle_tensors(family, cut.source.config, [*inside.values()], gone)} if gone else set()
+    return [name for name, origin in inside.items() if origin in idle]
 
 
 def _of_experts(cut: Cut, own: ExpertCut, name: str, new: int) -> None:
@@ -225,7 +245,7 @@ def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan, weight_name: str, new: 
     bias_name = weight_name.removesuffix("weight") + "bias"
     name = source.family.renumbered(bias_name, new)
     if not len(layer.keep):
-        name = f"{name.removesuffix(_bias_name(axis))}{axis.modules[-1]}.bias"
+        name = f"{name.removesuffix(axis.output_bias)}{axis.modules[-1]}.bias"
     if name in cut.infos:
         return
     info = cut.before[weight_name]
@@ -242,17 +262,3 @@ def _output_bias(cut: Cut, axis: Axis, layer: LayerPlan, weight_name: str, new: 
 def _places(family: Family, names: Iterable[str]) -> dict[tuple[int, str], str]:
     """(layer, name inside it) -> name on disk, which older checkpoints write without the outermost prefix."""
     return {place: name for name in names if (place := family.locate(name))}
-
-
-def _zero_biases(cut: Cut, axes: list[Axis], layers: int) -> None:
-    """What a stock bias switch turns on besides the biases that are wanted: zeros."""
-    family = cut.source.family
-    places = _places(family, cut.infos)
-    for index in range(layers):
-        for axis in axes:
-            for weight in axis.required:
-                name = places[index, weight.name]
-                bias, info = name.removesuffix("weight") + "bias", cut.infos[name]
-                if bias not in cut.infos:
-                    cut.infos[bias] = TensorInfo((info.shape[0],), info.dtype)
-                    cut.made[bias] = lambda info=info: torch.zeros(info.shape[0], dtype=info.dtype)  # type: ignore[misc]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dicer.errors import ModelError
 from dicer.model.families import Family
 from dicer.model.source import ModelSource
 
 TARGETS = ("transformers", "vLLM", "llama.cpp", "torchao", "bitsandbytes")
+IN_VLLM = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt")  # seen to serve
 
 
 def why_not(target: str, source: ModelSource) -> str | None:
@@ -21,6 +20,8 @@ def why_not(target: str, source: ModelSource) -> str | None:
     kind, own_code = source.family.model_type, "auto_map" in source.raw_config
     if target == "vLLM" and kind == "gpt2" and own_code:
         return "it serves GPT-2 only with equal layers: 'dicer export --to stock' pads them"
+    if target == "vLLM" and kind not in (*IN_VLLM, "gpt2"):
+        return f"with a {kind} it has not been tried"
     if target == "torchao" and kind == "gpt2":
         return "it leaves GPT-2's Conv1D as it is"
     return None
@@ -57,17 +58,16 @@ def targets_line(source: ModelSource) -> str:
     return line + "".join(f"; not in {name}: {reason}" for name, reason in refused.items()) + "."
 
 
-def parallel_line(family: Family, config: Any, parts: int) -> str:
+def parallel_line(family: Family, parts: int) -> str:
     """Whether every layer's neurons and heads can be shared out evenly for tensor parallelism.
 
     Args:
         family: of the model.
-        config: its transformers config.
         parts: how many devices.
     """
     uneven = []
     for axis in family.axes:
-        layers = [i for i, units in enumerate(family.units(config, axis)) if units % parts]
+        layers = [i for i, units in enumerate(family.units(axis)) if units % parts]
         if layers:
             which = ", ".join(map(str, layers[:8])) + (" ..." if len(layers) > 8 else "")
             uneven.append(f"{'key-value heads' if axis == 'attention' else 'neurons'} of layers {which}")

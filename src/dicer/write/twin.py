@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dicer.decide.plan import LayerPlan, PrunePlan
+from dicer.model.families import Family
+from dicer.model.find import no_bars
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily, find_family
+from dicer.model.structure.find import find_family
 from dicer.model.structure.layers import Layers, kinds_of_layers, with_layers
 from dicer.model.structure.skeleton import Shape, build, changed, flat_values, on_disk, quiet, stock_config
 from dicer.model.tensors import MemorySource
@@ -40,8 +42,6 @@ class Twin:
 
     def __init__(self, source: ModelSource, each: int = 1) -> None:
         family = source.family
-        if not isinstance(family, FoundFamily):
-            raise TypeError("only a family that was found has to be proven")
         self.kind: Any = family.stock_class
         config, kept = _small(source, family, self.kind, each)
         torch.manual_seed(0)
@@ -59,7 +59,7 @@ class Twin:
 
     def loaded(self, tensors: Mapping[str, Tensor]) -> Any:
         """The stock class with other tensors, by their names on disk."""
-        with quiet():
+        with quiet(), no_bars():
             return self.kind.from_pretrained(
                 None, config=copy.deepcopy(self.source.config), state_dict=dict(tensors), dtype=torch.float32
             ).eval()
@@ -95,7 +95,7 @@ def masked_logits(twin: Twin, plan: PrunePlan) -> Tensor:
 class _WithoutExperts(TorchFunctionMode):
     """The router's logit of every expert that goes is minus infinity, and no correction brings it back."""
 
-    def __init__(self, model: Any, family: FoundFamily, axes: Mapping[str, Mapping[int, LayerPlan]]) -> None:
+    def __init__(self, model: Any, family: Family, axes: Mapping[str, Mapping[int, LayerPlan]]) -> None:
         super().__init__()
         self._gone: dict[int, Tensor] = {}
         for axis, layers in axes.items():
@@ -121,8 +121,11 @@ class _WithoutExperts(TorchFunctionMode):
 
 
 def masked(source: ModelSource, plan: PrunePlan) -> dict[str, Tensor]:
-    """The dense model's tensors in which the rows of all units that go are zero; whole experts stay as they are."""
-    axes = source.family.sized(source.config)
+    """The dense model's tensors in which the rows of all units that go are zero; whole experts stay as they are.
+
+    Of a sub-layer of which nothing stays the bias is zero, too.
+    """
+    axes = source.family.axes
     found = {}
     for name in source.tensors.infos():
         tensor, place = source.tensors.read(name), source.family.locate(name)
@@ -133,6 +136,8 @@ def masked(source: ModelSource, plan: PrunePlan) -> dict[str, Tensor]:
             for piece in axes[axis].slices:
                 if piece.name == place[1]:
                     tensor = tensor * _stays(tensor, piece, layer)
+            if place[1] == axes[axis].output_bias and not len(layer.keep):
+                tensor = torch.zeros_like(tensor)
         found[name] = tensor
     return found
 
@@ -151,7 +156,7 @@ def _stays(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
     return of_one
 
 
-def _small(source: ModelSource, family: FoundFamily, kind: Any, each: int) -> tuple[Any, list[int]]:
+def _small(source: ModelSource, family: Family, kind: Any, each: int) -> tuple[Any, list[int]]:
     """The config of a twin: layers of each kind, few tokens, narrow MLPs, few heads; the rest is the user's own."""
     config = family_config(source)
     layers = family.where
@@ -176,7 +181,7 @@ def _alike(shorter: Any, kind: Any, layers: Layers, keep: Sequence[int], shapes:
     return [set(tensors) for tensors in found] == [set(names[i]) for i in keep]
 
 
-def _several(config: Any, family: FoundFamily, shapes: Mapping[str, Any], each: int) -> list[int]:
+def _several(config: Any, family: Family, shapes: Mapping[str, Any], each: int) -> list[int]:
     first = kinds_of_layers(config, family.where, shapes)
     inside = family.where.inside(dict(shapes))
     keep = {*first}
@@ -202,7 +207,7 @@ def _if_it_builds(kind: Any, config: Any, make: Callable[[Any], Any]) -> Any:
     return other
 
 
-def _shrunk(config: Any, family: FoundFamily) -> list[dict[str, Any]]:
+def _shrunk(config: Any, family: Family) -> list[dict[str, Any]]:
     """Changes to a config, one after the other, that make a twin small; those that its class does not take are left."""
     values = flat_values(config)
     changes: list[dict[str, Any]] = []

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import LAYERS, tiny_model, tiny_tokens
+from tiny import LAYERS, family_of, tiny_model, tiny_tokens
 
 from dicer.measure.entropy import cache as entropy_cache
 from dicer.measure.entropy.cache import entropy_profile
 from dicer.measure.entropy.transfer import measure
 from dicer.measure.stores.resident import ResidentStore
-from dicer.model.families import family_of
 from dicer.model.source import from_memory
 
 
 def _store(model):
-    return ResidentStore(model, family_of(model.config.model_type))
+    return ResidentStore(model, family_of(model))
 
 
 def _measured(model, **choices):

@@ -7,13 +7,12 @@ from operator import attrgetter
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, LAYERS, tiny_model, tiny_tokens
+from tiny import FAMILIES, LAYERS, family_of, tiny_model, tiny_tokens
 
 from dicer.errors import CalibrationError, RecipeError
 from dicer.measure.entropy.profile import LISTS
 from dicer.measure.entropy.transfer import layer_forwards, measure
 from dicer.measure.stores.resident import ResidentStore
-from dicer.model.families import family_of
 
 ATTENTION = {"gpt2": "attn"}
 MLP = {"opt": "fc2"}
@@ -22,11 +21,11 @@ both_searches = pytest.mark.parametrize("search", ["independent", "greedy"])
 
 
 def _store(model):
-    return ResidentStore(model, family_of(model.config.model_type))
+    return ResidentStore(model, family_of(model))
 
 
 def _layers(model):
-    return attrgetter(family_of(model.config.model_type).layers)(model)
+    return attrgetter(family_of(model).layers)(model)
 
 
 def _hook(model, kind, index):
@@ -159,7 +158,7 @@ class _Counting(ResidentStore):
     """Counts calls of layers; those that only record what a layer is called with do not count."""
 
     def __init__(self, model):
-        super().__init__(model, family_of(model.config.model_type))
+        super().__init__(model, family_of(model))
         self.calls = 0
         for layer in self._layers:
             layer.register_forward_hook(self._called)

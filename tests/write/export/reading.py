@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceTrainer
 from tiny import save_tiny, tiny_tokenizer
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
 from dicer.write.export.llama_cpp import tokenizer
 
@@ -67,13 +67,14 @@ def know_tiny_tokenizer(patch: pytest.MonkeyPatch) -> None:
 
 
 def save_shaped(folder: Path, stock: Path, layers: dict[int, dict[str, Any]], **more: Any) -> Path:
-    """A checkpoint of dicer's with given layers, random; ``layers`` is its ``per_layer_config``."""
+    """A checkpoint of dicer's with given layers, random; ``layers`` said as dicer 0.1 did, in ``per_layer_config``."""
     config = AutoConfig.from_pretrained(stock).to_dict()
     kind = config.pop("model_type")
     config |= {"per_layer_config": {f"{i:03d}": own for i, own in layers.items()}, **more}
     config["allow_global_per_layer_attribute_access"] = True
     torch.manual_seed(1)
-    shaped = AutoConfig.for_model(f"pruned_{kind}", **{k: v for k, v in config.items() if k != "architectures"})
+    said = {key: value for key, value in config.items() if key != "architectures"} | {"model_type": f"pruned_{kind}"}
+    shaped = CONFIG_MAPPING[f"pruned_{kind}"].from_dict(said)
     model = AutoModelForCausalLM.from_config(shaped).eval()
     with torch.no_grad():
         for parameter in model.parameters():

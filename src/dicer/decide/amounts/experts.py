@@ -12,7 +12,6 @@ import torch
 from dicer.decide.amounts.prunable import TOLERANCE, Prunable
 from dicer.errors import RecipeError
 from dicer.model.source import ModelSource
-from dicer.model.structure.find import FoundFamily
 from dicer.model.units import Axis
 
 _KERNEL_BYTES = 16  # torch.grouped_mm wants the rows of each expert to begin at a multiple of it
@@ -27,8 +26,6 @@ def with_experts(sub_layers: Sequence[Prunable], source: ModelSource, *, by_defa
         by_default: widths of experts are multiples that kernels take; the user asked for no other.
     """
     family = source.family
-    if not isinstance(family, FoundFamily):
-        return tuple(sub_layers)
     keys = {key for axis in family.axes.values() if axis.routed for key in axis.width_keys}
     found = []
     for sub_layer in sub_layers:
@@ -56,7 +53,7 @@ def reason_against(source: ModelSource, axis: str) -> str:
     """Why a model has no units along an axis, where that is known."""
     family = source.family
     if axis == "experts" and axis not in family.axes:
-        why = family.refused.get(axis) if isinstance(family, FoundFamily) else None
+        why = family.refused.get(axis)
         return f": {why.rstrip('.')}" if why else ": the model has no experts"
     return ""
 

@@ -9,8 +9,9 @@ adds nothing (docs/what-to-prune.md).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +172,7 @@ def _greedy(run: _Run, lists: Sequence[str]) -> dict[SubLayer, Entry]:
     for pool in (["blocks"] if "blocks" in lists else [], [name for name in lists if name != "blocks"]):
         rest, picked = sub_layers(pool, run.store.depth), list[SubLayer]()
         while rest:
-            values = dict(_round(run, list(run.recording.hidden), picked, rest))
+            values = dict(_round(run, copy(run.recording.hidden), picked, rest))
             best = min(rest, key=lambda place: run.transfer(values[place]))  # of equal ones the first
             found[best] = Entry(best.layer, run.transfer(values[best]), values[best], len(picked))
             picked.append(best)
@@ -180,7 +181,7 @@ def _greedy(run: _Run, lists: Sequence[str]) -> dict[SubLayer, Entry]:
 
 
 def _round(
-    run: _Run, hidden: list[Tensor], picked: list[SubLayer], candidates: list[SubLayer]
+    run: _Run, hidden: MutableSequence[Tensor], picked: list[SubLayer], candidates: list[SubLayer]
 ) -> Iterator[tuple[SubLayer, float]]:
     """H without each candidate and without all that were picked; the first round measures the model itself, too.
 
@@ -213,9 +214,9 @@ def _digest(picked: Collection[SubLayer]) -> str:
     return hashlib.sha256(" ".join(sorted(place.key for place in picked)).encode()).hexdigest()[:16]
 
 
-def _final(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[SubLayer]) -> Moments:
+def _final(run: _Run, hidden: MutableSequence[Tensor], start: int, bypassed: Sequence[SubLayer]) -> Moments:
     """The final state's moments over all processes, from what goes into layer ``start``."""
-    moving = list(hidden)
+    moving = copy(hidden)
     _move(run, moving, range(start, run.store.depth), bypassed)
     norm = run.store.final_norm() if run.at == "norm" else nn.Identity()
     moments = run.empty
@@ -232,9 +233,9 @@ def _final(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[S
     return moments
 
 
-def _breaking(run: _Run, hidden: Sequence[Tensor], start: int, bypassed: Sequence[SubLayer]) -> str:
+def _breaking(run: _Run, hidden: MutableSequence[Tensor], start: int, bypassed: Sequence[SubLayer]) -> str:
     """Where values stop to be finite; run once more, since looking at each layer would slow down those that are."""
-    moving = list(hidden)
+    moving = copy(hidden)
     for index in range(start, run.store.depth):
         _move(run, moving, range(index, index + 1), bypassed)
         if not all(values.isfinite().all() for values in moving):
@@ -247,13 +248,13 @@ def _cost(layers: range, bypassed: Collection[SubLayer]) -> int:
     return sum(SubLayer(layer, "block") not in bypassed for layer in layers)
 
 
-def _move(run: _Run, hidden: list[Tensor], layers: range, bypassed: Collection[SubLayer]) -> None:
+def _move(run: _Run, hidden: MutableSequence[Tensor], layers: range, bypassed: Collection[SubLayer]) -> None:
     """Every batch through some layers without what is bypassed, in place; layer-major, as layers may come from disk."""
     for index in layers:
         if SubLayer(index, "block") in bypassed:
             continue
         axes = [axis for name, axis in run.store.axes(index).items() if SubLayer(index, name) in bypassed]
-        with run.store.layer(index) as layer, ExitStack() as stack:
+        with run.store.layer(index, then=index + 1 if index + 1 in layers else None) as layer, ExitStack() as stack:
             for axis in axes:
                 stack.enter_context(bypass(layer, axis))
             for number, values in enumerate(hidden):

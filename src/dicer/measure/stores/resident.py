@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
@@ -15,7 +15,6 @@ from dicer.measure.batches import counted_of
 from dicer.measure.experts import Experts
 from dicer.measure.stores.store import Arguments, Recording
 from dicer.model.families import Family
-from dicer.model.structure.find import FoundFamily
 from dicer.model.units import Axis, UnitWeights, unit_weights
 from dicer.processes import all_reduce, sum_of, world_size
 from dicer.progress import Progress
@@ -26,16 +25,26 @@ class ResidentStore:
 
     Args:
         model: a transformers model of a known family; left as it is, whatever is done with it meanwhile.
-        family: its row of the table.
+        family: its structure.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self._family = family
         self._model: Any = model
         self._layers: Sequence[nn.Module] = attrgetter(family.layers)(model)
-        self._axes = family.sized(model.config)
-        self._returned: int | None = None  # how many values a layer returns; 0 where it is no tuple
-        self._units = {name: family.units(model.config, name) for name in self._axes}
+        self._axes = family.axes
+        self._returned = family.returned
+        self._units = {name: family.units(name) for name in self._axes}
+
+    @property
+    def model(self) -> Any:
+        """The model; of one that is streamed only what is outside the layers is there."""
+        return self._model
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of weights that were read from disk for it."""
+        return sum(parameter.nbytes for parameter in self._model.parameters())
 
     @property
     def computes(self) -> dict[str, Any]:
@@ -51,8 +60,8 @@ class ResidentStore:
         """The axes that a layer has units of."""
         return {name: axis for name, axis in self._axes.items() if self._units[name][index]}
 
-    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """One decoder layer."""
+    def layer(self, index: int, then: int | None = None) -> AbstractContextManager[nn.Module]:  # noqa: ARG002
+        """One decoder layer; the next is there already."""
         return evaluating(self._layers[index])
 
     @property
@@ -73,7 +82,7 @@ class ResidentStore:
         Args:
             batches: int64 [B, T] each.
         """
-        recording = Recording()
+        recording, device = Recording(self._no_states()), next(self._model.get_input_embeddings().parameters()).device
         for batch in batches:
             calls: list[Arguments] = []
 
@@ -89,14 +98,16 @@ class ResidentStore:
                 return record
 
             with evaluating(self._model), replaced_forwards(self._layers, recorder):
-                self._model.base_model(input_ids=batch.to(self._model.device), use_cache=False)
+                self._model.base_model(input_ids=batch.to(device), use_cache=False)
             recording.arguments.setdefault((batch.shape[0], batch.shape[1]), calls)
         return recording
 
+    def _no_states(self) -> MutableSequence[Tensor]:
+        """Where hidden states will lie."""
+        return []
+
     def _as_returned(self, forward: Callable[..., Any], hidden: Tensor, args: Any, kwargs: Any) -> Any:
         """Hidden states in the form in which a layer hands them on: some return a tuple; one is run to see it."""
-        if not isinstance(self._family, FoundFamily):
-            return hidden
         if self._returned is None:
             returned = forward(hidden, *args, **kwargs)
             self._returned = len(returned) if isinstance(returned, tuple) else 0

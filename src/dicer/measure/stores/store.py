@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ class Recording:
             not on the tokens, so batches of one size share them; layers do not (sliding and full attention take turns).
     """
 
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: MutableSequence[Tensor] = field(default_factory=list)
     arguments: dict[tuple[int, int], list[Arguments]] = field(default_factory=dict)
 
     def arguments_of(self, hidden: Tensor) -> list[Arguments]:
@@ -50,8 +50,13 @@ class LayerStore(Protocol):
         """The axes that a layer has units of, by name."""
         ...
 
-    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """One decoder layer, ready to run inside the ``with`` block."""
+    def layer(self, index: int, then: int | None = None) -> AbstractContextManager[nn.Module]:
+        """One decoder layer, ready to run inside the ``with`` block.
+
+        Args:
+            index: which.
+            then: which will be asked for next, where all of it will be; it may be read meanwhile.
+        """
         ...
 
     def final_norm(self) -> nn.Module:

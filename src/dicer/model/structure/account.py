@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dicer.errors import ModelError
-from dicer.model.match import Matched, same_content, untied
-from dicer.model.odd import refuse_names
-from dicer.model.structure.find import memory_names
+from dicer.model.families import Family, Named
+from dicer.model.find import as_model_error
+from dicer.model.odd import named_code, refuse_names, why_missing
+from dicer.model.structure.find import find_family, memory_names
 from dicer.model.structure.layers import Layers, find_layers
-from dicer.model.structure.skeleton import Skeleton, build
+from dicer.model.structure.skeleton import Skeleton, build, stock_class, stock_config
 from dicer.model.tensors import SafetensorsSource, TensorInfo
 
 # Buffers that transformers once saved with all models, and scales of a quantized cache.
 _PASSED_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.[qkv]_scale$", r"\.attn\.(masked_)?bias$")
 _AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 _MTP = re.compile(r"(^|\.)mtp[._]")
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A config that fits the tensors.
+
+    Attributes:
+        config: the transformers config; embeddings and head are tied in it only where the files have them so.
+        raw_config: ``config.json``, with the same said in it.
+        ignored: tensors of the files that are no part of the model: tied copies, old buffers.
+        notes: what the user should know.
+    """
+
+    config: Any
+    raw_config: Mapping[str, Any]
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, tensors: SafetensorsSource) -> Matched:
@@ -38,12 +60,13 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
         ModelError: one line for the first thing that does not fit.
     """
     refuse_names(name, tensors.infos())
-    whole = build(config, kind)
-    layers = find_layers(whole, kind)
+    with as_model_error(name, "config"):
+        whole = build(config, kind)
+    layers = _layers(config, kind)
     tensors.rename(_own_names(whole, layers, tensors.infos()))
     found, whole = _tied(Matched(config, raw_config), whole, kind, tensors)
     infos = tensors.infos()
-    _check(name, whole, infos)
+    _check(name, whole, infos, lambda: find_family(stock_config(config), stock_class(kind)))
     left = [n for n in infos if n not in whole.shapes]
     ignored = whole.model._keys_to_ignore_on_load_unexpected or ()
     passed_over = re.compile("|".join([*_PASSED_OVER, *ignored]))
@@ -67,10 +90,52 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
             "does not load them, and they would not fit what is cut"
         )
         found = replace(found, raw_config=_no_more_ahead(found.raw_config))
-    if others := [n for n in left if n not in ahead and n not in old]:
+    others = [n for n in left if n not in ahead and n not in old]
+    if others and (code := named_code(raw_config, Named.of(stock_config(config), stock_class(kind)))):
+        raise ModelError(
+            f"{name} has code of its own ({code}, named by auto_map in config.json), and a {kind.__name__} of "
+            f"transformers does not read '{others[0]}' of its weights: it is another model, which dicer cannot prune."
+        )
+    if others:
         notes.append(f"{len(others)} tensors that transformers does not load are copied as they are ({others[0]} ...)")
     tensors.leave_out([*ahead, *old])
     return replace(found, ignored=tuple(old), notes=tuple(notes))
+
+
+def untied(found: Matched, head: str) -> Matched:
+    """The same with a head of its own."""
+    config = copy.deepcopy(found.config)
+    config.tie_word_embeddings = False
+    note = (
+        f"'{head}' differs from the embeddings though config.json says tie_word_embeddings: true; it is kept, and the "
+        "result says false"
+    )
+    return replace(
+        found, config=config, raw_config={**found.raw_config, "tie_word_embeddings": False}, notes=(*found.notes, note)
+    )
+
+
+def same_content(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same bits."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    if first.data_ptr() == second.data_ptr():
+        return True
+    bits = as_bits(first), as_bits(second)
+    if bits[0].dtype != bits[1].dtype:  # one of them begins in the middle of 8 bytes
+        return torch.equal(*(t.detach().view(_BITS[t.dtype.itemsize]) for t in (first, second)))
+    return torch.equal(*bits)
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """A flat view as integers, in which NaN is equal to itself; of 8 bytes each where they fit, which is faster."""
+    flat = tensor.detach().reshape(-1)
+    wide = 8 // flat.dtype.itemsize
+    fits = not flat.numel() % wide and not flat.storage_offset() % wide
+    return flat.view(torch.int64 if fits else _BITS[flat.dtype.itemsize])
 
 
 def _plain_layer(ahead: Collection[str], layers: Layers, whole: Skeleton) -> str | None:
@@ -139,19 +204,22 @@ def _tied(found: Matched, whole: Skeleton, kind: Any, tensors: SafetensorsSource
     return found, whole
 
 
-def _check(name: str, whole: Skeleton, infos: Mapping[str, TensorInfo]) -> None:
-    kind = type(whole.model).__name__
-    buffers = {n for n, _ in whole.model.named_buffers()}
-    optional = re.compile("|".join(whole.model._keys_to_ignore_on_load_missing or ["$^"]))
+def _layers(config: Any, kind: Any) -> Layers:
+    stock = stock_class(kind)
+    return find_layers(build(stock_config(config), stock), stock)
+
+
+def _check(name: str, whole: Skeleton, infos: Mapping[str, TensorInfo], family: Callable[[], Family]) -> None:
     for full, shape in whole.shapes.items():
         found = infos.get(full)
         if found is None:
-            if optional.search(full) or (full in buffers and not full.endswith("correction_bias")):
-                continue
-            raise ModelError(
-                f"{name}: tensor '{full}' of a {kind} is missing from the weights. Fetch the model again; if it is "
-                "whole, its config is of another model."
-            )
+            if _is_needed(whole, full):
+                missing = [n for n in whole.shapes if n not in infos and _is_needed(whole, n)]
+                own = family()
+                raise ModelError(
+                    f"{name}: tensor '{full}' is missing{why_missing(missing, infos, own, own.where.count)}"
+                )
+            continue
         if not found.dtype.is_floating_point:
             if full in whole.whole_numbers:
                 continue
@@ -164,6 +232,12 @@ def _check(name: str, whole: Skeleton, infos: Mapping[str, TensorInfo]) -> None:
                 f"{name}: config.json calls for {shape} in '{full}', and the file has {found.shape}. Config and "
                 "weights are from different models."
             )
+
+
+def _is_needed(whole: Skeleton, full: str) -> bool:
+    """Whether a class cannot do without a tensor; of buffers only those that correct a router are learned."""
+    optional = re.compile("|".join(whole.model._keys_to_ignore_on_load_missing or ["$^"]))
+    return not optional.search(full) and (not whole.is_buffer(full) or full.endswith("correction_bias"))
 
 
 def _no_more_ahead(raw_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -52,6 +53,7 @@ class AxisRow(_Table):
         slices: the tensors; the last one is the map out of the units.
         modules: what makes it up in memory; by default what holds the output's map.
         activation: the module whose inputs and outputs are the activation's.
+        fixed: of heads whose size the class takes from their number; see :class:`dicer.model.units.Axis`.
         refuse: why it cannot be pruned, where it cannot.
     """
 
@@ -61,6 +63,7 @@ class AxisRow(_Table):
     slices: tuple[SliceRow, ...] = ()
     modules: tuple[str, ...] = ()
     activation: str | None = None
+    fixed: dict[str, Literal["units", "channels"]] = {}
     refuse: str = ""
 
     @field_validator("factor")
@@ -77,7 +80,8 @@ class AxisRow(_Table):
         module = output.removesuffix(".weight")
         modules = self.modules or (module.rpartition(".")[0] or module,)
         heads = name.startswith("attention")
-        return Axis(name, (self.key,), slices, modules, self.activation, module, returns=2 if heads else 1)
+        axis = Axis(name, (self.key,), slices, modules, self.activation, module, returns=2 if heads else 1)
+        return replace(axis, fixed=tuple(self.fixed.items()), size_key="head_dim") if self.fixed else axis
 
 
 class FamilyRow(_Table):
@@ -189,6 +193,8 @@ def as_toml(
         lines.append(f"modules = {json.dumps(list(axis.modules))}")
         if axis.activation:
             lines.append(f"activation = {json.dumps(axis.activation)}")
+        if axis.fixed:
+            lines.append(f"fixed = {{ {', '.join(f'{key} = {json.dumps(of)}' for key, of in axis.fixed)} }}")
         lines += ["slices = [", *(f"  {_slice_row(piece)}," for piece in axis.slices), "]"]
     return "\n".join(lines) + "\n"
 

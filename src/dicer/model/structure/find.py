@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import cache, partial
 from types import MappingProxyType
@@ -12,79 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from dicer.model.families import Family
+from dicer.model.families import Family, Named
 from dicer.model.structure.experts import expert_axes, units_in
 from dicer.model.structure.family_file import FamilyRow, exception_for, read_family
-from dicer.model.structure.heads import HeadKeys, find_heads, is_output
+from dicer.model.structure.heads import HeadKeys, find_heads, head_keys, is_output
 from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
 from dicer.model.structure.probe import Change
-from dicer.model.structure.skeleton import Shape, Skeleton, build, flat_values, pruned_classes
-from dicer.model.structure.trace import Call, activation, final_norm, trace
+from dicer.model.structure.skeleton import Shape, Skeleton, build, changed, flat_values
+from dicer.model.structure.trace import Call, activation, final_norm, returned, trace
 from dicer.model.units import Axis, Slice
 
 _GATE = re.compile(r"gate|(^|\.)w1($|\.|_)|w_0$")
-
-
-@dataclass(frozen=True)
-class FoundFamily(Family):
-    """A family that was found in one model; its widths are those of the model's tensors.
-
-    Attributes:
-        where: the decoder layers.
-        counts: axis -> units in every layer, 0 where a layer has none.
-        factors: axis -> units for each one of its width key; 2 where the key holds half of the width, say.
-        heads: what the config says of heads; None where they were not found.
-        sets: axis -> what the config must say besides its width, path -> value.
-        refused: axis, or ``block`` -> why it cannot be pruned, known beforehand.
-        notes: what was not found, and why.
-    """
-
-    where: Layers = field(default_factory=lambda: Layers("", 0, "", ""))
-    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    factors: Mapping[str, Fraction] = field(default_factory=dict)
-    heads: HeadKeys | None = None
-    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def pruned_classes(self) -> dict[str, str]:
-        """Auto class -> class in ``modeling_pruned.py`` for a checkpoint whose widths differ."""
-        import transformers
-
-        known = pruned_classes(getattr(transformers, f"{self.stem}Config"))
-        own = f"Pruned{self.causal_lm}"
-        # Emu3's text part has a class, and no auto class knows it.
-        return (
-            known
-            if {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & {*known}
-            else {**known, "AutoModelForCausalLM": own}
-        )
-
-    def output_biases(self, config: Any) -> list[frozenset[str]]:
-        """Of every layer the axes that are gone but for a bias: other biases are among the tensors."""
-        said = (getattr(config, "pruned", None) or {}).get("own", {})
-        skips = [said.get(f"{i:03d}", {}).get("skip", {}) for i in range(self.where.count)]
-        return [
-            frozenset(name for name, axis in self.axes.items() if skip.get(axis.modules[-1], {}).get("bias"))
-            for skip in skips
-        ]
-
-    def tensor_name(self, layer: int, name: str) -> str:
-        """The full name, on disk, of a layer's tensor."""
-        return f"{self.where.disk}.{layer}.{name}"
-
-    def sized(self, config: Any) -> dict[str, Axis]:  # noqa: ARG002 - what a row reads it from
-        """The axes, whose slices hold how many rows a unit owns."""
-        return dict(self.axes)
-
-    def units(self, config: Any, axis: str) -> list[int]:  # noqa: ARG002
-        """Units of an axis in every layer: those of the tensors."""
-        return list(self.counts[axis])
-
-    def _match(self, tensor_name: str) -> re.Match[str] | None:
-        return re.fullmatch(rf"{re.escape(self.where.disk)}\.(\d+)\.(.+)", tensor_name)
 
 
 def find_family(
@@ -94,7 +33,7 @@ def find_family(
     *,
     file: str | None = None,
     where: Layers | None = None,
-) -> FoundFamily:
+) -> Family:
     """Find a family by building its class without weights, once for each key that may be a width.
 
     Args:
@@ -130,7 +69,12 @@ def find_family(
         row.check(inside, str(file or f"the built-in exception for {config.model_type}"))
         if file is not None:
             row.check_keys(flat_values(config), file)
-        rows |= {name: (own.axis(name), Fraction(own.factor)) for name, own in row.axes.items() if own.slices}
+        rows |= {
+            name: (_sized(own.axis(name), config), Fraction(own.factor)) for name, own in row.axes.items() if own.slices
+        }
+    rows = dict(sorted(rows.items(), key=lambda item: not item[0].startswith("attention")))  # as a layer runs them
+    options = _bias_options(some, kind, inner, [axis for axis, _ in rows.values()])
+    rows |= {name: (replace(rows[name][0], bias_option=key), rows[name][1]) for name, key in options.items()}
     stock, own_keys = layers.inside(whole.shapes), heads[0] if heads else None
     counts = {
         name: tuple(
@@ -144,22 +88,47 @@ def find_family(
         for name, part in whole.model.named_modules()
         if not re.search(r"vision|visual|audio", name) and part is not whole.model.get_input_embeddings()
     )
-    return FoundFamily(
-        model_type=config.model_type,
-        stem=type(config).__name__.removesuffix("Config"),
-        causal_lm=kind.__name__,
+    return Family(
+        **asdict(Named.of(config, kind)),
         layers=layers.module,
         final_norm=final_norm(some, calls, inner.module, inner.count) or "",
         axes=MappingProxyType({name: axis for name, (axis, _) in rows.items()}),
         learned_positions=learned,
-        layers_key=layers.key,
+        returned=returned(some, f"{inner.module}.0"),
         where=layers,
         counts=counts,
+        biases=tuple(
+            frozenset(n for n, (axis, _) in rows.items() if axis.output_bias in now and axis.output_bias not in before)
+            for now, before in zip(inside, stock, strict=True)
+        ),
         factors={name: share for name, (_, share) in rows.items()},
         heads=heads[0] if heads else None,
         sets={name: own.set for name, own in row.axes.items()} if row else {},
         refused=no_experts | (_refused(row) if row else {}),
     )
+
+
+def _sized(axis: Axis, config: Any) -> Axis:
+    """An axis of a file with as many rows for each head as the config says, where heads have no say of their own."""
+    keys = head_keys(config) if axis.fixed else None
+    return axis if keys is None else axis.sized(keys.per_group * keys.head, keys.head)
+
+
+def _bias_options(some: Skeleton, kind: Any, layers: Layers, axes: list[Axis]) -> dict[str, str]:
+    """Axis -> the switch that gives its output projection a bias, and other tensors nothing but its own maps'."""
+    found = {}
+    for key, value in flat_values(some.config).items():
+        if value is not False or "bias" not in key.rpartition(".")[2]:
+            continue
+        try:
+            other = build(changed(some.config, {key: True}), kind)
+        except Exception:  # whatever a class raises of a config that it does not take
+            continue
+        new = {place[1] if (place := layers.locate(n)) else n for n in other.shapes.keys() - some.shapes.keys()}
+        for axis in axes:
+            if axis.output_bias in new <= {piece.bias for piece in axis.required}:
+                found[axis.name] = key
+    return found
 
 
 def _refused(row: FamilyRow) -> dict[str, str]:

@@ -25,6 +25,7 @@ class HeadKeys:
         head: that size.
         count: how many groups there are.
         per_group: query heads of one group.
+        scaled: the config has rotary factors of its own.
     """
 
     queries: str
@@ -33,11 +34,18 @@ class HeadKeys:
     head: int
     count: int
     per_group: int
+    scaled: bool = False
 
     def of(self, groups: int) -> dict[str, int]:
         """What a config says of another number of groups."""
         said = {self.queries: groups * self.per_group, self.size: self.head}
         return said | ({self.groups: groups} if self.groups else {})
+
+    def tried(self, groups: int) -> dict[str, Any]:
+        """The same for a model that is only built: without rotary factors, which some want for hidden size / heads."""
+        outer = self.size.rpartition(".")[0]
+        rope = f"{outer}.rope_parameters" if outer else "rope_parameters"
+        return self.of(groups) | ({rope: None} if self.scaled else {})
 
 
 def head_keys(config: Any) -> HeadKeys | None:
@@ -58,7 +66,9 @@ def head_keys(config: Any) -> HeadKeys | None:
     head = values.get(f"{prefix}head_dim") or hidden // max(values[queries], 1)
     if not count or values[queries] % count or not head:
         return None
-    return HeadKeys(queries, groups, f"{prefix}head_dim", head, count, values[queries] // count)
+    rope = values.get(f"{prefix}rope_parameters") or {}
+    scaled = any(isinstance(value, list) for value in rope.values())
+    return HeadKeys(queries, groups, f"{prefix}head_dim", head, count, values[queries] // count, scaled)
 
 
 def find_heads(sample: Skeleton, kind: Any, layers: Layers) -> tuple[HeadKeys, dict[int, dict[str, Change]]] | None:
@@ -73,7 +83,7 @@ def find_heads(sample: Skeleton, kind: Any, layers: Layers) -> tuple[HeadKeys, d
     if keys is None:
         return None
     for more in (1, 2, keys.count):  # some classes ask for an even number, or for a multiple
-        found = followers(sample, kind, keys.of(keys.count + more), more)
+        found = followers(sample, kind, keys.tried(keys.count + more), more)
         placed = by_layer(layers, found) if found else None
         if placed and all(_fits(changes, layers.inside(sample.shapes)[i], keys) for i, changes in placed.items()):
             return keys, placed

@@ -15,6 +15,7 @@ from torch import nn
 from dicer.errors import UnknownFamily
 
 Shape = tuple[int, ...]
+_OWN_KEYS = ("pruned", "auto_map", "model_type", "architectures", "per_layer_config", "output_bias")
 # Auto class -> how the names of its classes end.
 _AUTO = {
     "AutoModel": "Model",
@@ -143,7 +144,7 @@ def stock_class(kind: Any) -> Any:
 
 def stock_config(config: Any) -> Any:
     """The config of transformers' own class: that of a model whose layers differ without the list of what differs."""
-    own, stock = ("pruned", "auto_map", "model_type", "architectures"), stock_config_class(config)
+    own, stock = _OWN_KEYS, stock_config_class(config)
     if type(config) is stock:
         return config
     return stock.from_dict({key: value for key, value in config.to_dict().items() if key not in own})

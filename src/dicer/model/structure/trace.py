@@ -40,14 +40,7 @@ def trace(sample: Skeleton) -> list[Call]:
 
         return hook
 
-    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    mask = torch.zeros(1, 1, 4, 4, device="meta")  # ready made: to make one, transformers looks at values
-    attempts: tuple[dict[str, Tensor], ...] = (
-        {"attention_mask": mask, "position_ids": ids},
-        {"attention_mask": mask},
-        {},
-    )
-    for more in attempts:
+    for more in inputs_without_values():
         calls.clear()
         with ExitStack() as stack:
             for name, module in sample.model.named_modules():
@@ -55,11 +48,38 @@ def trace(sample: Skeleton) -> list[Call]:
             stack.enter_context(quiet())
             stack.enter_context(torch.no_grad())
             try:
-                sample.model(input_ids=ids, use_cache=False, **more)
+                sample.model(use_cache=False, **more)
             except Exception:  # what looks at values cannot be followed further
                 continue
             return calls
     return calls
+
+
+def returned(sample: Skeleton, path: str) -> int | None:
+    """How many values a module returns, 0 where it is no tuple, seen from the first of its class that runs.
+
+    None where none can be seen to run without weights.
+    """
+    seen: list[int] = []
+    kind = type(sample.model.get_submodule(path))
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(len(output) if isinstance(output, tuple | list) else 0)
+
+    with ExitStack() as stack:
+        for part in sample.model.modules():
+            if type(part) is kind:
+                stack.callback(part.register_forward_hook(note).remove)
+        trace(sample)
+    return seen[0] if seen else None
+
+
+def inputs_without_values() -> list[dict[str, Tensor]]:
+    """Arguments of a call, on the meta device, in the order in which to try them."""
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, 4, 4, device="meta")  # ready made: to make one, transformers looks at values
+    more: list[dict[str, Tensor]] = [{"attention_mask": mask, "position_ids": ids}, {"attention_mask": mask}, {}]
+    return [{"input_ids": ids, **arguments} for arguments in more]
 
 
 def final_norm(sample: Skeleton, calls: list[Call], layers: str, count: int) -> str | None:

@@ -65,7 +65,7 @@ class Layers:
     def __init__(self, source: ModelSource) -> None:
         self.source = source
         self.shapes: list[LayerShape] = layer_shapes(source.family, source.config)
-        self.axes: Mapping[str, Axis] = source.family.sized(source.config)
+        self.axes: Mapping[str, Axis] = source.family.axes
         infos = source.tensors.infos()
         self._names = {place: name for name in infos if (place := source.family.locate(name))}
         for name in self.axes:

@@ -23,11 +23,24 @@ class PrunedConfigs(dict[str, Any]):
         from dicer.write.export import modeling_pruned
 
         self[kind] = config = getattr(modeling_pruned, f"Pruned{stock.__name__}")
+        _read_earlier(config)
         config.register_for_auto_class()  # so that save_pretrained takes the model file along
         for auto, name in pruned_classes(stock).items():
             if auto != "AutoConfig":
                 _register(auto, config, getattr(modeling_pruned, name))
         return config
+
+
+def _read_earlier(config: Any) -> None:
+    """Have a class read checkpoints of dicer 0.1 as those of today."""
+    from dicer.write.export.earlier import as_today, is_earlier
+
+    read = config.from_dict.__func__
+
+    def from_dict(cls: type[Any], /, values: dict[str, Any], **more: Any) -> Any:
+        return read(cls, as_today(values) if is_earlier(values) else values, **more)
+
+    config.from_dict = classmethod(from_dict)
 
 
 def _register(auto: str, config: Any, model: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,9 @@ def export_stock(
     check_output(out, overwrite=overwrite, inputs=[source.folder])
     layers = Layers(source)
     shape = _stock_shape(source, layers, pad)
-    config = pruned_config(source, [shape] * len(layers.shapes), range(len(layers.shapes)))
-    made = dict(_tensors(source, layers, shape, config))
+    padded = [layers.padded(i, shape.units) for i in range(len(layers.shapes))]
+    config = _config(source, padded, shape)
+    made = dict(_tensors(source, layers, padded, config))
     infos = {name: tensor.info for name, tensor in made.items()}
     nbytes = sum(info.nbytes for info in infos.values())
     check_space(out, nbytes)
@@ -102,12 +103,21 @@ def _stock_shape(source: ModelSource, layers: Layers, pad: int) -> LayerShape:
     raise ModelError(f"{source.name}: {source.family.causal_lm} can have none of the numbers of heads from {most} on.")
 
 
+def _config(source: ModelSource, padded: Sequence[Mapping[str, Made]], shape: LayerShape) -> dict[str, Any]:
+    """``config.json`` of the stock class with these layers."""
+    infos = {name: info for name, info in source.tensors.infos().items() if source.family.locate(name) is None}
+    infos |= {source.family.tensor_name(i, n): made.info for i, layer in enumerate(padded) for n, made in layer.items()}
+    config = pruned_config(source, infos, [shape] * len(padded), range(len(padded)))
+    if "auto_map" in config:
+        raise ModelError(f"{source.name}: {source.family.causal_lm} cannot have {shape.units} in every layer.")
+    return config
+
+
 def _tensors(
-    source: ModelSource, layers: Layers, shape: LayerShape, config: dict[str, Any]
+    source: ModelSource, layers: Layers, padded: Sequence[Mapping[str, Made]], config: dict[str, Any]
 ) -> Iterator[tuple[str, Made]]:
     """Everything that the stock class asks for, by the names that it has for it."""
     infos = source.tensors.infos()
-    padded = [layers.padded(i, shape.units) for i in range(len(layers.shapes))]
     dtype = next(iter(layers.names.values())).dtype
     for name, wanted in _asked(source, config):
         place = source.family.locate(name)

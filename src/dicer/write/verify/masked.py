@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def masked_model(source: ModelSource, plan: PrunePlan) -> Any:
         plan: what stays.
     """
     model: Any = source.load_model("float32")
-    axes, state = source.family.sized(source.config), dict(model.named_parameters())
+    axes, state = source.family.axes, dict(model.named_parameters())
     with torch.no_grad():
         for name in source.tensors.infos():
             place = source.family.locate(name)
@@ -47,7 +48,7 @@ def masked_model(source: ModelSource, plan: PrunePlan) -> Any:
     return model
 
 
-def _piece(axes: dict[str, Axis], plan: PrunePlan, index: int, inner: str) -> tuple[Slice, LayerPlan] | None:
+def _piece(axes: Mapping[str, Axis], plan: PrunePlan, index: int, inner: str) -> tuple[Slice, LayerPlan] | None:
     """Where the units of a cut sub-layer lie in one of its tensors."""
     for name, axis in axes.items():
         layer = plan.axes.get(name, {}).get(index)

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 from dicer.errors import ModelError
-from dicer.model.families import head_size
 from dicer.model.source import ModelSource
 from dicer.write.export.padding import Layers, added_parameters
 
@@ -133,7 +132,7 @@ def _laid_out(arch: Arch, source: ModelSource, layers: Layers, multiple: int) ->
         {"attention": max(h, 1), "mlp": -(-(n or EMPTY_NEURONS) // multiple) * multiple}
         for h, n in zip(heads, neurons, strict=True)
     ]
-    layout = Layout(arch, layers, units, [u["attention"] * group for u in units], head_size(values, queries))
+    layout = Layout(arch, layers, units, [u["attention"] * group for u in units], axis.head_size(values))
     if padding := added_parameters(layers, units):
         whole = sum(info.numel for info in source.tensors.infos().values())
         why = "" if arch.per_layer else f", since llama.cpp's {arch.name} has one width for all layers"

@@ -1,0 +1,260 @@
+"""What a run will take, foreseen: memory, reading, passes - and whether the model lies in memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from dicer.ask.compute import Compute
+from dicer.decide.task import Asked
+from dicer.errors import RecipeError
+from dicer.machine import free_memory, held_memory
+from dicer.measure.batches import BATCH_TOKENS
+from dicer.measure.entropy.transfer import layer_forwards
+from dicer.measure.statistics import gram_dtype
+from dicer.measure.stores.resident import ResidentStore
+from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
+from dicer.model.source import ModelSource
+
+_IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
+_READ_AROUND = 512 * 1024  # bytes that the system maps around a row of a table; 70 kB to 520 kB were seen
+_IN_FLOAT = 8  # bytes of a weight while a criterion squares it
+_SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
+_COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model's weights in the dtype to compute in.
+
+    Attributes:
+        layers: of each decoder layer.
+        outside: of what else is needed to run them: embeddings and the like.
+        head: of the rest.
+        copied: they are copied, and not views of mapped files.
+    """
+
+    layers: tuple[int, ...]
+    outside: int
+    head: int
+    copied: bool
+
+    @property
+    def whole(self) -> int:
+        """Of all of them."""
+        return sum(self.layers) + self.outside + self.head
+
+
+def weigh(source: ModelSource, compute: Compute, device: str = "cpu") -> Weights:
+    """What the parts of a model take; from the headers."""
+    size = None if compute.dtype == "auto" else getattr(torch, compute.dtype).itemsize
+    layers: dict[int, int] = {}
+    outside, head, copied = 0, 0, device != "cpu"
+    for name, info in source.tensors.infos().items():
+        nbytes = info.nbytes if size is None else info.numel * size
+        copied |= nbytes != info.nbytes
+        if place := source.family.locate(name):
+            layers[place[0]] = layers.get(place[0], 0) + nbytes
+        elif "head" in name or name.startswith("embed_out"):
+            head += nbytes
+        else:
+            outside += nbytes
+    return Weights(tuple(n for _, n in sorted(layers.items())), outside, head, copied)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will take.
+
+    Attributes:
+        streamed: the model is read layer by layer.
+        memory: bytes at the peak of the process, with the pages of mapped files that it uses at once.
+        read: bytes of weights, in all passes.
+        passes: how often tokens go through the model.
+        hidden: bytes of the hidden states.
+        on_disk: whether these lie in a file.
+        samples: in a forward pass, where the memory decides that; else None.
+        why: what decided that the model is read layer by layer.
+    """
+
+    streamed: bool
+    memory: int
+    read: int
+    passes: float
+    hidden: int
+    on_disk: bool = False
+    samples: int | None = None
+    why: str = ""
+
+    @property
+    def line(self) -> str:
+        """For people, without a full stop."""
+        how = f"read layer by layer from disk{self.why}" if self.streamed else "the whole model in memory"
+        passes = f" in {self.passes:,.3g} passes" if self.passes > 1 else ""
+        where = f", hidden states of {_gigabytes(self.hidden)} in a file" if self.on_disk else ""
+        size = f", {self.samples} samples at once" if self.samples else ""
+        return f"{how}: about {_gigabytes(self.memory)} of memory, {_gigabytes(self.read)} to read{passes}{where}{size}"
+
+
+def check_streams(task: Asked, *, whole: bool) -> None:
+    """Refuse, before anything is read, what cannot be done layer by layer.
+
+    Raises:
+        RecipeError: streaming is asked for and cannot be.
+    """
+    if task.source.live is not None and (task.compute.stream or task.compute.memory):
+        raise RecipeError("the model is in memory already, so stream and memory decide nothing: leave them out.")
+    if task.compute.stream and (whole or task.needs_gradient):
+        raise RecipeError(NO_GRADIENTS if task.needs_gradient else _NOT_WHOLE)
+
+
+def foresee(task: Asked, device: str, *, whole: bool = False) -> Cost:
+    """What a run will take, and how it is best done with the memory that there is.
+
+    Args:
+        task: with its text, where it looks at one.
+        device: to compute on.
+        whole: the model is also run from end to end, so it has to be in memory.
+
+    Raises:
+        RecipeError: what the run needs at least is more than ``--memory``.
+    """
+    weights, limit = weigh(task.source, task.compute, device), task.compute.memory_bytes
+    ways = [_resident(task, weights)]
+    if not (whole or task.needs_gradient or task.source.live is not None):
+        free = free_memory(torch.device(device))
+        layer_by_layer = _streamed(task, weights, free)
+        if task.compute.stream or not task.runs_model:
+            ways = layer_by_layer
+        elif limit is not None:
+            ways += layer_by_layer
+        elif free is not None and weights.whole > free:
+            why = f", as the model's {_gigabytes(weights.whole)} do not fit in {_gigabytes(free)}"
+            ways = [replace(layer_by_layer[0], why=why)]
+    if limit is None:  # without it batches stay as large as they are: the last bits hang on them
+        return ways[0]
+    return next((way for way in ways if way.memory <= limit), None) or _refuse(ways, limit)
+
+
+def _refuse(ways: Sequence[Cost], limit: int) -> NoReturn:
+    how = "one layer at a time" if any(way.streamed for way in ways) else "with the whole model in memory"
+    raise RecipeError(
+        f"--memory {_gigabytes(limit)} is less than this run needs: {how} it takes about "
+        f"{_gigabytes(min(way.memory for way in ways))}."
+    )
+
+
+def _resident(task: Asked, weights: Weights) -> Cost:
+    used = weights.whole  # all of it, as it is held against the files
+    if task.needs_gradient:
+        infos = task.source.tensors.infos()
+        used = weights.whole + 4 * sum(infos[n].numel for n in infos if task.source.family.locate(n))
+    memory = held_memory() + used + _at_work(task, None) + _hidden(task)
+    return Cost(False, memory, weights.whole, _passes(task, len(weights.layers)), _hidden(task))
+
+
+def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:
+    """What reading layer by layer takes: with the usual batches; a sample at a time; that, and states in files."""
+    last = max(task.layers, default=len(weights.layers) - 1)
+    layer, passes = max(weights.layers), _passes(task, len(weights.layers))
+    if not task.runs_model:
+        chosen = sum(weights.layers[index] for index in task.layers)
+        return [Cost(True, held_memory() + layer + _at_work(task, None), chosen, 0, 0)]
+    read = int(passes * sum(weights.layers[: last + 1])) + weights.outside
+    base, hidden = held_memory() + _outside(task, weights) + 2 * layer, _hidden(task)
+    usual = Cost(True, base + _at_work(task, None) + hidden, read, passes, hidden)
+    if free is not None and hidden > _IN_MEMORY * free:
+        usual = replace(usual, memory=usual.memory - hidden + hidden // 10, on_disk=True)
+    single = base + _at_work(task, 1)
+    low = replace(usual, memory=single + hidden, samples=1, on_disk=False)
+    least = replace(low, memory=single + hidden // 10, on_disk=True)
+    return [usual, low, least]
+
+
+def _outside(task: Asked, weights: Weights) -> int:
+    """Bytes of the embeddings that are held: where they are mapped, what the system maps around the tokens' rows."""
+    return weights.outside if weights.copied else min(weights.outside, _tokens(task) * _READ_AROUND)
+
+
+def _tokens(task: Asked) -> int:
+    return 0 if task.calibration is None else task.calibration.tokens.numel()
+
+
+def _hidden(task: Asked) -> int:
+    """Bytes of the hidden states of all samples, in as many sets as the method keeps."""
+    text = task.source.text_config
+    width = int(getattr(text, "hidden_size", None) or getattr(text, "n_embd", None) or 0)
+    sets = _COPIES if task.recipe.target == "dense" or task.method.allocate == "transfer-entropy" else 1
+    return _tokens(task) * width * _itemsize(task) * sets
+
+
+def _itemsize(task: Asked) -> int:
+    if task.compute.dtype != "auto":
+        return int(getattr(torch, task.compute.dtype).itemsize)
+    return max(info.dtype.itemsize for info in task.source.tensors.infos().values() if info.dtype.is_floating_point)
+
+
+def _at_work(task: Asked, samples: int | None) -> int:
+    """Bytes of what one layer makes of one batch, and of its sums."""
+    axes = task.source.family.axes
+    units = {name: max(task.source.family.units(name)) for name in axes}
+    inputs = {name: units[name] * axis.channels for name, axis in axes.items()}
+    sums = 0
+    for need in task.walked_needs if task.method.walks_alone else task.needs:
+        size = gram_dtype(inputs[need.axis], torch.device("cpu")).itemsize
+        side = inputs[need.axis] if need.kind == "channel_gram" else units[need.axis]
+        sums = max(sums, _SOLVED * side**2 * (size if "channel" in need.kind else 4) if "gram" in need.kind else 0)
+    if task.calibration is None:
+        locate, infos = task.source.family.locate, task.source.tensors.infos()
+        return sums + _IN_FLOAT * max((info.numel for name, info in infos.items() if locate(name)), default=0)
+    length = task.calibration.tokens.shape[1]
+    rows = samples or task.compute.batch_size or max(1, BATCH_TOKENS // length)
+    tokens = min(rows * length, _tokens(task))
+    return sums + tokens * max(inputs.values(), default=1) * (4 * _itemsize(task) + 8)
+
+
+def _passes(task: Asked, layers: int) -> float:
+    """How often all layers are run."""
+    if not task.runs_model:
+        return 0
+    passes = 1.0 if task.needs or task.method.walks_alone else 0.0
+    if task.method.allocate == "transfer-entropy" and task.recipe.entropy_profile is None:
+        lists = ["blocks"] if task.method.axis == "block" else ["attention", "mlp"]
+        passes += layer_forwards(layers, lists, task.recipe.entropy_search) / layers
+    return passes + (task.method.allocate == "cosine")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+
+
+_NOT_WHOLE = (
+    "--stream reads layers one at a time, and --perplexity and --fidelity run the whole model: leave them out, and "
+    "measure afterwards with dicer eval."
+)
+
+
+def open_store(task: Asked, cost: Cost, device: str, folder: Path | None = None) -> ResidentStore:
+    """The layers of a task's model, as its cost says.
+
+    Args:
+        task: of a model in a folder.
+        cost: from :func:`foresee`.
+        device: to compute on.
+        folder: where hidden states are written, if they are.
+    """
+    source, dtype = task.source, task.compute.dtype
+    if cost.streamed:
+        return StreamedStore(source, dtype, device, folder if cost.on_disk else None)
+    return ResidentStore(source.load_model(dtype, device), source.family)
+
+
+def as_foreseen(task: Any, cost: Cost) -> Any:
+    """A task with as many samples in a forward pass as its cost says."""
+    if cost.samples is None:
+        return task
+    return replace(task, compute=task.compute.model_copy(update={"batch_size": cost.samples}))

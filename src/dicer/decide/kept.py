@@ -1,0 +1,193 @@
+"""What a walk has given up to now, and on disk what it goes on from when it was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dicer.ask.portable import portable
+from dicer.decide.choose import Scores
+from dicer.decide.layer_plan import MERGE, LayerPlan, Merge
+from dicer.decide.task import Asked
+from dicer.errors import RecipeError
+from dicer.files import as_output_error, folder_beside, write_whole
+from dicer.measure.statistics import Sums
+from dicer.model.units import SubLayer
+from dicer.processes import several
+
+_KEY, _STATES = "run.json", "hidden.safetensors"
+
+
+@dataclass
+class Seen:
+    """What one walk gave one task: plans, or where it is not decided yet the scores; tokens that experts saw."""
+
+    plans: dict[SubLayer, LayerPlan] = field(default_factory=dict)
+    tokens: dict[SubLayer, list[int]] = field(default_factory=dict)
+    scores: dict[SubLayer, Scores] = field(default_factory=dict)
+
+
+class Kept:
+    """A folder with what each layer gave, and the hidden states behind the last one that is finished.
+
+    A layer's results are written before the states behind it, and each file appears whole: so whatever moment a run is
+    killed at, the folder holds all layers up to that of the states.
+
+    Args:
+        folder: made where there is none.
+        task: whose run it is.
+
+    Raises:
+        RecipeError: it is the folder of another run, or the run is of a kind that cannot go on.
+        OutputError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, task: Asked) -> None:
+        if several():
+            raise RecipeError("--resume keeps what one process gave, and there are several: leave it out.")
+        if task.needs_gradient or task.method.walks_alone:
+            raise RecipeError(
+                "--resume goes on behind the last finished layer, which cannot be done where "
+                + ("gradients come of one pass through all layers" if task.needs_gradient else _CUTS)
+                + ": leave it out."
+            )
+        self._folder, self._walks = folder, 0
+        own = _identity(task)
+        with as_output_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / _KEY).exists():
+                write_whole(folder / _KEY, json.dumps(own, indent=2, sort_keys=True))
+        _check_own(folder, own)
+
+    def walk(self, seen: Seen) -> KeptWalk:
+        """The next walk of the run: a run may have two. What is on disk of it goes into ``seen``."""
+        self._walks += 1
+        return KeptWalk(self._folder / f"walk-{self._walks}", seen)
+
+    def remove(self) -> None:
+        """Take the folder away, as the run has come to its end."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class KeptWalk:
+    """One walk of a run that may be killed (:class:`dicer.measure.walk.Along`)."""
+
+    def __init__(self, folder: Path, seen: Seen) -> None:
+        self._folder, self._seen = folder, seen
+        folder.mkdir(exist_ok=True)
+        self.start = self._finished() + 1
+        for index in range(self.start):
+            _restore(seen, index, self._read(f"layer-{index:05d}.safetensors"))
+
+    def states(self) -> Sequence[Tensor]:
+        """The hidden states that go into the first layer that is not finished."""
+        held = self._read(_STATES)
+        return [held[f"{number:06d}"] for number in range(len(held))]
+
+    def finished(self, index: int, hidden: Sequence[Tensor]) -> None:
+        """Keep what a layer gave, and the states behind it."""
+        self._write(f"layer-{index:05d}.safetensors", _of_layer(self._seen, index), index)
+        self._write(_STATES, {f"{number:06d}": states for number, states in enumerate(hidden)}, index)
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], index: int) -> None:
+        with as_output_error(self._folder), folder_beside(self._folder / name) as scratch:
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(plain, scratch / name, metadata={"layer": str(index)})
+            (scratch / name).replace(self._folder / name)
+
+    def _finished(self) -> int:
+        """The last layer whose states are there; -1 where none is."""
+        if not (self._folder / _STATES).exists():
+            return -1
+        try:
+            with safe_open(self._folder / _STATES, framework="pt") as file:
+                return int(file.metadata()["layer"])
+        except (OSError, ValueError, SafetensorError) as error:
+            raise self._broken(error) from None
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self._folder / name)
+        except (OSError, SafetensorError) as error:
+            raise self._broken(error) from None
+
+    def _broken(self, error: Exception) -> RecipeError:
+        return RecipeError(f"{self._folder.parent} cannot be gone on from ({error}): remove it, and begin anew.")
+
+
+_CUTS = "the cuts go along with the tokens"
+
+
+def _identity(task: Asked) -> dict[str, Any]:
+    """What must be the same for a run to go on: told apart by what a user calls it."""
+    text = task.calibration
+    tokens = b"" if text is None else text.tokens.numpy().tobytes()
+    mask = b"" if text is None or text.mask is None else text.mask.numpy().tobytes()
+    versions = {name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")}
+    said = {
+        "model": task.source.fingerprint,
+        "text": hashlib.sha256(tokens + mask).hexdigest(),
+        "recipe": {**portable(task.recipe, task.method, task.compute), "threads": torch.get_num_threads()},
+        "version": versions,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(said, default=str))
+    return plain
+
+
+def _check_own(folder: Path, own: Mapping[str, Any]) -> None:
+    try:
+        held = json.loads((folder / _KEY).read_text(encoding="utf-8"))
+        differs = [name for name in own if held[name] != own[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{folder} is no folder of a run that was stopped ({error}): move it away.") from None
+    if differs:
+        keys = own["recipe"].keys() | held["recipe"].keys() if differs == ["recipe"] else set()
+        other = sorted(key for key in keys if own["recipe"].get(key) != held["recipe"].get(key))
+        raise RecipeError(
+            f"{folder} is of a run with another {' and '.join(differs)}{f' ({other[0]})' if other else ''}, so this "
+            "one cannot go on from it: give the same command, or remove that folder."
+        )
+
+
+def _of_layer(seen: Seen, index: int) -> dict[str, Tensor]:
+    """What a layer gave, by names that say what it is."""
+    found: dict[str, Tensor] = {}
+    for place, layer in seen.plans.items():
+        if place.layer == index:
+            found |= {f"{place.axis}/plan/{name}": tensor.clone() for name, tensor in layer.tensors().items()}
+    for place, counts in seen.tokens.items():
+        if place.layer == index:
+            found[f"{place.axis}/tokens"] = torch.tensor(counts)
+    for place, scored in seen.scores.items():
+        if place.layer == index:
+            found[f"{place.axis}/values"] = scored.values.clone()
+            found |= {f"{place.axis}/sums/{name}": total for name, total in scored.sums.as_tensors().items()}
+    return found
+
+
+def _restore(seen: Seen, index: int, tensors: Mapping[str, Tensor]) -> None:
+    """Take in what :func:`_of_layer` gave."""
+    for axis in dict.fromkeys(name.partition("/")[0] for name in tensors):
+        place, own = SubLayer(index, axis), _below(tensors, f"{axis}/")
+        if plan := _below(own, "plan/"):
+            merge = Merge(*(plan[name] for name in MERGE)) if MERGE[0] in plan else None
+            seen.plans[place] = LayerPlan(len(plan["scores"]), plan["keep"], plan["scores"], merge, plan.get("means"))
+        if "tokens" in own:
+            seen.tokens[place] = own["tokens"].tolist()
+        if "values" in own:
+            seen.scores[place] = Scores(own["values"], Sums.from_tensors(_below(own, "sums/")))
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

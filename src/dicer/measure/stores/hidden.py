@@ -1,0 +1,74 @@
+"""Hidden states between two layers: in the computer's memory, or in files that go by themselves."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, MutableSequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+
+class HiddenStates(MutableSequence[Tensor]):
+    """Batches of hidden states that lie outside the device, and come to it one at a time.
+
+    A file is unlinked as soon as it is mapped, so its space is free again when the states are gone, or the process.
+
+    Args:
+        states: [B, T, d] each.
+        device: where they are asked for.
+        folder: where their files are made; None to keep them in memory.
+    """
+
+    def __init__(
+        self, states: Iterable[Tensor] = (), device: torch.device | str = "cpu", folder: Path | None = None
+    ) -> None:
+        self._device, self._folder = torch.device(device), folder
+        self._held: list[Tensor] = []
+        self.extend(states)
+
+    def __copy__(self) -> HiddenStates:
+        """The same states, of which each may be replaced without the other's; nothing is copied."""
+        made = HiddenStates((), self._device, self._folder)
+        made._held = list(self._held)
+        return made
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> HiddenStates: ...
+    def __getitem__(self, index: Any) -> Any:
+        """One batch, on the device."""
+        return self._held[index].to(self._device)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Put another batch in its place."""
+        self._held[index] = self._kept(value)
+
+    def __delitem__(self, index: Any) -> None:
+        """Forget a batch."""
+        del self._held[index]
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self._held)
+
+    def insert(self, index: int, value: Tensor) -> None:
+        """Put a batch in front of another."""
+        self._held.insert(index, self._kept(value))
+
+    def _kept(self, states: Tensor) -> Tensor:
+        if self._folder is None:
+            return states.cpu()
+        number, name = tempfile.mkstemp(".hidden", ".dicer-", self._folder)
+        os.close(number)
+        try:
+            mapped = torch.from_file(name, shared=True, size=states.numel(), dtype=states.dtype).view(states.shape)
+        finally:
+            with suppress(OSError):  # some systems keep the name of an open file
+                Path(name).unlink()
+        return mapped.copy_(states)
