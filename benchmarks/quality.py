@@ -74,7 +74,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "act-l2": {"criterion": "act-l2", **MOD},
     "rc-a": {"method": "rc-a"},
     "rc-a rolls": {"method": "rc-a", "rolls": 64},
-    # one step after the other; "first": whether the first token of a sample counts
+    # one step after the other
     "output-l2": {"criterion": "output-l2"},
     "output-l2 propagated": {"criterion": "output-l2", "propagate": "pruned"},
     "output-l2 solved": {"criterion": "output-l2", **SOLVED},
@@ -95,16 +95,24 @@ RECIPES: dict[str, dict[str, Any]] = {
     "obs solved cosine": {"criterion": "obs", **SOLVED, "allocate": "cosine"},
     "obs solved global": {"criterion": "obs", **SOLVED, "allocate": "global"},
     "obs solved cosine bias": {"criterion": "obs", **SOLVED, "allocate": "cosine", "compensate": "bias"},
-    "obs solved, not the first": {"criterion": "obs", **SOLVED, "first": False},
-    "obs solved 1e-1, not the first": {"criterion": "obs", **SOLVED, "ridge": 1e-1, "first": False},
+    "obs solved, not the first": {"criterion": "obs", **SOLVED, "skip_first": 1},
+    "obs solved 1e-1, not the first": {"criterion": "obs", **SOLVED, "ridge": 1e-1, "skip_first": 1},
     "obs solved 1e-1 cosine, not the first": {
         "criterion": "obs",
         **SOLVED,
         "ridge": 1e-1,
         "allocate": "cosine",
-        "first": False,
+        "skip_first": 1,
     },
-    "obs solved target dense, not the first": {"criterion": "obs", **SOLVED, "target": "dense", "first": False},
+    "obs solved target dense, not the first": {"criterion": "obs", **SOLVED, "target": "dense", "skip_first": 1},
+    "obs solved 1e-1 cosine target dense, not the first": {
+        "criterion": "obs",
+        **SOLVED,
+        "ridge": 1e-1,
+        "allocate": "cosine",
+        "target": "dense",
+        "skip_first": 1,
+    },
     "best": {"method": "best"},
 }
 NO_TEXT = ("weight-l2", "optipfair-static")
@@ -172,14 +180,12 @@ class Bench:
         ids = self._ids("\n\n".join(path.read_text(encoding="utf-8")[: self.windows * 12_000].split("\n")))
         return ids[: self.windows * 1024].reshape(self.windows, 1, 1024).to(self.device)
 
-    def rows(self, size: str, draw: int, *, first: bool, folder: Path) -> Path:
+    def rows(self, size: str, draw: int, folder: Path) -> Path:
         """Ready calibration rows: windows side by side, in another order for every draw."""
         samples, length = map(int, size.split("x"))
         windows = self.train[: len(self.train) // length * length].reshape(-1, length)
         chosen = np.random.default_rng(draw).permutation(len(windows))[:samples]
         rows = [{"input_ids": windows[i].tolist()} for i in chosen]
-        if not first:  # its activations are larger than all others together
-            rows = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in rows]
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
@@ -201,7 +207,7 @@ class Bench:
         """One recipe: its loss, and the seconds that deciding took."""
         asked = dict(RECIPES[name])
         with tempfile.TemporaryDirectory() as folder:
-            rows = self.rows(size, draw, first=asked.pop("first", True), folder=Path(folder))
+            rows = self.rows(size, draw, Path(folder))
             start = time.perf_counter()
             recipe = dicer.Recipe(calib=str(rows), layers=layers, ratio=ratio, seed=42 + draw, **asked)
             task = with_text(prepare(self.source, recipe, dicer.Compute(dtype="float32", device=self.device)))

@@ -104,8 +104,9 @@ def main() -> int:
     try:
         values = values_of(flags)
         from dicer.evaluate.quality import evaluate, load_all_tasks
+        from dicer.study.bench import Event
         from dicer.study.grid import make_experiment
-        from dicer.study.run import Event, run_experiment
+        from dicer.study.run import run_experiment
 
         if several():
             join(cpu=flags.device == "cpu")

@@ -25,6 +25,7 @@ _MORE = {  # what no preset has
     "act-l2, all, bias": {"criterion": "act-l2", "activation": "mod", "axis": "all", "compensate": "bias"},
     "sim-dominant, bias, multiple of 8": {"method": "sim-dominant", "compensate": "bias", "width_multiple": 8},
     "taylor, global": {"method": "taylor", "allocate": "global"},
+    "best, uniform": {"method": "best", "allocate": "uniform"},
     "blocks": {"axis": "block"},
 }
 

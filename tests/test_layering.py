@@ -118,7 +118,7 @@ def test_transformers_is_imported_where_it_is_used_and_not_before(module):
     at_once = {name.split(".")[0] for name in imports_of(top_level(MODULES[module]))}
     subclasses = {"write.export", "write.export.modeling_pruned", "write.export.registration"}
     assert ("transformers" in at_once) == (module in subclasses)
-    assert not {"datasets", "lm_eval", "accelerate"} & at_once
+    assert not {"datasets", "lm_eval", "accelerate", "ray"} & at_once
 
 
 def test_the_model_file_needs_only_transformers_and_torch():

@@ -42,7 +42,12 @@ RESOLVED = {
         *("let-llm", "output-l2", "mod", "none", None, "prune", None), *("all", "transfer-entropy", "decoder")
     ),
 }
-RESOLVED["best"] = Method("best", "obs", "mod", "none", None, "prune", None, repair="least-squares", propagate="pruned")
+RESOLVED["best"] = Method(
+    *("best", "obs", "mod", "none", None, "prune", None),
+    allocate="cosine",
+    repair="least-squares",
+    propagate="pruned",
+)
 XU = RESOLVED.keys() - {"let-llm", "best"}  # they say nothing of what is pruned how much
 
 
@@ -103,6 +108,8 @@ def test_presets_of_the_papers():
             },
             RESOLVED["let-llm"],
         ),
+        ({"method": "best", "allocate": "uniform"}, RESOLVED["best"]._replace(preset=None, allocate="uniform")),
+        ({"criterion": "obs", "repair": "least-squares", "allocate": "cosine"}, RESOLVED["best"]),
         # Whole blocks go by transfer entropy, and by no preset.
         ({"axis": "block"}, RESOLVED["rc-a"]._replace(preset=None, axis="block", allocate="transfer-entropy")),
     ],

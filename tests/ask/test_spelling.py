@@ -46,6 +46,7 @@ OTHER = {
     "calib_field": "body",
     "samples": 3,
     "seq_len": 17,
+    "skip_first": 6,
     "calib_seed": 8,
     "seed": 2**40,
     "batch_size": 2,

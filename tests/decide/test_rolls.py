@@ -15,9 +15,12 @@ from dicer.decide.amounts.prunable import Bounds, Prunable
 from dicer.decide.merging import Survivors
 from dicer.decide.rolls import best_roll
 from dicer.errors import RecipeError
+from dicer.measure.gram import joint
+from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.turning import turning
-from dicer.model.units import SubLayer
+from dicer.measure.walk import Visit
+from dicer.model.units import SubLayer, UnitWeights
 
 UNITS, CHANNELS, KEEP, WIDTH = 8, 2, 5, 7
 
@@ -32,6 +35,7 @@ def draws(count):
 def test_best_of_the_draws(ridge):
     """The error of each by brute force: of the columns as they are, or of numpy's least squares."""
     acts = np.random.default_rng(1).normal(size=(200, UNITS * CHANNELS)) @ np.diag(np.arange(1, UNITS * CHANNELS + 1))
+    acts = acts.astype(np.float32).astype(float)  # which is what the sums take in
     rows, kept = np.random.default_rng(2).normal(size=(UNITS * CHANNELS, WIDTH)), draws(20)
     errors = []
     for keep in kept:
@@ -39,10 +43,21 @@ def test_best_of_the_draws(ridge):
         own = rows[mine] if ridge is None else np.linalg.lstsq(acts[:, mine], acts @ rows, rcond=None)[0]
         errors.append(((acts @ rows - acts[:, mine] @ own) ** 2).sum())
     each = iter(kept)
-    gram = torch.from_numpy(acts.T @ acts)
-    found = best_roll(lambda: Survivors(next(each)), 20, gram, torch.from_numpy(rows), UNITS, ridge, "a test")
+    sums = Sums([Need("channel_gram", "mod")], CHANNELS)
+    sums.add("mod", torch.from_numpy(acts))
+    weights = UnitWeights(None, torch.empty(UNITS, 1), torch.from_numpy(rows).reshape(UNITS, -1).T)
+    visit = Visit(SubLayer(0, "attention"), weights, sums, None)
+    found = best_roll(lambda: Survivors(next(each)), 20, visit, ridge)
     assert torch.equal(found.keep, kept[int(np.argmin(errors))])
     assert len(set(errors)) == 20
+
+
+@pytest.mark.parametrize("inputs", [6, 300])
+def test_what_two_inputs_bring_together(inputs):
+    acts, rows = (np.random.default_rng(n).normal(size=shape) for n, shape in enumerate([(9, inputs), (inputs, 4)]))
+    found = joint(torch.from_numpy(acts.T @ acts), torch.from_numpy(rows)).double().numpy()
+    brought = np.stack([np.outer(acts[:, i], rows[i]).ravel() for i in range(inputs)])  # [N, T * d]
+    np.testing.assert_allclose(found, brought @ brought.T, rtol=0, atol=1e-5 * np.abs(found).max())
 
 
 def test_rolls_of_a_recipe(calib):

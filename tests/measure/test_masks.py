@@ -227,3 +227,42 @@ def test_longest_row_and_learned_positions(tmp_path):
     assert dicer.make_plan(model, dicer.Recipe(calib=str(rows))).calibration["seq_len"] == 100
     assert json.loads(rows.read_text())["input_ids"][0] == 0
     assert open_model(model).config.max_position_embeddings == 128
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_first_tokens_skipped(tmp_path, side):
+    """The same as rows whose labels leave them out, whatever else they leave out; documents and mixtures too."""
+    path = jsonl(tmp_path / "rows.jsonl", padded(ROWS, side, counted=COUNTED))
+    asked = load_calibration(Text(calib=str(path), skip_first=1), None)
+    counted = [[kept and i > 0 for i, kept in enumerate(row)] for row in COUNTED]
+    by_hand = shown(tmp_path, padded(ROWS, side, counted=counted))
+    assert asked.same_tokens(by_hand)
+    assert asked.provenance == {**by_hand.provenance, "skip_first": 1}
+    assert asked.notes[-1] == "the first token of each sample: seen by the others, counted in no sum"
+    several = load_calibration(Text(calib=f"{path},{path}", samples=2, skip_first=1), None)
+    assert torch.equal(several.mask, torch.cat([asked.mask, asked.mask]))
+
+
+def test_first_tokens_of_texts_skipped(tmp_path):
+    model = save_tiny(tmp_path / "model", "llama")
+    rows = jsonl(tmp_path / "rows.jsonl", [{"input_ids": row[:9]} for row in ROWS if len(row) > 9])
+    plans = [
+        dicer.prune(model, dicer.Recipe(method="act-l2", calib=str(rows), **more)).plan
+        for more in ({}, {"skip_first": 1})
+    ]
+    assert [plan.recipe.get("skip_first") for plan in plans] == [None, 1]
+    with torch.no_grad():
+        tokens = torch.tensor([row[:9] for row in ROWS if len(row) > 9])
+        seen, loaded = [], tiny_model("llama")
+        loaded.model.layers[0].mlp.act_fn.register_forward_hook(lambda *given: seen.append(given[-1].double()))
+        loaded(input_ids=tokens)
+    expected = seen[0][:, 1:].flatten(0, 1).square().sum(0).sqrt()
+    torch.testing.assert_close(plans[1].mlp[0].scores.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(plans[0].mlp[0].scores, plans[1].mlp[0].scores)
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_nothing_left_but_skipped(tmp_path, count):
+    path = jsonl(tmp_path / "rows.jsonl", [{"input_ids": row} for row in ROWS])
+    with pytest.raises(CalibrationError, match=f"--skip-first {count} leaves nothing to measure of samples"):
+        load_calibration(Text(calib=str(path), skip_first=count), None)

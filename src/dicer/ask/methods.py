@@ -67,7 +67,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "let-llm": Preset(
             "output-l2", "mod", "none", "prune", "", "Yang et al. 2025", "all", "transfer-entropy", "decoder"
         ),
-        "best": Preset("obs", "mod", "none", "prune", "", "", repair="least-squares"),
+        "best": Preset(
+            *("obs", "mod", "none", "prune", "", "least-squares repair, ratios by cosine: docs/results/quality"),
+            allocate="cosine",
+            repair="least-squares",
+        ),
     }
 )
 

@@ -31,7 +31,7 @@ from dicer.ask.text import TEXT_KEYS, Text, sources_of
 from dicer.errors import RecipeError, unknown
 
 # What recipes did not say before: said in files only where it is not what was then, so that what was is the same.
-_ADDED = {"repair": None, "ridge": "auto", "propagate": None, "target": "own", "rolls": 1}
+_ADDED = {"repair": None, "ridge": "auto", "propagate": None, "target": "own", "rolls": 1, "skip_first": 0}
 _FOR_REPAIR = {"samples": 32, "seq_len": 512}  # ten tokens for each of a small model's neurons, not less than one
 Settings = tuple[tuple[str, str | int | float | bool | None], ...]  # parameter of a part -> value
 
@@ -233,9 +233,9 @@ class Recipe(Strict):
 
     def flat(self) -> dict[str, Any]:
         """Every value by the name that users spell; ``stock``, and ``set`` as a table, where they say something."""
-        values = self.model_dump(exclude={"text", "set", *(() if self.stock else ("stock",))})
+        values = self.model_dump(exclude={"text", "set", *(() if self.stock else ("stock",))}) | self.text.flat()
         values = {name: value for name, value in values.items() if name not in _ADDED or value != _ADDED[name]}
-        return {**values, **self.text.flat(), **({"set": dict(self.set)} if self.set else {})}
+        return {**values, **({"set": dict(self.set)} if self.set else {})}
 
     @field_validator("set", mode="before")
     @classmethod
@@ -398,8 +398,8 @@ def _check_allocation(recipe: Recipe, method: Method) -> None:
         raise RecipeError(f"{method.allocate} says the ratios; leave --ratio out.")
     if recipe.stock and method.axes and method.allocate != "uniform":
         raise RecipeError(
-            f"--stock keeps the same number in every layer, and --allocate {method.allocate} does not. Leave one out; "
-            "'dicer export OUT --to stock' pads layers that differ."
+            f"--stock keeps the same number in every layer, and --allocate {method.allocate} does not: say --allocate "
+            "uniform; 'dicer export OUT --to stock' pads layers that differ."
         )
 
 

@@ -37,6 +37,12 @@ class Text(Strict):
     )
     samples: int = Field(default=10, ge=1, description="calibration samples")
     seq_len: int = Field(default=128, ge=2, description="tokens in a sample")
+    skip_first: int = Field(
+        default=0,
+        ge=0,
+        description="tokens at the start of each sample that the others see and no sum counts",
+        json_schema_extra=TEXT,
+    )
     seed: int = Field(
         default=42,
         ge=0,

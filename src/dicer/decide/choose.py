@@ -11,6 +11,7 @@ from torch import Tensor
 from dicer.ask.axes import kind_of
 from dicer.decide.layer_plan import LayerPlan
 from dicer.decide.merging import Survivors
+from dicer.decide.repair import few
 from dicer.decide.rolls import RIDGE, best_roll
 from dicer.decide.task import Asked, Decided
 from dicer.errors import RecipeError
@@ -28,15 +29,14 @@ class Scores(NamedTuple):
 
     values: Tensor
     sums: Sums
-    rows: Tensor | None = None  # the output projection by its inputs, [U * C, d], where it is read
+    visit: Visit | None = None  # where more is read of it than the sums
 
 
 def scores_of(task: Asked, visit: Visit) -> Scores:
     """What the criterion says of a sub-layer's units."""
     values = task.parts.criterion(visit.weights, _statistics(task, visit.place, "criterion", visit))
     rolls = task.recipe.rolls > 1 and isinstance(task, Decided)
-    inputs = visit.weights.units * visit.sums.channels
-    return Scores(values, visit.sums, visit.weights.down.T.reshape(inputs, -1) if rolls else None)
+    return Scores(values, visit.sums, visit if rolls else None)
 
 
 def _statistics(task: Asked, place: SubLayer, part: str, seen: Visit | Scores) -> LayerStatistics:
@@ -100,9 +100,8 @@ def _survivors_of_part(task: Decided, place: SubLayer, scored: Scores, keep: int
         labels = task.parts.grouping(scored.values, keep, groups)
         return task.parts.merge(scored.values, labels, keep, merged)
 
-    if scored.rows is None:
+    if scored.visit is None:
         return draw()
     ridge = task.recipe.ridge if task.recipe.ridge != "auto" else RIDGE
-    gram, solved = scored.sums.get("channel_gram", "mod"), task.method.repair != "none"
-    units = len(scored.values)
-    return best_roll(draw, task.recipe.rolls, gram, scored.rows, units, ridge if solved else None, str(place))
+    solved = task.method.repair != "none" and not few(scored.sums.count, keep * scored.sums.channels)
+    return best_roll(draw, task.recipe.rolls, scored.visit, ridge if solved else None)

@@ -38,8 +38,8 @@ class Grouping(Part):
         labels = self.run(scores, keep, statistics)
         if not isinstance(labels, Tensor) or labels.shape != scores.shape or labels.dtype != torch.int64:
             raise self.refuse(f"must return one group for each of the {len(scores)} units, int64 ({len(scores)},).")
-        found = torch.unique(labels)
-        if len(found) > keep or not torch.equal(found, torch.arange(len(found))):
+        groups = int(labels.max()) + 1
+        if groups > keep or int(labels.min()) < 0 or not bool(torch.bincount(labels).all()):
             raise self.refuse(f"must number its groups from 0 without a gap, and make at most {keep} of them.")
         return labels
 

@@ -71,6 +71,13 @@ class Equations:
             left += self.count * bias.square().sum() - 2 * bias @ (self.missing - change.T @ self.inputs)
         return self.lacking + float(left)
 
+    def by_column(self, columns: Tensor) -> Equations:
+        """For one factor of each column [K * C, d], beside the best bias."""
+        centred = self.centred()
+        with exact_products():
+            gram = centred.gram * (columns @ columns.T)
+        return Equations(gram, (centred.right * columns).sum(1, keepdim=True), centred.lacking, self.count)
+
     def some(self, step: int) -> Equations:
         """Of every so manieth output; what is lacking is that of all."""
         missing = None if self.missing is None else self.missing[::step]
@@ -98,6 +105,12 @@ class Solved:
     ridge: float
     change: Tensor
     bias: Tensor | None
+    error: tuple[float, float]  # over all tokens, before and after
+
+
+def few(tokens: int, inputs: int) -> bool:
+    """Whether there are too few tokens to solve for the columns of so many inputs."""
+    return tokens < LEAST * inputs
 
 
 def repaired(visit: CutVisit, layer: LayerPlan, ridge: float | Literal["auto"]) -> LayerPlan:
@@ -107,7 +120,7 @@ def repaired(visit: CutVisit, layer: LayerPlan, ridge: float | Literal["auto"]) 
         visit: the sub-layer, with the sums over the tokens that reach it.
         layer: what stays; with means, a bias is solved along.
         ridge: relative to the mean diagonal of H; ``auto`` for the one of ``RIDGES`` with the least error on the
-            tokens that were held out.
+            tokens that were held out, for factors the largest.
 
     Raises:
         RecipeError: a Gram matrix that is singular or not finite.
@@ -117,18 +130,22 @@ def repaired(visit: CutVisit, layer: LayerPlan, ridge: float | Literal["auto"]) 
         return layer
     moved = layer.merge is not None and bool((layer.merge.weight_in != _ones_at(layer)).any())
     evidence = visit.again(_weights(visit, layer)) if moved else visit.evidence
-    columns = layer.output(_rows(visit))  # [K*C, d]
-    equations = [_equations(visit, layer, columns, sums, moved=moved) for sums in _both(evidence)]
-    whole, held = equations[0], equations[1] if len(equations) > 1 else None
-    dtype, device = whole.gram.dtype, whole.gram.device
-    columns = columns.to(device, dtype)
-    solved = _solve(whole, held, columns, ridge, str(visit.place))
+    gram = _finite_gram(visit, evidence.sums)
+    columns = layer.output(visit.rows).to(gram.device, gram.dtype)  # [K*C, d]
+    plain = layer.merge is None and layer.means is None and evidence.sums.cross is None
+    if not few(evidence.sums.count, len(columns)):
+        solved = _least_squares(visit, layer, columns, evidence, ridge, moved=moved)
+    elif plain:
+        solved = _factors(_of_plain_columns(visit, layer), columns, ridge, str(visit.place))
+    else:
+        whole = _equations(visit, layer, columns, evidence.sums, moved=moved)
+        solved = _factors(whole.by_column(columns), columns, ridge, str(visit.place))
+        solved = replace(solved, bias=whole.bias(solved.change))
     weight = columns + solved.change
     if not weight.isfinite().all():
         raise RecipeError(f"the repair of {visit.place} is not finite: ask for a larger --ridge.")
-    before = _significant(whole.centred().lacking)
-    about: dict[str, Any] = {"form": solved.form, "ridge": solved.ridge, "tokens": whole.count}
-    about |= {"error": [before, _significant(max(whole.error(solved.change, solved.bias), 0.0))]}
+    about: dict[str, Any] = {"form": solved.form, "ridge": solved.ridge, "tokens": evidence.sums.count}
+    about |= {"error": [_significant(max(error, 0.0)) for error in solved.error]}
     bias = None if solved.bias is None else solved.bias.float().cpu()
     return replace(layer, repair=Repair(weight.T.float().contiguous().cpu(), bias, about))
 
@@ -148,24 +165,24 @@ def _both(evidence: Evidence) -> Sequence[Sums]:
     return [evidence.sums, evidence.held] if evidence.held.count else [evidence.sums]
 
 
-def _rows(visit: CutVisit) -> Tensor:
-    piece = visit.axis.output_slice
-    return visit.tensors[piece.memory or piece.name].movedim(piece.dim, 0)  # [N*C, d]
+def _finite_gram(visit: CutVisit, sums: Sums) -> Tensor:
+    gram = sums.get("channel_gram", "mod")
+    if not gram.diagonal().isfinite().all():  # no other entry is larger
+        raise RecipeError(
+            f"the Gram matrix of {visit.place} is not finite: its activations overflow; try --dtype float32."
+        )
+    return gram
 
 
 def _equations(visit: CutVisit, layer: LayerPlan, columns: Tensor, sums: Sums, *, moved: bool) -> Equations:
     """What is to be solved: of inputs that are as they were, all of it follows from their Gram matrix."""
-    gram = sums.get("channel_gram", "mod")
-    if not gram.isfinite().all():
-        raise RecipeError(
-            f"the Gram matrix of {visit.place} is not finite: its activations overflow; try --dtype float32."
-        )
+    gram = _finite_gram(visit, sums)
     rows = layer.rows(visit.axis.channels).to(gram.device)
     kept = gram[rows[:, None], rows]
     change = torch.zeros_like(gram[:, : columns.shape[1]])
     if not moved:
-        change = _rows(visit).to(gram.device, gram.dtype).clone()
-        change[rows] -= columns.to(gram.device, gram.dtype)  # [N*C, d]: what is taken away
+        change = visit.rows.to(gram.device, gram.dtype).clone()
+        change[rows] -= columns  # [N*C, d]: what is taken away
     gone = change.abs().sum(1).nonzero()[:, 0]
     with exact_products():
         along = gram[:, gone] @ change[gone]  # [N*C, d]
@@ -179,30 +196,59 @@ def _equations(visit: CutVisit, layer: LayerPlan, columns: Tensor, sums: Sums, *
     return Equations(kept, right, lacking, sums.count, None if means is None else means[rows], missing)
 
 
-def _solve(
-    whole: Equations, held: Equations | None, columns: Tensor, ridge: float | Literal["auto"], place: str
+def _of_plain_columns(visit: CutVisit, layer: LayerPlan) -> Equations:
+    """The same for one factor a column, where columns stay as they are or go: what each two bring says it all."""
+    joint = visit.joint
+    rows = layer.rows(visit.axis.channels).to(joint.device)
+    gone = torch.ones_like(joint[0]).index_fill(0, rows, 0)
+    along = joint @ gone
+    kept = joint.index_select(0, rows).index_select(1, rows)
+    return Equations(kept, along[rows, None], float(along @ gone), visit.evidence.sums.count)
+
+
+def _least_squares(
+    visit: CutVisit,
+    layer: LayerPlan,
+    columns: Tensor,
+    evidence: Evidence,
+    ridge: float | Literal["auto"],
+    *,
+    moved: bool,
 ) -> Solved:
     """The solution with the ridge that was asked for, or that does best on the tokens that were held out."""
-    few = whole.count < LEAST * len(columns)
-    form: Form = "factors" if few else "least-squares"
-    if ridge != "auto" or held is None:
-        return _solved(whole, columns, form, RIDGES[-2] if ridge == "auto" else float(ridge), place)
-    step = max(columns.shape[1] // _TRIED, 1)
-    rest, seen, some = whole.minus(held).some(step), held.some(step), columns[:, ::step]
-    tried = [_solved(rest, some, form, one, place) for one in RIDGES]
-    best = min(tried, key=lambda one: seen.error(one.change, one.bias))
-    return _solved(whole, columns, form, best.ridge, place)
+    place = str(visit.place)
+    whole, *held = (_equations(visit, layer, columns, sums, moved=moved) for sums in _both(evidence))
+    if ridge == "auto":
+        ridge = _ridge(whole.minus(held[0]), held[0], place) if held else RIDGES[-2]
+    centred = whole.centred()
+    change = _change(centred, ridge, place)
+    bias = whole.bias(change)
+    return Solved("least-squares", ridge, change, bias, (centred.lacking, whole.error(change, bias)))
 
 
-def _solved(equations: Equations, columns: Tensor, form: Form, ridge: float, place: str) -> Solved:
-    centred = equations.centred()
-    gram, right = centred.gram, centred.right
+def _ridge(rest: Equations, held: Equations, place: str) -> float:
+    """The one that does best on the tokens that were held out, if it is solved for over the others."""
+    step = max(rest.right.shape[1] // _TRIED, 1)
+    rest, held = rest.some(step), held.some(step)
+
+    def error(ridge: float) -> float:
+        change = _change(rest.centred(), ridge, place)
+        return held.error(change, rest.bias(change))
+
+    return min(RIDGES, key=error)
+
+
+def _factors(equations: Equations, columns: Tensor, ridge: float | Literal["auto"], place: str) -> Solved:
+    """One factor for each column: K unknowns for all d outputs together."""
+    ridge = RIDGES[-1] if ridge == "auto" else ridge  # of few tokens none is held out
+    factors = _change(equations, ridge, place)  # [K*C, 1]
+    return Solved("factors", ridge, factors * columns, None, (equations.lacking, equations.error(factors, None)))
+
+
+def _change(centred: Equations, ridge: float, place: str) -> Tensor:
     with exact_products():
-        if form == "factors":  # one for each column: K unknowns for all d outputs together
-            gram, right = gram * (columns @ columns.T), (right * columns).sum(1, keepdim=True)
-        change = torch.cholesky_solve(right, factor(gram, ridge, place))
-        change = change * columns if form == "factors" else change
-        return Solved(form, ridge, change, equations.bias(change))
+        found: Tensor = torch.cholesky_solve(centred.right, factor(centred.gram, ridge, place))
+        return found
 
 
 def masked(axis: Axis, tensors: dict[str, Tensor] | Any, layer: LayerPlan) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from dicer.ask.axes import kind_of
 from dicer.decide.choose import batches_of, choose, own_batches_of, scores_of
 from dicer.decide.layer_plan import LayerPlan
-from dicer.decide.repair import ENOUGH, LEAST, masked, repaired
+from dicer.decide.repair import ENOUGH, few, masked, repaired
 from dicer.decide.task import Decided
 from dicer.errors import RecipeError
 from dicer.measure.batches import ABSENT, COUNTED, Batches, counted_of
@@ -70,8 +70,11 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLa
 
 def _tokens(task: Decided, text: Calibration) -> Tokens:
     """The samples in batches, with some held out where a ridge is to be found on them."""
-    if task.method.repair == "none" or task.recipe.ridge != "auto":
-        return Tokens(batches_of([task]))
+    factors = task.method.repair != "none" and all(_few_tokens(task, text))
+    if factors or task.method.repair == "none" or task.recipe.ridge != "auto":
+        # Of plain columns and factors only the squares are read, and no system of the Gram matrix is solved.
+        plain = task.method.merge == "prune" and (task.recipe.target, task.recipe.compensate) == ("own", "none")
+        return Tokens(batches_of([task]), single=factors and plain and "channel_gram" not in task.parts.criterion.needs)
     held = held_out(text)
     parts = [own_batches_of(task, text, rows) for rows in (~held, held)]
     pairs = [
@@ -80,6 +83,16 @@ def _tokens(task: Decided, text: Calibration) -> Tokens:
         for tokens, counted in zip(part, counted_of(part), strict=True)
     ]
     return Tokens(Batches(pairs), len(parts[1]))
+
+
+def _tokens_of(text: Calibration) -> int:
+    return text.tokens.numel() if text.mask is None else int((text.mask == COUNTED).sum())
+
+
+def _few_tokens(task: Decided, text: Calibration) -> Iterator[bool]:
+    """Whether there are too few to solve for the columns of each sub-layer."""
+    axes, tokens = task.source.family.axes, _tokens_of(text)
+    return (few(tokens, keep * axes[place.axis].channels) for place, keep in task.amounts.keep.items())
 
 
 def held_out(text: Calibration) -> Tensor:
@@ -106,7 +119,7 @@ def evidence_notes(task: Decided) -> list[str]:
     text = task.calibration
     if task.method.repair == "none" or text is None:
         return []
-    tokens = text.tokens.numel() if text.mask is None else int((text.mask == COUNTED).sum())
+    tokens = _tokens_of(text)
     length = text.tokens.shape[1] if text.mask is None else int((text.mask != ABSENT).sum(1).max())
     axes, notes = task.source.family.axes, []
     for axis in task.axes:
@@ -114,7 +127,7 @@ def evidence_notes(task: Decided) -> list[str]:
         inputs = max(kept, default=0) * axes[axis].channels
         if tokens >= ENOUGH * inputs:
             continue
-        what = "one factor a column is solved for, not the columns" if tokens < LEAST * inputs else "repair may overfit"
+        what = "one factor a column is solved for, not the columns" if few(tokens, inputs) else "repair may overfit"
         units, wanted = kind_of(axis).units, math.ceil(ENOUGH * inputs / length)
         notes.append(
             f"{tokens:,} calibration tokens are {tokens / inputs:.1f} for each of the {inputs:,} inputs that stay of a "

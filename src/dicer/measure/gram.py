@@ -1,4 +1,4 @@
-"""Systems of equations of a Gram matrix: solved by Cholesky with a ridge, refused where they have no answer."""
+"""Of a Gram matrix: systems of equations, refused where they have no answer, and what inputs add up to together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dicer.errors import RecipeError
-from dicer.measure.statistics import exact_products
+from dicer.measure.statistics import BLOCK, exact_products, mirrored
 
 
 def factor(gram: Tensor, ridge: float, what: str) -> Tensor:
@@ -42,3 +42,21 @@ def inverse(gram: Tensor, ridge: float, what: str) -> Tensor:
     with exact_products():
         found: Tensor = torch.cholesky_inverse(factor(gram, ridge, what))
     return found
+
+
+def joint(gram: Tensor, rows: Tensor) -> Tensor:
+    """``sum_t <a_i(t) w_i, a_j(t) w_j>``, what inputs i and j bring to the output together, float32 [N, N].
+
+    Of inputs with factors z, the square of all that they bring is ``z^T joint z``.
+
+    Args:
+        gram: H [N, N] of the inputs a.
+        rows: W [N, d], what each is multiplied with.
+    """
+    rows = rows.to(gram.device, torch.float32)
+    found = torch.empty_like(gram, dtype=torch.float32)
+    with exact_products():
+        for start in range(0, len(gram), BLOCK):  # below the diagonal, as it is symmetric
+            block, end = slice(start, start + BLOCK), start + BLOCK
+            torch.mul(gram[block, :end], rows[block] @ rows[:end].T, out=found[block, :end])
+    return mirrored(found)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dicer.ask.axes import kind_name
 from dicer.errors import RecipeError
 from dicer.measure.batches import counted_of
+from dicer.measure.runner import Runner, output_rows, swapping
 from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import axis_weights
-from dicer.measure.stores.store import LayerStore, Recording
+from dicer.measure.stores.store import LayerStore
 from dicer.measure.walk import Visit, listening_to
 from dicer.model.units import Axis, SubLayer, UnitWeights, unit_weights
 from dicer.processes import from_first
@@ -52,6 +53,8 @@ class CutVisit(Visit):
     again: Callable[[Mapping[str, Tensor]], Evidence]
 
 
+_PROBE = 4  # tokens
+_HALFWAY = 2**28  # numbers: inputs of an output projection that are kept, so that layers are run but once
 Cut = Callable[[CutVisit], Mapping[str, Tensor]]  # -> name inside the layer -> what it is from here on, of full size
 
 
@@ -62,10 +65,12 @@ class Tokens:
     Attributes:
         batches: int64 [B, T] each.
         held: how many of them, the last ones, are held out.
+        single: whether Gram matrices of them are wanted in single precision.
     """
 
     batches: Sequence[Tensor]
     held: int = 0
+    single: bool = False
 
 
 def propagate(
@@ -104,33 +109,32 @@ def propagate(
     chosen, last = sorted(set(layers)), max(layers)
     if from_first(chosen) != chosen:
         raise RecipeError("the processes do not prune the same layers, so none knows what the others' cuts have done.")
-    recording = store.record(tokens.batches)
+    recording = store.record([*tokens.batches, *(batch[:1, :_PROBE] for batch in tokens.batches[:1])])
+    probe = recording.hidden.pop() if tokens.batches else None  # uncut all the way: only of what form layers are counts
     beside: MutableSequence[Tensor] | None = None
     for index in range(last + 1):
         if dense and index == chosen[0]:  # before it both are the same
             beside = copy(recording.hidden)
         following = index + 1 if index < last else None
-        with store.layer(index, then=following) as layer, torch.no_grad(), _swapping(layer) as swap:
-            walked = _Layer(layer, index, recording, tokens, beside)
+        with store.layer(index, then=following) as layer, torch.no_grad(), swapping(layer) as swap:
+            runner = Runner(layer, index, recording)
+            before, probe = probe, None if probe is None else runner.whole(probe)
+            walked = _Layer(runner, tokens, beside, None if before is None or probe is None else (before, probe))
             found = {n: axis for n, axis in store.axes(index).items() if n in axes and index in chosen}
             if beside is not None:
                 walked.run_dense(found)
                 if index == chosen[0]:
-                    walked.check_adds(store.axes(index), swap)
+                    walked.check_adds(store.axes(index))
             for name, axis in found.items():
                 own = (gradients or {}).get(index, {}).get(name)
                 visit = walked.visit(SubLayer(index, name), axis, [n for n in needs if n.axis == name], own, swap)
                 tensors = cut(visit)
                 del visit  # with its Gram matrices
                 if pruned:
-                    swap(tensors)
+                    walked.swapped(tensors, swap)
             if index < last:
                 walked.run_on()
         progress("calibration", index + 1, last + 1)
-
-
-class _Reached(Exception):  # noqa: N818 - no error: what was wanted is there
-    """The output projection has its input, and what comes behind it is not needed."""
 
 
 @dataclass
@@ -139,17 +143,30 @@ class _Layer:
 
     Attributes:
         beside: the dense model's hidden states before this layer; None where nobody asks.
+        probe: a few tokens' hidden states before and behind the uncut layer; None where there are no tokens.
         outputs: the dense model's hidden states behind it.
         inputs: axis -> the dense model's inputs of the output projection, where outputs are not compared instead.
+        halfway: (input of the MLP's output projection, the layer's output without it) of each batch, where the layer
+            can go on from there.
+        behind: the axis that it goes on from.
     """
 
-    layer: nn.Module
-    index: int
-    recording: Recording
+    runner: Runner
     tokens: Tokens
     beside: MutableSequence[Tensor] | None
+    probe: tuple[Tensor, Tensor] | None
     outputs: list[Tensor] = field(default_factory=list)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    halfway: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    behind: Axis | None = None
+
+    @property
+    def layer(self) -> nn.Module:
+        return self.runner.layer
+
+    @property
+    def hidden(self) -> MutableSequence[Tensor]:
+        return self.runner.recording.hidden
 
     def visit(
         self,
@@ -167,8 +184,22 @@ class _Layer:
             before = {name: own[name] for name in changed}
             return self._evidence(axis, needs, weights, lambda new: swap(changed if new else before))
 
+        self._go_halfway(axis, weights.units)
         evidence = self._evidence(axis, needs, weights)
         return CutVisit(place, weights, evidence.sums, gradient, axis, own, evidence, again)
+
+    def _go_halfway(self, axis: Axis, units: int) -> None:
+        """Note that the layer is to be run up to here once, where it can go on from here and there is room for it."""
+        self.halfway, self.behind = [], None
+        room = sum(batch.numel() for batch in self.tokens.batches) * units * axis.channels <= _HALFWAY
+        if self.probe is not None and room and kind_name(axis.name) == "mlp" and self.runner.goes_on(*self.probe, axis):
+            self.behind = axis
+
+    def swapped(self, tensors: Mapping[str, Tensor], swap: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Put what a sub-layer was cut to into the layer."""
+        swap(tensors)
+        if self.behind is None or any(name.rpartition(".")[0] != self.behind.output for name in tensors):
+            self.halfway, self.behind = [], None  # its inputs are others now
 
     def _evidence(
         self,
@@ -178,7 +209,8 @@ class _Layer:
         swap: Callable[[bool], None] | None = None,
     ) -> Evidence:
         """Sums over all batches; with ``swap`` of the changed sub-layer, and what its output lacks."""
-        total, held = Sums(needs, axis.channels), Sums([n for n in needs if "channel" in n.kind], axis.channels)
+        total = Sums(needs, axis.channels, single=self.tokens.single)
+        held = Sums([n for n in needs if "channel" in n.kind], axis.channels)
         counted = counted_of(self.tokens.batches)
         first_held = len(counted) - self.tokens.held
         rows = output_rows(axis, self.layer)
@@ -189,7 +221,7 @@ class _Layer:
             values, missing = self._looked_at(number, axis, sums if swap is None else [])
             if swap is not None:
                 swap(True)
-                changed, _ = self._looked_at(number, axis, sums, stop=True)
+                changed = self._heard(number, axis, sums)
                 new = output_rows(axis, self.layer)
                 swap(False)
                 lacks = values.float() @ rows.float() - changed.float() @ new.float()
@@ -203,56 +235,41 @@ class _Layer:
                 one.all_reduce_missing(weights.units, rows.shape[1], rows.device)
         return Evidence(total, held)
 
-    def _looked_at(
-        self, number: int, axis: Axis, sums: Sequence[Sums], *, stop: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def _looked_at(self, number: int, axis: Axis, sums: Sequence[Sums]) -> tuple[Tensor, Tensor | None]:
         """(input of the output projection of one batch, what its output lacks of the dense one, if that counts)."""
-        hidden = self.recording.hidden[number]
-        whole = self.beside is not None and axis.name not in self.inputs and not stop
-        with ExitStack() as stack:
-            for one in sums:
-                stack.enter_context(listening_to(self.layer, axis, one))
-            values, output = self._run(hidden, axis, whole=whole)
-        if self.beside is None or stop:
+        hidden = self.hidden[number]
+        if self.behind is axis and number == len(self.halfway):
+            with _listening(self.layer, axis, sums):
+                self.halfway.append(self.runner.without(hidden, axis))
+        values = self.halfway[number][0] if self.behind is axis else self._heard(number, axis, sums)
+        if self.beside is None:
             return values, None
-        if output is not None:
-            return values, self.outputs[number].float() - output.float()
-        rest = (self.inputs[axis.name][number].float() - values.float()) @ output_rows(axis, self.layer).float()
-        return values, rest + self.beside[number].float() - hidden.float()
+        if axis.name in self.inputs:
+            rest = (self.inputs[axis.name][number].float() - values.float()) @ output_rows(axis, self.layer).float()
+            return values, rest + self.beside[number].float() - hidden.float()
+        output = self._output(number, axis)
+        return values, self.outputs[number].float() - output.float()
 
-    def _run(self, hidden: Tensor, axis: Axis, *, whole: bool) -> tuple[Tensor, Tensor | None]:
-        """(input of an output projection, the layer's output if the whole layer is run)."""
-        seen: list[Tensor] = []
+    def _heard(self, number: int, axis: Axis, sums: Sequence[Sums]) -> Tensor:
+        """The input of the output projection of one batch, with its activations taken in on the way."""
+        with _listening(self.layer, axis, sums):
+            return self.runner.up_to(self.hidden[number], axis)
 
-        def at_output(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(inputs[0])
-            if not whole:
-                raise _Reached
-
-        handle = self.layer.get_submodule(axis.output).register_forward_pre_hook(at_output)
-        try:
-            output = self._through(hidden)
-        except _Reached:
-            return seen[0], None
-        else:
-            return seen[0], output
-        finally:
-            handle.remove()
-
-    def _through(self, hidden: Tensor) -> Tensor:
-        args, kwargs = self.recording.arguments_of(hidden)[self.index]
-        output: Tensor = self.layer(hidden, *args, **kwargs)
-        return output
+    def _output(self, number: int, axis: Axis | None) -> Tensor:
+        """The layer's output of one batch, as it is now."""
+        if self.behind is axis and axis is not None:
+            return self.runner.onward(*self.halfway[number], axis)
+        return self.runner.whole(self.hidden[number])
 
     def run_dense(self, axes: Mapping[str, Axis]) -> None:
         """Let the dense model's hidden states through, and keep what the cut ones will be held against."""
         for hidden in self.beside or ():
             for name, axis in axes.items():
                 if kind_name(name) != "mlp":  # whose output is the layer's
-                    self.inputs.setdefault(name, []).append(self._run(hidden, axis, whole=False)[0])
-            self.outputs.append(self._through(hidden))
+                    self.inputs.setdefault(name, []).append(self.runner.up_to(hidden, axis))
+            self.outputs.append(self.runner.whole(hidden))
 
-    def check_adds(self, axes: Mapping[str, Axis], swap: Callable[[Mapping[str, Tensor]], None]) -> None:
+    def check_adds(self, axes: Mapping[str, Axis]) -> None:
         """See to it that the output projection's output joins the hidden states as it is: no norm comes between.
 
         Raises:
@@ -261,16 +278,9 @@ class _Layer:
         axis = next((one for name, one in axes.items() if kind_name(name) == "mlp" and not one.routed), None)
         if not self.beside or axis is None:
             return
-        piece = axis.output_slice
-        name = piece.memory or piece.name
-        weight = self.layer.get_parameter(name).detach()
-        values, output = self._run(self.beside[0], axis, whole=True)
-        swap({name: torch.zeros_like(weight)})
-        without = self._through(self.beside[0])
-        swap({name: weight})
-        added = values.float() @ weight.movedim(piece.dim, 0).float()
-        found = (without if output is None else output).float() - without.float()
-        if (found - added).norm() > 0.1 * added.norm():
+        values, without = self.runner.without(self.beside[0], axis)
+        added = self.layer.get_submodule(axis.output)(values).float()
+        if (self.outputs[0].float() - without.float() - added).norm() > 0.1 * added.norm():
             raise RecipeError(
                 "--target dense needs outputs that join the hidden states as they are, and this model has a norm or a "
                 "factor between: leave it out."
@@ -278,48 +288,20 @@ class _Layer:
 
     def run_on(self) -> None:
         """Let the tokens through the layer as it is now."""
-        for number, hidden in enumerate(self.recording.hidden):
-            self.recording.hidden[number] = output = self._through(hidden)
+        for number in range(len(self.hidden)):
+            self.hidden[number] = output = self._output(number, self.behind)
             if not output.isfinite().all():
                 raise RecipeError(
-                    f"the hidden states behind layer {self.index} are not finite on this text (batch {number + 1}), "
-                    "with what was cut so far: try --dtype float32."
+                    f"the hidden states behind layer {self.runner.index} are not finite on this text (batch "
+                    f"{number + 1}), with what was cut so far: try --dtype float32."
                 )
         if self.beside is not None:
             self.beside[:] = self.outputs
 
 
-def output_rows(axis: Axis, layer: nn.Module) -> Tensor:
-    """The output projection by its inputs, [U * C, d]."""
-    piece = axis.output_slice
-    return layer.get_parameter(piece.memory or piece.name).detach().movedim(piece.dim, 0)
-
-
 @contextmanager
-def _swapping(layer: nn.Module) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
-    """A function that puts tensors into a layer; afterwards it is as it was.
-
-    A bias that the layer does not have is added to the module's output.
-    """
-    before: dict[str, Tensor] = {}
+def _listening(layer: nn.Module, axis: Axis, several: Sequence[Sums]) -> Iterator[None]:
     with ExitStack() as stack:
-
-        def swap(tensors: Mapping[str, Tensor]) -> None:
-            parameters = dict(layer.named_parameters())
-            for name, tensor in tensors.items():
-                if name in parameters:
-                    own = parameters[name]
-                    before.setdefault(name, own.data)
-                    own.data = tensor.to(own.device, own.dtype)
-                    continue
-                module = layer.get_submodule(name.rpartition(".")[0])
-                bias = tensor.to(next(layer.parameters()).device, next(layer.parameters()).dtype)
-                handle = module.register_forward_hook(lambda _m, _i, output, bias=bias: output + bias)
-                stack.callback(handle.remove)
-
-        try:
-            yield swap
-        finally:
-            for name, parameter in layer.named_parameters():
-                if name in before:
-                    parameter.data = before[name]
+        for sums in several:
+            stack.enter_context(listening_to(layer, axis, sums))
+        yield

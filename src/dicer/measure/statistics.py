@@ -51,13 +51,13 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def new_gram(inputs: int, device: torch.device) -> Tensor:
-    """A Gram matrix of zeros, [inputs, inputs].
+def new_gram(inputs: int, device: torch.device, *, single: bool = False) -> Tensor:
+    """A Gram matrix of zeros, [inputs, inputs]; in float32 where single precision will do.
 
     Raises:
         RecipeError: there is no memory for it and for the two more that solving takes.
     """
-    dtype = gram_dtype(inputs, device)
+    dtype = torch.float32 if single else gram_dtype(inputs, device)
     size, free = inputs * inputs * dtype.itemsize, free_memory(device)
     if free is not None and 3 * size > free:
         raise RecipeError(
@@ -68,7 +68,7 @@ def new_gram(inputs: int, device: torch.device) -> Tensor:
     return torch.zeros(inputs, inputs, dtype=dtype, device=device)
 
 
-_BLOCK = 256
+BLOCK = 256
 
 
 class Sums:
@@ -86,9 +86,10 @@ class Sums:
     Args:
         needs: what is asked for.
         channels: C, the values that one unit has for a token: 1 for neurons.
+        single: whether ``channel_gram`` is float32 for any number of inputs: no system of it is to be solved.
     """
 
-    def __init__(self, needs: Iterable[Need], channels: int = 1) -> None:
+    def __init__(self, needs: Iterable[Need], channels: int = 1, *, single: bool = False) -> None:
         self.needs = frozenset(needs)
         self.channels = channels
         self.count = 0
@@ -97,6 +98,8 @@ class Sums:
         self.lacking: Tensor | None = None
         self._counted: Tensor | None = None
         self._totals: dict[Need, Tensor] = {}
+        self._mirrored: set[Need] = set()
+        self._single = single
 
     def begin(self, counted: Tensor | None) -> None:
         """Say which tokens of the batch that comes now count, bool [B, T]; None for all."""
@@ -145,12 +148,13 @@ class Sums:
         """Add A^T A block by block below the diagonal, as it is symmetric; :meth:`get` fills in the rest."""
         inputs = flat.shape[1]
         if need not in self._totals:
-            self._totals[need] = new_gram(inputs, flat.device)
+            self._totals[need] = new_gram(inputs, flat.device, single=self._single)
+        self._mirrored.discard(need)
         total, wide = self._totals[need], flat.to(self._totals[need].dtype)
         with exact_products():
-            for start in range(0, inputs, _BLOCK):
-                rows = slice(start, start + _BLOCK)
-                total[rows, : start + _BLOCK].addmm_(wide[:, rows].T, wide[:, : start + _BLOCK])
+            for start in range(0, inputs, BLOCK):
+                rows = slice(start, start + BLOCK)
+                total[rows, : start + BLOCK].addmm_(wide[:, rows].T, wide[:, : start + BLOCK])
 
     def start(self, units: int, device: torch.device) -> None:
         """Begin with zeros: where tokens are sent to units, some may see none.
@@ -204,7 +208,7 @@ class Sums:
     def _zeros(self, need: Need, units: int, device: torch.device) -> Tensor:
         inputs = units * self.channels
         if need.kind == "channel_gram":
-            return new_gram(inputs, device)
+            return new_gram(inputs, device, single=self._single)
         shape = {"gram": (units, units)}.get(need.kind, (inputs if "channel" in need.kind else units,))
         return torch.zeros(shape, dtype=torch.float32 if need.kind == "gram" else widest(device), device=device)
 
@@ -222,6 +226,7 @@ class Sums:
             if need not in self._totals:
                 self._totals[need] = self._zeros(need, units, device)
             all_reduce(self._totals[need])
+        self._mirrored.clear()
 
     def all_reduce_missing(self, units: int, outputs: int, device: torch.device) -> None:
         """The same for ``cross`` and ``missing``; ``outputs`` is d."""
@@ -263,14 +268,17 @@ class Sums:
         """
         for need, total in self._totals.items():
             if need[:2] == (kind, activation):
-                return _mirrored(total) if kind == "channel_gram" else total
+                if kind == "channel_gram" and need not in self._mirrored:
+                    mirrored(total)
+                    self._mirrored.add(need)
+                return total
         raise _not_collected(kind)
 
 
-def _mirrored(lower: Tensor) -> Tensor:
+def mirrored(lower: Tensor) -> Tensor:
     """A symmetric matrix whose blocks above the diagonal are filled from those below it, in place."""
-    for start in range(_BLOCK, len(lower), _BLOCK):
-        lower[start - _BLOCK : start, start:] = lower[start:, start - _BLOCK : start].T
+    for start in range(BLOCK, len(lower), BLOCK):
+        lower[start - BLOCK : start, start:] = lower[start:, start - BLOCK : start].T
     return lower
 
 

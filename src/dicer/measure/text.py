@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import pydoc_data.topics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dicer.ask.text import Text, sources_of
 from dicer.errors import CalibrationError
-from dicer.measure.batches import ABSENT, COUNTED, in_one
+from dicer.measure.batches import ABSENT, COUNTED, SEEN, in_one
 from dicer.measure.chat import Template
 from dicer.measure.documents import as_documents, entries, hub_documents, is_local, read_documents
 from dicer.measure.ready import ready_rows, unread_fields
@@ -66,6 +66,11 @@ def load_calibration(text: Text, tokenize: Tokenize | None) -> Calibration:
     Raises:
         CalibrationError: the source cannot be had, or is too short for one sample.
     """
+    found = _loaded(text, tokenize)
+    return _without_first(found, text.skip_first) if text.skip_first else found
+
+
+def _loaded(text: Text, tokenize: Tokenize | None) -> Calibration:
     if len(sources := sources_of(text.source)) > 1:
         return _mixed(text, sources, tokenize)
     if text.source == "builtin":
@@ -87,9 +92,7 @@ def _mixed(text: Text, sources: Sequence[str], tokenize: Tokenize | None) -> Cal
     if text.samples < len(sources):
         raise CalibrationError(f"{text.samples} samples of {len(sources)} texts: ask for one of each at least.")
     each, more = divmod(text.samples, len(sources))
-    parts = [
-        load_calibration(text.part(source, each + (number < more)), tokenize) for number, source in enumerate(sources)
-    ]
+    parts = [_loaded(text.part(source, each + (number < more)), tokenize) for number, source in enumerate(sources)]
     rows = [row for part in parts for row in _rows_of(part)]
     tokens, mask = in_one(rows)
     names = ", ".join(str(part.provenance["source"]) for part in parts)
@@ -103,6 +106,26 @@ def _rows_of(part: Calibration) -> Iterator[tuple[list[int], list[bool]]]:
     for tokens, kinds in zip(part.tokens, mask, strict=True):
         there = kinds != ABSENT
         yield tokens[there].tolist(), (kinds[there] == COUNTED).tolist()
+
+
+def _without_first(found: Calibration, count: int) -> Calibration:
+    """The same, the first tokens of each sample seen by the others and counted in no sum.
+
+    Raises:
+        CalibrationError: nothing would count of a sample.
+    """
+    mask = torch.full_like(found.tokens, COUNTED, dtype=torch.uint8) if found.mask is None else found.mask.clone()
+    first = mask[:, :count]
+    first[first == COUNTED] = SEEN
+    if not bool((mask == COUNTED).any(1).all()):
+        raise CalibrationError(
+            f"--skip-first {count} leaves nothing to measure of samples that are no longer: give longer ones"
+            " (--seq-len), or skip fewer."
+        )
+    provenance = {**found.provenance, "skip_first": count, "mask_sha256": _digest(mask)}
+    tokens = "token" if count == 1 else f"{count} tokens"
+    note = f"the first {tokens} of each sample: seen by the others, counted in no sum"
+    return replace(found, provenance=provenance, notes=(*found.notes, note), mask=mask)
 
 
 def template_of(tokenize: Tokenize | None) -> Template | None:
@@ -288,5 +311,9 @@ def _calibration(
         "tokens_sha256": hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
     }
     if mask is not None:
-        record["mask_sha256"] = hashlib.sha256(mask.numpy().tobytes()).hexdigest()
+        record["mask_sha256"] = _digest(mask)
     return Calibration(tokens, record, tuple(notes), mask)
+
+
+def _digest(mask: Tensor) -> str:
+    return hashlib.sha256(mask.numpy().tobytes()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dicer.measure.batches import counted_of
 from dicer.measure.experts import Experts, listening
+from dicer.measure.gram import joint
 from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import axis_weights, weights_of
 from dicer.measure.stores.store import LayerStore, Recording
@@ -34,6 +36,16 @@ class Visit:
     weights: UnitWeights
     sums: Sums
     gradient: UnitWeights | None
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The output projection by its inputs, [U * C, d]."""
+        return self.weights.down.T.reshape(self.weights.units * self.sums.channels, -1)
+
+    @cached_property
+    def joint(self) -> Tensor:
+        """What each two of its inputs bring to the output together (:func:`dicer.measure.gram.joint`)."""
+        return joint(self.sums.get("channel_gram", "mod"), self.rows)
 
 
 class Along(Protocol):

@@ -8,11 +8,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from dicer.ask.compute import Compute
 from dicer.ask.evaluation import FIDELITY_TEXTS, Evaluation
@@ -29,97 +28,27 @@ from dicer.measure.stores.streamed import StreamedStore
 from dicer.model.source import ModelSource, open_model
 from dicer.pipeline import build_model, proven_axes
 from dicer.processes import from_first, rank, world_size
-from dicer.progress import Progress, silent
+from dicer.study.bench import Bench, Evaluate, Event, Place, Refer, Task
 from dicer.study.grid import ORIGINAL, Experiment, Run, identity
 from dicer.study.record import make_record
-from dicer.study.records import locked, read_records, record_path, run_id, write_record
+from dicer.study.records import locked, read_records, record_path, run_id
 from dicer.study.run_record import plan_entries, surroundings
 from dicer.write.proof import Proof, check_proofs
 from dicer.write.prove import prove, proven
 from dicer.write.surgery import plan_cut
 
 
-class Evaluate(Protocol):
-    """:func:`dicer.evaluate.quality.evaluate`; ``reference`` is there where models are compared with a dense one."""
+class Here:
+    """This process."""
 
-    def __call__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        evaluation: Evaluation,
-        *,
-        reference: Any = None,
-        name: str = "",
-        progress: Progress = silent,
-    ) -> dict[str, Any]:
-        """What was measured; {} in processes other than the first."""
-        ...
+    def check(self, device: str) -> object:
+        """By torch's word."""
+        return pick_device(device)
 
-
-class Refer(Protocol):
-    """:func:`dicer.evaluate.reference.refer`."""
-
-    def __call__(self, evaluation: Evaluation, compute: Compute, held: Any = None, *, progress: Progress) -> Any:
-        """The dense model's answers: of the one that is named, or of the one that is held with tokenizer and source."""
-        ...
-
-
-class Event(NamedTuple):
-    """What an experiment tells while it runs.
-
-    Attributes:
-        kind: ``skipped``, ``waiting``, ``scoring``, ``evaluating``, ``stage``, ``done`` or ``failed``.
-        task: the run that it is about; None for a stage.
-        text: the stage's name, or why it failed.
-        done: of a stage.
-        total: of a stage.
-    """
-
-    kind: str
-    task: Task | None
-    text: str = ""
-    done: int = 0
-    total: int = 0
-
-
-@dataclass(frozen=True)
-class Task:
-    """A run with its name, and all that is known before it starts.
-
-    Attributes:
-        run: what was asked for.
-        name: the run id.
-        source: the model.
-        recipe: with every choice made; {} for the model as it is.
-        path: of the record.
-    """
-
-    run: Run
-    name: str
-    source: ModelSource
-    recipe: dict[str, Any]
-    path: Path
-
-
-@dataclass
-class Bench:
-    """What all runs of an experiment share."""
-
-    evaluation: Evaluation
-    evaluate: Evaluate
-    watch: Callable[[Event], None]
-    refer: Refer | None = None
-    counts: dict[str, int] = field(default_factory=lambda: {"done": 0, "skipped": 0, "failed": 0})
-
-    def tell(self, kind: str, task: Task | None, text: str = "") -> None:
-        """Count and pass on."""
-        if kind in self.counts:
-            self.counts[kind] += 1
-        self.watch(Event(kind, task, text))
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """A progress callback for whatever runs below."""
-        self.watch(Event("stage", None, stage, done, total))
+    def work(self, groups: Sequence[list[Task]], bench: Bench) -> None:
+        """One model after the other."""
+        for group in groups:
+            run_model(group, bench)
 
 
 def run_experiment(
@@ -130,6 +59,7 @@ def run_experiment(
     check: Callable[[Evaluation], object] = lambda _: None,
     watch: Callable[[Event], None] = lambda _: None,
     refer: Refer | None = None,
+    place: Place | None = None,
 ) -> dict[str, int]:
     """Do every run of an experiment that the results folder has no record of.
 
@@ -140,6 +70,7 @@ def run_experiment(
         check: called before any model is loaded, where there is something to do; raises what no run could get over.
         watch: told of everything that happens.
         refer: what has the answers of the dense model that all are compared with; needed where one is named.
+        place: where the runs are done; here, where none is given.
 
     Returns:
         How many runs were ``done``, ``skipped`` and ``failed``.
@@ -148,10 +79,10 @@ def run_experiment(
         DicerError: a model cannot be opened, another run holds the folder, it holds records of another format, a run
             is known to fail before its model is loaded, or what ``check`` raises.
     """
-    bench = Bench(experiment.evaluation, evaluate, watch, refer)
+    bench, place = Bench(experiment.evaluation, evaluate, watch, refer), place or Here()
     sources = {model: open_model(model) for model in dict.fromkeys(run.model for run in experiment.runs)}
-    dense = _dense_fingerprint(experiment.evaluation)
-    made = [_task(run, sources[run.model], experiment.evaluation, results, dense) for run in experiment.runs]
+    dense = dense_fingerprint(experiment.evaluation)
+    made = [make_task(run, sources[run.model], experiment.evaluation, results, dense) for run in experiment.runs]
     tasks = {task.name: task for task in made}.values()  # two ways to write the same are one run
     with ExitStack() as stack:
         finished = _on_first(lambda: _finished(stack, results))
@@ -165,12 +96,12 @@ def run_experiment(
         if groups:
             _check_evaluation(experiment.evaluation)
             for group in groups.values():
+                place.check(group[0].run.compute.device)
                 _check_runs(group)
             check(experiment.evaluation)
         for task in itertools.chain.from_iterable(groups.values()):
             bench.tell("waiting", task)
-        for group in groups.values():
-            _run_model(group, bench)
+        place.work(list(groups.values()), bench)
     return bench.counts
 
 
@@ -195,13 +126,25 @@ def _on_first(work: Callable[[], set[str]]) -> set[str]:
     return names
 
 
-def _dense_fingerprint(evaluation: Evaluation) -> dict[str, str]:
+def dense_fingerprint(evaluation: Evaluation) -> dict[str, str]:
     """What tells the dense model from others, as a part of runs' names; nothing where each has its own."""
     named = evaluation.against not in (None, ORIGINAL)
     return {"dense": open_model(str(evaluation.against)).fingerprint} if named else {}
 
 
-def _task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path, dense: dict[str, str]) -> Task:
+def make_task(run: Run, source: ModelSource, evaluation: Evaluation, results: Path, dense: dict[str, str]) -> Task:
+    """A run with its name, which hangs on the model, the recipe, the evaluation and the content of their texts.
+
+    Args:
+        run: what was asked for.
+        source: the model.
+        evaluation: what is measured.
+        results: where records lie.
+        dense: from :func:`dense_fingerprint`.
+
+    Raises:
+        ExperimentError: a text cannot be read.
+    """
     try:
         recipe = portable(run.recipe, run.recipe.resolve(), run.compute) if run.recipe else {"dtype": run.compute.dtype}
         name = run_id({**identity(run, recipe, evaluation, source.fingerprint), **dense})
@@ -223,8 +166,7 @@ def _check_evaluation(evaluation: Evaluation) -> None:
 
 
 def _check_runs(tasks: list[Task]) -> None:
-    """Hold the runs of one model against it, its device and the files that they read; the hub is not asked."""
-    pick_device(tasks[0].run.compute.device)
+    """Hold the runs of one model against it and the files that they read; the hub is not asked."""
     proofs = _proofs(tasks[0].source)
     for task in tasks:
         if (recipe := task.run.recipe) is not None:
@@ -252,7 +194,7 @@ def _as_experiment_error(where: str = "") -> Iterator[None]:
         raise ExperimentError(f"{where}{error}") from None
 
 
-def _run_model(tasks: list[Task], bench: Bench) -> None:
+def run_model(tasks: list[Task], bench: Bench) -> None:
     """All runs of one model: it is loaded once, measured if asked, scored for all, and gone before the first cut."""
     source, compute = tasks[0].source, tasks[0].run.compute
     start = time.perf_counter()
@@ -265,7 +207,7 @@ def _run_model(tasks: list[Task], bench: Bench) -> None:
             reference = _reference(bench, compute, (model, tokenizer, source))
     except Exception as error:
         for task in tasks:
-            _fail(task, bench, error)
+            fail(task, bench, error)
         return
     load, dtype, device = {"load": time.perf_counter() - start}, model.dtype, pick_device(compute.device)
     for task in tasks:
@@ -313,7 +255,7 @@ def _score(tasks: list[Task], store: ResidentStore, tokenizer: Any, bench: Bench
             proven(source, one.plan, proofs(one.task))
             scored.append((task, one))
         except Exception as error:
-            _fail(task, bench, error)
+            fail(task, bench, error)
     return scored
 
 
@@ -356,7 +298,7 @@ def _measure(
         metrics = bench.evaluate(model, tokenizer, bench.evaluation, progress=bench.progress, **more)
         seconds = {**seconds, "build": built - start, "evaluate": time.perf_counter() - built}
     except Exception as error:
-        _fail(task, bench, error)
+        fail(task, bench, error)
         return
     memory = {**facts.pop("memory", {}), "evaluate": peak_memory()}
     device = f"{model.device} {str(model.dtype).removeprefix('torch.')}"
@@ -367,7 +309,8 @@ def _measure(
     bench.tell("done", task)
 
 
-def _fail(task: Task, bench: Bench, error: Exception) -> None:
+def fail(task: Task, bench: Bench, error: Exception) -> None:
+    """Record why a run came to nothing."""
     reason = str(error) if isinstance(error, DicerError) else f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     where = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
@@ -393,4 +336,4 @@ def _write(task: Task, bench: Bench, found: dict[str, Any]) -> None:
         **surroundings(),
         **found,
     }
-    write_record(task.path, make_record(values))
+    bench.keep(task, make_record(values))
