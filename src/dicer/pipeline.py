@@ -115,17 +115,19 @@ def look(
         check_source(perplexity_text, ("builtin",), "perplexity text")
     check_texts(_fidelity(fidelity_text).text)
     check_proofs(source, proofs := prove(source, proven_axes(task)))
-    before, after = foreseen(task)
     targets = ""
     if isinstance(task, Decided):
         proofs = proofs_for(source, task.outline(), proofs)
         check_cut(cut := plan_cut(source, task.outline()))
+        before, after = cut.sizes()
         if recipe.stock and "auto_map" in cut.config:
             raise RecipeError(
                 f"{source.name}: transformers' own {source.family.causal_lm} does not take the config that this would "
                 "have (fewer heads with longrope, say): use --axis mlp, or leave --stock out."
             )
         targets = targets_line(as_source(cut))
+    else:
+        before, after = foreseen(task)
     if output is not None:
         check_space(Path(output), after.nbytes)
     return Look(task, before, after, pick_device(task.compute.device), targets, proofs)
@@ -227,9 +229,8 @@ def apply_plan(
     loaded = plan if isinstance(plan, PrunePlan) else load_plan(Path(plan))
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
-    axes = [axis for axis, layers in loaded.axes.items() if layers]
-    check_proofs(source, proofs := prove(source, [*axes, *(["block"] if loaded.blocks else [])]))
-    proven(source, loaded, proofs)
+    check_proofs(source, proofs := prove(source, [axis for axis, layers in loaded.axes.items() if layers]))
+    proofs_for(source, loaded, proofs)
     cut = plan_cut(source, loaded)
     result = Result(loaded, *cut.sizes(), notes=list(source.notes))
     check_space(out, result.after.nbytes)
