@@ -114,6 +114,9 @@ def test_preset_by_command_and_by_api(method, tmp_path, command):
         left = sum(parameter.numel() for parameter in pruned.model.layers.parameters())
         assert abs(left / 106_202_880 - 0.97) < 0.002
         assert widths[:20] + widths[22:] == [1536] * 28
+    elif method == "best":  # shared out by how much a layer turns the hidden states
+        assert widths[:20] + widths[22:] == [1536] * 28
+        assert sum(widths[20:22]) == 2 * KEEP
     else:
         assert widths == [1536] * 20 + [KEEP] * 2 + [1536] * 8
     tokenizer = AutoTokenizer.from_pretrained(out)

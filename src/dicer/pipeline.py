@@ -121,11 +121,11 @@ def look(
     reads = task.runs_model or perplexity_text is not None or fidelity_text is not None
     tokenizer = source.tokenizer() if reads else None
     check_proofs(source, proofs := prove(source, proven_axes(task)))
-    before, after = foreseen(task)
     targets = ""
     if isinstance(task, Decided):
         proofs = proofs_for(source, task.outline(), proofs)
         check_cut(cut := plan_cut(source, task.outline()))
+        before, after = cut.sizes()
         if "auto_map" in cut.config:
             source.unnamed_tokenizer_class()
         if recipe.stock and "auto_map" in cut.config:
@@ -134,6 +134,8 @@ def look(
                 "have (fewer heads with longrope, say): use --axis mlp, or leave --stock out."
             )
         targets = targets_line(as_source(cut))
+    else:
+        before, after = foreseen(task)
     if output is not None:
         check_space(Path(output), after.nbytes)
     return Look(task, before, after, pick_device(task.compute.device), targets, proofs, tokenizer)
@@ -262,9 +264,8 @@ def _applied(
     loaded = plan if isinstance(plan, PrunePlan) else load_plan(Path(plan))
     source = open_model(model)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
-    axes = [axis for axis, layers in loaded.axes.items() if layers]
-    check_proofs(source, proofs := prove(source, [*axes, *(["block"] if loaded.blocks else [])]))
-    proven(source, loaded, proofs)
+    check_proofs(source, proofs := prove(source, [axis for axis, layers in loaded.axes.items() if layers]))
+    proofs_for(source, loaded, proofs)
     cut = plan_cut(source, loaded)
     source.generation_config()
     if "auto_map" in cut.config:

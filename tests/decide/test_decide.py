@@ -23,9 +23,9 @@ class Counted(ResidentStore):
         self.rows.append([len(batch) for batch in batches])
         return super().record(batches)
 
-    def layer(self, index):
+    def layer(self, index, then=None):
         self.taken.append(index)
-        return super().layer(index)
+        return super().layer(index, then)
 
 
 @pytest.fixture(scope="module")

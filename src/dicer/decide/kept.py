@@ -25,6 +25,7 @@ from dicer.files import as_output_error, folder_beside, write_whole
 from dicer.measure.statistics import Sums
 from dicer.model.units import SubLayer
 from dicer.processes import several
+from dicer.reading import check_plain, read_json
 
 _KEY, _STATES = "run.json", "hidden.safetensors"
 
@@ -111,6 +112,7 @@ class KeptWalk:
         if not (self._folder / _STATES).exists():
             return -1
         try:
+            check_plain(self._folder / _STATES)
             with safe_open(self._folder / _STATES, framework="pt") as file:
                 return int(file.metadata()["layer"])
         except (OSError, ValueError, SafetensorError) as error:
@@ -118,6 +120,7 @@ class KeptWalk:
 
     def _read(self, name: str) -> dict[str, Tensor]:
         try:
+            check_plain(self._folder / name)
             return load_file(self._folder / name)
         except (OSError, SafetensorError) as error:
             raise self._broken(error) from None
@@ -147,7 +150,7 @@ def _identity(task: Asked) -> dict[str, Any]:
 
 def _check_own(folder: Path, own: Mapping[str, Any]) -> None:
     try:
-        held = json.loads((folder / _KEY).read_text(encoding="utf-8"))
+        held = read_json(folder / _KEY)
         differs = [name for name in own if held[name] != own[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{folder} is no folder of a run that was stopped ({error}): move it away.") from None

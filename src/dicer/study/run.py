@@ -34,7 +34,7 @@ from dicer.study.record import make_record
 from dicer.study.records import held_early, locked, read_records, record_path, run_id
 from dicer.study.run_record import plan_entries, surroundings
 from dicer.write.proof import Proof, check_proofs
-from dicer.write.prove import prove, proven
+from dicer.write.prove import proofs_for, prove
 from dicer.write.surgery import plan_cut
 
 
@@ -253,7 +253,7 @@ def _score(tasks: list[Task], store: ResidentStore, tokenizer: Any, bench: Bench
         try:
             if isinstance(one, Exception):
                 raise one
-            proven(source, one.plan, proofs(one.task))
+            proofs_for(source, one.plan, proofs(one.task))
             scored.append((task, one))
         except Exception as error:
             fail(task, bench, error)

@@ -13,13 +13,24 @@ import torch
 from dicer.errors import PlanError
 from dicer.model.shapes import LayerShape
 from dicer.model.source import ModelSource
+from dicer.model.structure.heads import head_keys
 from dicer.model.structure.layers import companions
-from dicer.model.structure.skeleton import Skeleton, as_values, build, flat_values, quiet, stock_config_class
+from dicer.model.structure.skeleton import (
+    Skeleton,
+    as_values,
+    build,
+    flat_values,
+    quiet,
+    stock_config,
+    stock_config_class,
+)
 from dicer.model.tensors import TensorInfo
 from dicer.write.listed import listed_layers
 
 MODELING_FILE = "modeling_pruned.py"
+IN_VLLM = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt")  # seen to serve
 _OWN_KEYS = ("auto_map", "pruned", "_name_or_path", "architectures", "model_type")
+_HEADS_OF_LAYERS = ("per_layer_config", "allow_global_per_layer_attribute_access")  # where we said them
 Widths = Mapping[str, Sequence[Fraction | None]]
 
 
@@ -48,7 +59,8 @@ def pruned_config(
         PlanError: neither can hold it.
     """
     family = source.family
-    raw = {key: copy.deepcopy(value) for key, value in source.raw_config.items() if key not in _OWN_KEYS}
+    ours = _OWN_KEYS + (_HEADS_OF_LAYERS if family.model_type in IN_VLLM else ())
+    raw = {key: copy.deepcopy(value) for key, value in source.raw_config.items() if key not in ours}
     raw.update(model_type=family.model_type, architectures=[family.causal_lm])
     before = as_config(source, raw)
     values = (
@@ -75,7 +87,7 @@ def pruned_config(
         layers = listed_layers(source, skeleton, infos, shapes, kept)
         if layers is None:
             continue
-        return _differing(source, config, layers, infos)
+        return _differing(source, config | _heads_of_layers(source, shapes), layers, infos)
     raise PlanError(
         f"no {family.causal_lm} of transformers can be built with the widths that are left, whatever each layer is "
         "given by itself. Choose other units, or another --axis."
@@ -110,13 +122,15 @@ def _differing(
 
     family = source.family
     module, names = MODELING_FILE.removesuffix(".py"), family.pruned_classes
+    ours = family.model_type in IN_VLLM and "per_layer_config" in config
+    aside: dict[str, Any] = {"aside": ["per_layer_config"]} if ours else {}
     own = f"Pruned{family.causal_lm}"
     own = own if own in names.values() else names["AutoModelForCausalLM"]
     new = config | {
         "model_type": family.pruned_type,
         "architectures": [own],
         "auto_map": {auto: f"{module}.{name}" for auto, name in names.items()},
-        "pruned": {"layers": family.where.module, "own": layers},
+        "pruned": {"layers": family.where.module, "own": layers} | aside,
     }
     kind: Any = getattr(modeling_pruned, own)
     with torch.device("meta"), quiet():
@@ -125,6 +139,18 @@ def _differing(
     if name := differs(skeleton, source, infos):
         raise PlanError(f"'{name}' of the result is not what a {own} would have; choose other units.")
     return new
+
+
+def _heads_of_layers(source: ModelSource, shapes: Sequence[LayerShape]) -> dict[str, Any]:
+    """Where layers' heads differ, their numbers as vLLM asks for them, which makes room for keys and values by them."""
+    keys = source.family.heads or head_keys(stock_config(source.config))
+    if source.family.model_type not in IN_VLLM or keys is None:
+        return {}
+    counts = [shape.units.get("attention", 0) for shape in shapes]
+    own = {f"{i:03d}": {key: value for key, value in keys.of(count).items() if key != keys.size}
+           for i, count in enumerate(counts) if count not in (0, keys.count)}  # fmt: skip
+    said = {"per_layer_config": own, "allow_global_per_layer_attribute_access": True, keys.size: keys.head}
+    return said if own else {}
 
 
 def as_config(source: ModelSource, raw: Mapping[str, Any]) -> Any:

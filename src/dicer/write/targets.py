@@ -5,9 +5,9 @@ from __future__ import annotations
 from dicer.errors import ModelError
 from dicer.model.families import Family
 from dicer.model.source import ModelSource
+from dicer.write.config import IN_VLLM as IN_VLLM
 
 TARGETS = ("transformers", "vLLM", "llama.cpp", "torchao", "bitsandbytes")
-IN_VLLM = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt")  # seen to serve
 
 
 def why_not(target: str, source: ModelSource) -> str | None:

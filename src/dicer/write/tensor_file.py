@@ -33,7 +33,7 @@ def write_file(path: Path, infos: Mapping[str, TensorInfo], read: Read) -> None:
         ValueError: a tensor is not what its info says.
     """
     names = sorted(infos, key=lambda name: (-_ORDER.index(_NAMES[infos[name].dtype]), name.encode()))
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         file.write(_header(names, infos))
         for name in names:
             found = read(name)

@@ -20,7 +20,8 @@ _OWN = ("model_type", "architectures", "auto_map")
 
 def is_earlier(values: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is one of those."""
-    return str(values.get("model_type")).startswith(PRUNED_PREFIX) and values.get("per_layer_config") is not None
+    ours = str(values.get("model_type")).startswith(PRUNED_PREFIX) and values.get("pruned") is None
+    return ours and values.get("per_layer_config") is not None  # which is a key of Gemma 4's own, too
 
 
 def as_today(values: Mapping[str, Any]) -> dict[str, Any]:

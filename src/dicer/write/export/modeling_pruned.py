@@ -14,7 +14,8 @@ or, where dicer is installed and imported, without the flag.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +78,21 @@ class _OwnHeads:
         return getattr(self._config, name)
 
 
+@contextmanager
+def _put_aside(config: Any) -> Iterator[None]:
+    """Hide for a while what config.json says for others alone: vLLM reads the heads of each layer."""
+    keys = (getattr(config, "pruned", None) or {}).get("aside", ())
+    whole = config.to_dict() if keys else {}
+    values = {key: whole.get(key) for key in keys}
+    try:
+        for key in values:
+            setattr(config, key, None)
+        yield
+    finally:
+        for key, value in values.items():
+            setattr(config, key, value)
+
+
 def shape_as_listed(model: Any, said: Mapping[str, Any]) -> None:
     """Make each layer what ``pruned`` in config.json lists for it, by the names inside the layer.
 
@@ -84,7 +100,7 @@ def shape_as_listed(model: Any, said: Mapping[str, Any]) -> None:
         model: of the stock class.
         said: ``layers``: where they are in the class with the head; ``own``: number -> what is a layer's own:
             ``shapes`` of parameters, ``attributes`` of modules, values in their ``config``, modules to ``skip``, and
-            ``idle`` norms.
+            ``idle`` norms; ``aside``: keys of config.json that others read.
     """
     old: list[str] = []
     path, base = said["layers"], f"{model.base_model_prefix}."
@@ -160,7 +176,8 @@ def _model_class(name: str, stock: Any, config_class: Any) -> type:
         said = getattr(config, "pruned", None)
         if said is None and getattr(config, "per_layer_config", None):
             raise ValueError("per_layer_config, as dicer 0.1 wrote it, is read by dicer's from_pretrained alone")
-        stock.__init__(self, config)
+        with _put_aside(config):
+            stock.__init__(self, config)
         shape_as_listed(self, said or {"layers": "", "own": {}})
 
     def is_custom_code(cls):  # type: ignore[no-untyped-def] # noqa: ARG001
@@ -191,7 +208,12 @@ def _by_name(name: str) -> type | None:
     stock_name = name.removeprefix("Pruned")
     stock: Any = getattr(transformers, stock_name, None)
     if stock is not None and stock_name.endswith("Config"):
-        own = {"model_type": "pruned_" + stock.model_type, "__module__": __name__}
+
+        def validate(self: Any) -> None:
+            with _put_aside(self):  # the whole is read without a warning that layers differ
+                stock.validate(self)
+
+        own = {"model_type": "pruned_" + stock.model_type, "__module__": __name__, "validate": validate}
         _share_conversions(stock.model_type, own["model_type"])
         return type(name, (stock,), own)
     config_name = stock.config_class.__name__ if isinstance(getattr(stock, "config_class", None), type) else None

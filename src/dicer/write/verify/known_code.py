@@ -22,7 +22,8 @@ KNOWN: Mapping[str, str] = MappingProxyType(
         "abac6eafb2354098edf989aaf19635ec5bc5bcc1960b4993159b0a734f623bb3": "0.1.0, without unused norms",
         "68a7d94b689eaed1cadbc7c14e4d2a06cbc18f584313d7feafbfa020ea56d48c": "0.1.0, of ten families",
         "7a944180e94724c26c4545c094fba0ab74fe01b725bf0aa7c672dfd16daaefc5": "0.1.0, the last with a table of families",
-        "d4cfade5d56b4a8ae7e2fa33845d90acf5e2da8243880a640052201f17004023": "0.1.0",
+        "d4cfade5d56b4a8ae7e2fa33845d90acf5e2da8243880a640052201f17004023": "0.1.0, before heads of layers",
+        "66715a9ab5579d0a91882a6c121efe00d16710acb0d4a6fcff8e4c7a5661bd0a": "0.1.0",
     }
 )
 
