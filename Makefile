@@ -3,8 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SERVING ?= .venv-serving
 JOBS ?= 2
+FUZZ_SEED ?= 1
 
-.PHONY: demo test test-serving check format golden clean-env mutants bench families families-update install
+.PHONY: demo test test-serving check format golden clean-env mutants fuzz bench families families-update install
 
 install: $(VENV)/.installed
 
@@ -57,6 +58,11 @@ families-update: install
 # A pruned checkpoint must load where only torch, transformers and safetensors are installed: builds such a place.
 clean-env: install
 	$(BIN)/python -m pytest tests/write/test_clean_env.py --run-clean-env
+
+# Damages a good file of each kind that dicer reads, thousands of times (the tests do 300); FUZZ_SEED=N tries others.
+fuzz: install
+	PYTHONPATH=tests:tests/write/export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m fuzz.runner \
+		--count 5000 --seed $(FUZZ_SEED) --limit 60 $(ARGS)
 
 # Breaks the library on purpose, one thing at a time; a test has to fall for each.
 mutants: install
