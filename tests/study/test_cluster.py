@@ -28,11 +28,12 @@ from dicer.ask.compute import Compute
 from dicer.ask.recipe import Recipe
 from dicer.cli.experiments import Board
 from dicer.errors import ExperimentError
+from dicer.holds import locked
 from dicer.model.source import open_model
 from dicer.study.bench import Bench, Event, Task
 from dicer.study.cluster import Cluster, connected, deal
 from dicer.study.grid import Run, make_experiment
-from dicer.study.records import locked, read_records, values_of
+from dicer.study.records import LOCK, read_records, values_of
 from dicer.study.run import make_task, run_experiment
 from dicer.study.worker import Part, versions_reader, work
 
@@ -129,8 +130,10 @@ def test_run_that_kills_its_worker(cluster, model, rows, tmp_path):
 
 
 def test_two_drivers_one_folder(cluster, model, rows, tmp_path):
-    with locked(tmp_path), pytest.raises(ExperimentError, match="another run is writing to"):
-        run_experiment(grid(model, rows), tmp_path, evaluate=measure(tmp_path), watch=pytest.fail, place=cluster)
+    other = locked(tmp_path / LOCK, tmp_path)
+    with pytest.raises(ExperimentError, match="another run of dicer writes"):
+        run_experiment(grid(model, rows), tmp_path, evaluate=measure(tmp_path), place=cluster)
+    other.release()
 
 
 def test_other_version_on_a_machine(cluster, monkeypatch):
