@@ -15,6 +15,7 @@ from reading import know_tiny_tokenizer, save_stock
 from tiny import save_tiny, tiny_tokens
 
 from dicer.cli.main import main
+from dicer.decide.kept import Kept
 from fuzz.mutators import Mutator, as_bytes, as_header, as_json, as_lines, as_start, as_toml, as_zip
 
 QUICK = ("--method", "weight-l2", "--layers", "1-2")
@@ -78,6 +79,7 @@ INFO, PLAN, PRUNE = (
     ("prune", "model", "-o", "out", *QUICK),
 )
 CALIBRATED = ("plan", "model", "-o", "out", "--calib", "texts.jsonl", *SMALL)
+RESUME = ("prune", "model", "-o", "out", "--calib", "texts.jsonl", *SMALL, "--resume")
 APPLY = ("apply", "plan", "model", "-o", "out")
 DIFF = ("diff", "plan", "plan")
 RATIOS = ("plan", "model", "-o", "out", "--method", "weight-l2", "--allocate")
@@ -113,7 +115,9 @@ KINDS = {
     ),
     "plan": Kind("plan/dicer_plan.json", ("model",), (as_json, as_json, as_bytes), (APPLY, APPLY, DIFF)),
     "plan's tensors": Kind("plan/dicer_plan.tensors", ("model",), (as_header, as_bytes), (APPLY, DIFF)),
-    "record": Kind("results/record.json", (), (as_json, as_json, as_bytes), (("report", "results", "-o", "out"),)),
+    "record": Kind(
+        "results/model/rc-a/logs/record.json", (), (as_json, as_json, as_bytes), (("report", "results", "-o", "out"),)
+    ),
     "packed records": Kind(
         "packed.jsonl.gz",
         (),
@@ -164,6 +168,10 @@ KINDS = {
             ("prune", "model", "-o", "out", "--family", "family.toml", *QUICK),
         ),
     ),
+    "stopped run": Kind("out.resume/run.json", ("model", "texts.jsonl"), (as_json, as_bytes), (RESUME,)),
+    "stopped run's tensors": Kind(
+        "out.resume/walk-1/hidden.safetensors", ("model", "texts.jsonl"), (as_header, as_bytes), (RESUME,)
+    ),
     "plan in a checkpoint": Kind(
         "pruned/dicer_plan.json", (), (as_json,), (("info", "pruned"), ("prune", "pruned", "-o", "out", *QUICK))
     ),
@@ -183,8 +191,9 @@ def make_goods(folder: Path) -> None:
     (folder / "experiment.toml").write_text(EXPERIMENT)
     (folder / "ratios.json").write_text(json.dumps({"mlp": [0.1, 0.2, 0.3, 0.5]}))
     recorded.save([recorded.record("rc-a", 0.25), recorded.record("random", 0.5)], folder / "results")
-    some = next((folder / "results").rglob("*.json"))
-    some.rename(folder / "results" / "record.json")
+    some = next((folder / "results").rglob("rc-a*.json"))
+    (folder / "results" / "model" / "rc-a" / "logs").mkdir(parents=True)
+    some.rename(folder / "results" / "model" / "rc-a" / "logs" / "record.json")
     save_stock(folder / "known")
     with pytest.MonkeyPatch.context() as patch:
         know_tiny_tokenizer(patch)
@@ -194,6 +203,9 @@ def make_goods(folder: Path) -> None:
     _typed("entropy", "model", "-o", "profile.json", "--calib", "texts.jsonl", *SMALL)
     _typed("pack", "results", "-o", "packed.jsonl.gz")
     _typed("report", "results", "-o", "report")  # matplotlib is imported, and its list of fonts made, once for all
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kept, "remove", lambda _: None)  # as a kill at the end leaves it
+        _typed(*RESUME)
     (folder / "family.toml").write_text(_typed("info", "model", "--family-row"))
 
 

@@ -90,7 +90,7 @@ def attempt(goods: Path, place: Path, one: Mutant, limit: float) -> Ended:
         f"touched {name}" for name in sorted(before ^ tree(place)) if name not in ("stdout", "stderr")
     ]
     if code == REFUSED:
-        faults += [f"left {path.name}" for path in work.glob("out*")]
+        faults += [f"left {path.name}" for path in work.glob("out*") if path.name not in kind.parts]
     faults += [f"left {path.name}" for path in work.glob("*.partial")]
     return Ended(code, out, err, time.perf_counter() - start, faults)
 
