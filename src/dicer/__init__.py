@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from dicer.pipeline import Result as Result
     from dicer.pipeline import apply_plan as apply_plan
     from dicer.pipeline import load as load
-    from dicer.pipeline import look as look
     from dicer.pipeline import make_plan as make_plan
     from dicer.pipeline import prune as prune
+    from dicer.preflight import look as look
 
 _WHERE = {
     "CRITERIA": "measure.criteria",
@@ -64,7 +64,7 @@ _WHERE = {
     "Survivors": "decide.merging",
     "grouping": "decide.grouping",
     "merge": "decide.merging",
-    "look": "pipeline",
+    "look": "preflight",
     "bench": "evaluate.speed",
 }
 

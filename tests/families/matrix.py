@@ -20,7 +20,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,10 @@ def _examined(model_type: str, dense: Path, source: ModelSource, proofs: Mapping
         uniform, differing = _said(column, own, family, names)
         found.row |= {f"{column} uniform": uniform, f"{column} differing": differing}
     # The same model for all runs: to open it and to prove it once is enough.
-    opened = patch("dicer.pipeline.open_model", lambda *_: source)
-    with opened, patch("dicer.pipeline.prove", _of_proofs(proofs)):
+    with ExitStack() as stack:
+        for module in ("preflight", "pipeline"):
+            stack.enter_context(patch(f"dicer.{module}.open_model", lambda *_: source))
+            stack.enter_context(patch(f"dicer.{module}.prove", _of_proofs(proofs)))
         for cell, write in runs(dense, source, family, by_column, found.row):
             _run(found, cell, model_type, dense, write)
     return found

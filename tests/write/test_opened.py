@@ -66,7 +66,7 @@ def test_all_layers_of_one_attention_removed(kind, tmp_path):
 def test_config_that_nothing_takes_is_refused_before_the_run(model, calib, monkeypatch, tmp_path):
     monkeypatch.setattr(config, "_heads", lambda *_: {"num_attention_heads": 3, "head_dim": None})
     monkeypatch.setattr(config, "_is", lambda *_: True)
-    monkeypatch.setattr("dicer.pipeline.prove", lambda *_: [])  # which would see it before
+    monkeypatch.setattr("dicer.preflight.prove", lambda *_: [])  # which would see it before
     with pytest.raises(ModelError, match=r"the checkpoint that this would be cannot be loaded: .*not a multiple"):
         dicer.prune(model, dicer.Recipe(calib="no such file", method="weight-l2"), output=tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -133,7 +133,7 @@ def test_forward_that_does_not_fit_together(model, monkeypatch, tmp_path):
         return forward(self, hidden if self.up_proj.out_features == NEURONS else hidden[..., :3])
 
     monkeypatch.setattr(LlamaMLP, "forward", other)
-    monkeypatch.setattr("dicer.pipeline.prove", lambda *_: [])  # which would see it before
+    monkeypatch.setattr("dicer.preflight.prove", lambda *_: [])  # which would see it before
     with pytest.raises(DicerError, match=r"could not be opened again|cannot be loaded"):
         dicer.prune(model, dicer.Recipe(method="weight-l2"), output=tmp_path / "out")
     assert not list(tmp_path.iterdir())

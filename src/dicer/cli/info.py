@@ -131,7 +131,7 @@ def _proofs(source: ModelSource) -> list[str]:
 def _what_is_left(source: ModelSource) -> Iterator[tuple[str, str, str, str, str]]:
     """For each ratio: removed, width, parameters, their share, bytes."""
     from dicer.decide.task import Decided, prepare
-    from dicer.pipeline import foreseen
+    from dicer.preflight import foreseen
 
     for percent in (10, 20, 25, 30, 40, 50):
         task = prepare(source, Recipe(method="random", ratio=percent / 100))

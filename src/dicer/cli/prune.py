@@ -102,11 +102,11 @@ def prune(
     }
     inputs = [model, *wanted.recipe.files(), recipe]
     with holding(output, overwrite=overwrite, inputs=inputs, only_look=dry_run):  # before what takes seconds to import
-        from dicer import pipeline
+        from dicer import pipeline, preflight
 
         quiet_transformers()
         if dry_run:
-            _show_look(pipeline.look(model, *wanted, **options, inputs=[recipe]), output)
+            _show_look(preflight.look(model, *wanted, **options, inputs=[recipe]), output)
             return
         with Bar() as progress:
             options |= {"progress": progress, "tell": say, "resume": resume}

@@ -26,7 +26,8 @@ from dicer.measure.documents import check_source, check_text
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.stores.streamed import StreamedStore
 from dicer.model.source import ModelSource, open_model
-from dicer.pipeline import build_model, proven_axes
+from dicer.pipeline import build_model
+from dicer.preflight import proven_axes
 from dicer.processes import from_first, rank, world_size
 from dicer.study.bench import Bench, Evaluate, Event, Place, Refer, Task
 from dicer.study.grid import ORIGINAL, Experiment, Run, identity
