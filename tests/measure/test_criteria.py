@@ -11,6 +11,7 @@ from tiny import HIDDEN, LAYERS, NEURONS, tiny_model, tiny_tokens
 
 import dicer
 from dicer.measure.criteria import CRITERIA
+from dicer.measure.criteria.weight import square_sums
 from dicer.measure.statistics import LayerStatistics, Need, Sums, stream
 from dicer.model.units import UnitWeights
 
@@ -364,3 +365,13 @@ def test_groups_of_heads(heads_plan):
         alike = divmod(int((units @ units.T - 9 * torch.eye(4)).argmax()), 4)  # three groups of four: one pair
         weaker = min(alike, key=lambda unit: float(layer.scores[unit]))
         assert layer.keep.tolist() == [unit for unit in range(4) if unit != weaker]
+
+
+@pytest.mark.parametrize("over", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 256), (300, 70), (70, 600), (129, 257)])
+def test_squares_of_large_matrices(shape, over):
+    """They are summed in pieces; against float64 at once."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = (weight.double() ** 2).sum(over)
+    assert torch.allclose(square_sums(weight, over).double(), expected, rtol=1e-6)
+    assert square_sums(weight.bfloat16(), over).dtype == torch.float32
