@@ -472,6 +472,12 @@ def test_there_is_a_file_for_each_of_the_nine_tables():
         ({"axis": "block"}, "block"),
         ({"axis": "block", "entropy_search": "greedy", "entropy_at": "hidden"}, "block-greedy-hidden"),
         ({"method": "taylor", "axis": "all", "allocate": "my/own.json"}, "taylor-all-own"),
+        ({"method": "rc-a", "repair": "least-squares"}, "act-l2-post-random-least-squares"),
+        ({"method": "best"}, "best"),
+        ({"method": "best", "ridge": 0.01, "target": "dense"}, "best-ridge0.01-target-dense"),
+        ({"method": "rc-a", "rolls": 64}, "act-l2-post-random-rolls64"),
+        ({"method": "rc-a", "ratio_of": "model", "stock": True}, "rc-a-of-model-stock-True"),
+        ({"method": "best", "propagate": "dense"}, "obs-cosine-least-squares-propagate-dense"),
     ],
 )
 def test_the_folder_of_a_method(recipe, name):
