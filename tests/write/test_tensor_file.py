@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 import dicer
-from dicer.model.tensors import DTYPES, SafetensorsSource, TensorInfo
-from dicer.write import surgery
-from dicer.write.tensor_file import write_file
+from dicer.model.tensors import DTYPES, SafetensorsSource, Stretch, TensorInfo
+from dicer.write import tensor_file
+from dicer.write.tensor_file import _header, write_file
 
 TENSORS = {
     **{f"of {name}": torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()},
@@ -34,24 +37,70 @@ def test_same_bytes(tmp_path, names):
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-def test_rows_at_a_time(tmp_path):
-    table = torch.arange(40.0).reshape(10, 4)
-    save_file({"a": table}, tmp_path / "theirs", metadata={"format": "pt"})
-    write_file(tmp_path / "ours", _infos({"a": table}), lambda _: iter(table.split(3)))
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-
-
-def test_large_copies_in_rows(tmp_path, monkeypatch):
-    """A tensor that is copied and larger than what is held at once is never read whole."""
-    model = save_tiny(tmp_path / "model")
-    dicer.prune(model, dicer.Recipe(method="random"), output=tmp_path / "whole")
+def test_copies_are_not_read(tmp_path, monkeypatch):
+    """What is only copied goes from file to file, in several shards too, and what comes out is the same."""
+    model = save_tiny(tmp_path / "model", shards=True)
     reads, read = [], SafetensorsSource.read
-    monkeypatch.setattr(surgery, "_AT_ONCE", 1000)
     monkeypatch.setattr(SafetensorsSource, "read", lambda self, name: reads.append(name) or read(self, name))
-    dicer.prune(model, dicer.Recipe(method="random"), output=tmp_path / "rows")
-    assert "model.embed_tokens.weight" not in reads
-    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "rows")]
-    assert written[0] == written[1]
+    dicer.prune(model, dicer.Recipe(method="random"), output=tmp_path / "out")
+    assert reads
+    assert all(".mlp." in name for name in reads)
+    before, after = (_all_tensors(tmp_path / name) for name in ("model", "out"))
+    assert before.keys() == after.keys()
+    for name in before.keys() - set(reads):
+        assert torch.equal(before[name], after[name])
+
+
+def _all_tensors(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("able", [True, False, None])
+def test_stretch(tmp_path, monkeypatch, able):
+    """By the system, where it can copy between these files, or piece by piece."""
+    monkeypatch.setattr(tensor_file, "_CALL", 7)
+    monkeypatch.setattr(tensor_file, "_PIECE", 5)
+    if able is None:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    elif not able:
+        monkeypatch.setattr(os, "copy_file_range", _unable, raising=False)
+    (tmp_path / "theirs").write_bytes(bytes(range(100)))
+    found = Stretch(tmp_path / "theirs", 11, 24)
+    write_file(tmp_path / "ours", {"a": TensorInfo((24,), torch.uint8)}, lambda _: found)
+    assert load_file(tmp_path / "ours")["a"].tolist() == list(range(11, 35))
+    with pytest.raises(OSError, match="it has become shorter"):
+        write_file(tmp_path / "b", {"a": TensorInfo((24,), torch.uint8)}, lambda _: found._replace(start=90))
+
+
+def _unable(*_):
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+def test_full_disk_is_no_reason_to_copy_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "copy_file_range", _full, raising=False)
+    (tmp_path / "theirs").write_bytes(bytes(100))
+    found = Stretch(tmp_path / "theirs", 0, 24)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(tmp_path / "ours", {"a": TensorInfo((24,), torch.uint8)}, lambda _: found)
+
+
+def _full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_one_ahead(tmp_path):
+    """While one is written the next is read, and no more than that."""
+    tensors = {f"{i}": torch.full((4,), float(i)) for i in range(5)}
+    written = lambda: (tmp_path / "ours").stat().st_size  # noqa: E731
+    header = len(_header(sorted(tensors), _infos(tensors)))
+    sizes = []
+
+    def read(name):
+        sizes.append(written())
+        return tensors[name]
+
+    write_file(tmp_path / "ours", _infos(tensors), read)
+    assert all(size >= header + 16 * (number - 2) for number, size in enumerate(sizes))
 
 
 def test_each_read_once(tmp_path):

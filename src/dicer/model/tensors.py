@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dicer.errors import ModelError
-from dicer.reading import TABLES, check_plain, read_json, reason
+from dicer.reading import TABLES, check_plain, open_plain, read_json, reason
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,6 +52,14 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes of the data."""
         return self.numel * self.dtype.itemsize
+
+
+class Stretch(NamedTuple):
+    """Where the bytes of a tensor lie: file, first byte, how many."""
+
+    path: Path
+    start: int
+    nbytes: int
 
 
 class TensorSource(Protocol):
@@ -105,6 +114,7 @@ class SafetensorsSource:
         self._folder = folder
         self._files = dict(_one_set(folder) if files is None else files)
         self._renamed: dict[str, str] = {}
+        self._starts: dict[Path, dict[str, int]] = {}
         self._infos: dict[str, TensorInfo] = {}
         for file in sorted(set(self._files.values())):
             held = self._read_header(file)
@@ -161,6 +171,18 @@ class SafetensorsSource:
         with self._open(self._files[stored]) as shard:
             rows: Tensor = shard.get_slice(stored)[start:stop]
             return rows
+
+    def stretch(self, name: str) -> Stretch:
+        """Where the bytes of one tensor are."""
+        stored = self._renamed.get(name, name)
+        path = self._folder / self._files[stored]
+        if path not in self._starts:
+            with self._open(self._files[stored]), open_plain(path) as file:  # which sees that its header is in order
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            places = {own: said["data_offsets"] for own, said in header.items() if own != "__metadata__"}
+            self._starts[path] = {own: 8 + length + start for own, (start, _) in places.items()}
+        return Stretch(path, self._starts[path][stored], self._infos[name].nbytes)
 
     def _read_header(self, file: str) -> dict[str, TensorInfo]:
         infos = {}

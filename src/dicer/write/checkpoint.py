@@ -109,7 +109,7 @@ def write_checkpoint(
         if "auto_map" in config:
             code = importlib.resources.files("dicer.write.export").joinpath(MODELING_FILE)
             sink.write_text(MODELING_FILE, code.read_text(encoding="utf-8"))
-        sink.write_tensors(cut.infos, cut.pieces, lambda done: progress("write", done, len(cut.infos)))
+        sink.write_tensors(cut.infos, cut.written, lambda done: progress("write", done, len(cut.infos)))
         source.check_unchanged()
         sink.write_json("config.json", config)
         result.targets = targets_line(check_written(sink.folder, out, source))

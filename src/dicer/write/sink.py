@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from dicer.files import as_output_error
 from dicer.holds import MADE_BY_EXPORT as MADE_BY_EXPORT
 from dicer.holds import MARKER, check_held, taken
 from dicer.holds import check_output as check_output
-from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
+from dicer.model.tensors import INDEX, WEIGHTS, Stretch, TensorInfo
 from dicer.write.tensor_file import Read, write_file
 
 SHARD_BYTES = 2 * 1024**3  # of one file of the output
@@ -68,14 +68,14 @@ class CheckpointSink:
 
         Args:
             infos: every tensor that will be written, in the order of writing; the shards are laid out from this.
-            read: makes one tensor, or its rows a few at a time.
+            read: makes one tensor, or says where its bytes are; called in a thread, one ahead.
             progress: called with the number of tensors done.
         """
         shards = list(_shards(infos, self._shard_bytes))
         names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
         done = 0
 
-        def counted(name: str) -> Tensor | Iterator[Tensor]:
+        def counted(name: str) -> Tensor | Stretch:
             nonlocal done
             progress(done := done + 1)
             return read(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,12 @@ from dicer.model.shapes import LayerShape, layer_shapes
 from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
 from dicer.model.structure.idle import idle_tensors
-from dicer.model.tensors import TensorInfo
+from dicer.model.tensors import SafetensorsSource, Stretch, TensorInfo
 from dicer.model.units import Axis, Slice
 from dicer.write.config import pruned_config, zero_biases
 from dicer.write.experts import ExpertCut, expert_cuts
 
 Read = Callable[[], Tensor]
-_AT_ONCE = 128 * 1024**2  # bytes of a tensor that is only copied
 
 
 def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
@@ -87,14 +86,12 @@ class Cut:
         """One tensor of the result."""
         return self.made[name]() if name in self.made else self.source.tensors.read(self.origin[name])
 
-    def pieces(self, name: str) -> Tensor | Iterator[Tensor]:
-        """The same to be written: of a large tensor that is copied a few rows at a time, so that it is never mapped."""
-        info = self.infos[name]
-        if name in self.made or info.nbytes <= _AT_ONCE or info.shape[0] < 2:
+    def written(self, name: str) -> Tensor | Stretch:
+        """The same to be written: of what is copied from a file only where its bytes are."""
+        tensors = self.source.tensors
+        if name in self.made or not isinstance(tensors, SafetensorsSource):
             return self.read(name)
-        rows = max(1, _AT_ONCE * info.shape[0] // info.nbytes)
-        read, origin = self.source.tensors.read_rows, self.origin[name]
-        return (read(origin, start, min(start + rows, info.shape[0])) for start in range(0, info.shape[0], rows))
+        return tensors.stretch(self.origin[name])
 
     def sizes(self) -> tuple[Sizes, Sizes]:
         """What the model has and what it will have."""
