@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 PARTS = ("place", "cache", "tmp")  # of a stage
-_DATA_FREE = "--method weight-l2 --layers 1-2"
-_ON_TEXT = "--method rc-a --layers 1-2 --calib {given}/rows.jsonl"
+_DATA_FREE = "--method weight-l2 --layers 1"
+_ON_TEXT = "--method rc-a --layers 1 --calib {given}/rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ methods = ["weight-l2"]
 ratios = [0.25, 0.5]
 calib = ["{given}/rows.jsonl"]
 [recipe]
-layers = "1-2"
+layers = "1"
 [evaluation]
+against = "original"
 text = "{given}/text.txt"
 windows = 2
 window = 32
@@ -105,8 +106,8 @@ def make_given(given: Path, run: Callable[[str], None]) -> None:
     from tiny import save_tiny, tiny_tokens
 
     know_tiny_tokenizer(pytest.MonkeyPatch())
-    save_tiny(given / "llama")
-    save_stock(given / "merging")
+    save_tiny(given / "llama", num_hidden_layers=2)
+    save_stock(given / "merging", num_hidden_layers=2)
     tiny_gguf(given / "tiny.gguf")
     rows = [json.dumps({"input_ids": row}) + "\n" for row in tiny_tokens().tolist()]
     (given / "rows.jsonl").write_text("".join(rows))
@@ -114,5 +115,5 @@ def make_given(given: Path, run: Callable[[str], None]) -> None:
     (given / "grid.toml").write_text(_GRID.format(given=given))
     save(grid()[:5], given / "results")
     save([record("rc-a", 0.25)], given / "others")
-    run(f"prune {given}/llama -o {given}/wide --method weight-l2 --layers 1-2")
+    run(f"prune {given}/llama -o {given}/wide --method weight-l2 --layers 1")
     run(f"plan {given}/llama -o {given}/plan {_DATA_FREE}")
