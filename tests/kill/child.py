@@ -88,7 +88,8 @@ def on_stage(scene: Scene, stage: Path) -> Iterator[None]:
         held = importlib.import_module(module)
         before.append((held, attribute, getattr(held, attribute)))
         setattr(held, attribute, value)
-    tempfile.tempdir = None  # is asked for anew
+    tempfile.tempdir = None
+    tempfile.gettempdir()  # which tries whether it can write there
     try:
         yield
     finally:
