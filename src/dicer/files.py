@@ -56,7 +56,7 @@ def _new_folder(parent: Path) -> Iterator[str]:
 def undisturbed() -> Iterator[None]:
     """Let signals that raise an exception (Ctrl-C) wait for the end of the block, so that it is done whole."""
     waiting: list[int] = []
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     own = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in numbers if own and callable(signal.getsignal(number))}
     for number in before:
@@ -92,9 +92,9 @@ def write_whole(path: Path, content: str | bytes, *, sync: bool = False) -> None
 
 
 def remove_whole(folder: Path) -> None:
-    """Take a folder away so that a kill at any moment leaves all of it, or nothing that anybody goes on from."""
+    """Take a folder away, as far as that can be done: a kill leaves all of it, or nothing that a run goes on from."""
     if folder.is_dir():
-        with folder_beside(folder) as scratch:
+        with suppress(OSError), folder_beside(folder) as scratch:
             folder.rename(scratch / "old")
 
 

@@ -102,14 +102,23 @@ def on_stage(scene: Scene, stage: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def started(scene: Scene, stage: Path, words: str, log: Path, *, end: End | None = None, ready: Callable[[], None] | None = None) -> int:
+def started(
+    scene: Scene,
+    stage: Path,
+    words: str,
+    log: Path,
+    *,
+    end: End | None = None,
+    ready: Callable[[], None] | None = None,
+) -> int:
     """Start a command in a process of its own.
 
     Args:
         scene: whose command it is.
         stage: where it runs.
         words: what is typed.
-        log: ``.out`` and ``.err`` of this name get what it prints, ``.events`` its file operations if it comes to its end.
+        log: ``.out`` and ``.err`` of this name get what it prints, ``.events`` its file operations, where it comes to
+            its end.
         end: how it is ended; None for not at all, and then nothing is watched.
         ready: called in the new process before the command begins.
 

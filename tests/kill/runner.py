@@ -127,9 +127,9 @@ class Runner:
     def _by_itself(self, words: str, scene: Scene | None = None, stage: Path | None = None) -> None:
         """Run a command in this process."""
         log = self._log()
-        with on_stage(scene or Scene(""), stage or self._base), log.open("w") as file:
-            with redirect_stdout(file), redirect_stderr(file):
-                code = typed(words)
+        here = on_stage(scene or Scene(""), stage or self._base)
+        with here, log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+            code = typed(words)
         assert code == 0, f"{words}: {log.read_text()}"
 
     def _filled(self, words: str, stage: Path) -> str:
@@ -235,7 +235,7 @@ def wait_in(place: str, pipe: int) -> None:
 
 
 def _state(known: Prepared, place: Path) -> str:
-    """What the output is: none, old, new, part (of one that grows), aside (old, where the next run finds it), broken."""
+    """What the output is: none, old, new, part (of one that grows), aside (old, where the next one finds it)."""
     out = place / known.scene.out
     found = tree(out)
     if found is None:

@@ -62,8 +62,11 @@ SCENES: dict[str, Scene] = {
         "prune {given}/llama -o {place}/out --stream " + _ON_TEXT, again="--overwrite", patches=_ON_DISK
     ),
     "prune-fidelity": Scene(_PRUNE + " --fidelity {given}/text.txt", again="--overwrite"),
-    "plan": Scene("plan {given}/llama -o {place}/out --overwrite --resume " + _ON_TEXT, (f"plan{_PRUNE[5:]}",),
-        slow="dicer.pipeline:score"),
+    "plan": Scene(
+        "plan {given}/llama -o {place}/out --overwrite --resume " + _ON_TEXT,
+        (f"plan{_PRUNE[5:]}",),
+        slow="dicer.pipeline:score",
+    ),
     "plan-of-gguf": Scene("plan {given}/tiny.gguf -o {place}/out --method weight-l2", again="--overwrite"),
     "apply": Scene("apply {given}/plan {given}/llama -o {place}/out --overwrite", _OLD),
     "entropy": Scene(

@@ -1,7 +1,7 @@
-"""Runs that are killed, stopped, or several at once: what is there is whole old, whole new or nothing, and no leftovers.
+"""Runs that are killed, stopped, or several at once: the output is whole old, whole new or not there, and nothing else.
 
-A tenth of the file operations by turns, and a random moment for each command; all of them and a hundred moments for
-each by ``make kill``.
+A tenth of the file operations by turns, and ten moments; all of them, and a hundred moments for each command, by
+``make kill``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Client:
 
     def __init__(self, base: Path) -> None:
         places = [Path(dicer.__file__).parents[1], TESTS, TESTS / "write" / "export"]
-        environment = {"PYTHONPATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+        threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.errors = base / "errors"
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "kill.runner", str(base)],
-                env={**os.environ, **environment, "TOKENIZERS_PARALLELISM": "false"},
+                env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(map(str, places))},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -78,8 +78,10 @@ def chosen(ends: list[Any], name: str) -> list[Any]:
 def states(name: str) -> set[str]:
     """What the output of a scene may be after a kill."""
     scene = SCENES[name]
-    return {"new", "old" if scene.before else "none"} | ({"aside"} if "apart" in name else set()) | (
-        {"part"} if scene.grows else set()
+    return (
+        {"new", "old" if scene.before else "none"}
+        | ({"aside"} if "apart" in name else set())
+        | ({"part"} if scene.grows else set())
     )
 
 

@@ -77,8 +77,7 @@ class Kept:
 
     def remove(self) -> None:
         """Take the folder away, as the run has come to its end."""
-        with as_output_error(self._folder):
-            remove_whole(self._folder)
+        remove_whole(self._folder)
 
 
 class KeptWalk:

@@ -125,8 +125,8 @@ def _check_names(found: Any) -> None:
     if not isinstance(found, dict):
         raise ValueError("it holds no JSON object")
     named = [(key, found[key]) for key in _PATHS if isinstance(found.get(key), str) and is_there(found[key])]
-    names = found.get(_NAMES) if isinstance(found.get(_NAMES), list) else []
-    named += [(_NAMES, str(name)) for name in names if Path(str(name)).name != name]
+    if isinstance(names := found.get(_NAMES), list):
+        named += [(_NAMES, name) for name in names if Path(str(name)).name != name]
     if named:
         raise ValueError(f"its {named[0][0]} is {named[0][1]!r:.100}, and files elsewhere are not read")
 

@@ -73,7 +73,7 @@ class HiddenStates(MutableSequence[Tensor]):
 
 @contextmanager
 def _unnamed_file(folder: Path) -> Iterator[str]:
-    """A name to open a new file by, which goes with the block; on Linux it is in no folder, so a kill leaves nothing."""
+    """A name to open a new file by, while the block lasts; on Linux it is in no folder, so that a kill leaves none."""
     if _OPEN.is_dir():
         with tempfile.TemporaryFile(dir=folder) as file:
             yield str(_OPEN / str(file.fileno()))
