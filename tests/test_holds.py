@@ -93,6 +93,13 @@ def test_kill_lets_go(tmp_path, other):
     assert names(tmp_path) == ["out"]
 
 
+def test_what_kills_have_left_beside_it(tmp_path):
+    """As of what a run went on from, which goes when it ends."""
+    (tmp_path / ".dicer-abc.partial").mkdir()
+    make(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
 def test_claim_is_taken_once(tmp_path):
     with claimed(tmp_path / "out"), claimed(tmp_path / "out"):
         with taken(tmp_path / "out") as place:
