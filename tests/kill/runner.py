@@ -24,6 +24,7 @@ from kill.scenes import PARTS, SCENES, Scene, make_given
 Tree = dict[str, str]  # path -> what it is, or a hash of its content
 # Of a record: what is another one each time, or in a run that goes on.
 _OTHERWISE = ("seconds", "memory", "ended", "git", "pass_shared_by")
+_OUT = "out"  # in the place
 _PATIENCE = 120  # seconds for all of several runs; they take one
 _UNFINISHED = re.compile(r"\.dicer-.*|.*\.partial|tmp.+")  # names of what kills leave
 
@@ -104,14 +105,14 @@ class Runner:
         start = time.monotonic()
         code = ended(started(scene, stage, self._filled(scene.words, stage), log, end=End()))
         seconds = time.monotonic() - start
-        found, new = tree(stage), tree(stage / "place" / scene.out)
+        found, new = tree(stage), tree(stage / "place" / _OUT)
         said = log.with_suffix(".err").read_text()
         assert whole is not None
         assert found is not None
         assert new is not None, said
         assert (code, differing(found, whole)) == (0, []), f"{name}: {code} {said} {differing(found, whole)} {stage}"
         events = log.with_suffix(".events").read_text().splitlines()
-        return Prepared(scene, before, tree(before / "place" / scene.out), new, whole, events, seconds)
+        return Prepared(scene, before, tree(before / "place" / _OUT), new, whole, events, seconds)
 
     def _lay_out(self, scene: Scene, before: Path) -> None:
         """Make the stage as a scene finds it."""
@@ -122,7 +123,7 @@ class Runner:
         shutil.rmtree(before / "cache")
         (before / "cache").mkdir()
         if scene.keeps:
-            (before / "place" / scene.out / scene.keeps).write_text("mine")
+            (before / "place" / _OUT / scene.keeps).write_text("mine")
 
     def _by_itself(self, words: str, scene: Scene | None = None, stage: Path | None = None) -> None:
         """Run a command in this process."""
@@ -236,7 +237,7 @@ def wait_in(place: str, pipe: int) -> None:
 
 def _state(known: Prepared, place: Path) -> str:
     """What the output is: none, old, new, part (of one that grows), aside (old, where the next one finds it)."""
-    out = place / known.scene.out
+    out = place / _OUT
     found = tree(out)
     if found is None:
         aside = tree(out.with_name(f"{out.name}.partial") / "old")

@@ -32,7 +32,6 @@ class Scene:
         patches: what the run is to find otherwise than it is: ``module:name`` -> value.
         grows: files of the output appear one after the other.
         slow: what takes hours, ``module:name``, where several runs at once are tried.
-        out: the name of the output.
     """
 
     words: str
@@ -42,7 +41,17 @@ class Scene:
     patches: tuple[tuple[str, Any], ...] = ()
     grows: bool = False
     slow: str = ""
-    out: str = "out"
+
+    @property
+    def command(self) -> str:
+        """Its name."""
+        return self.words.split()[0]
+
+    @property
+    def states(self) -> set[str]:
+        """What the output may be after a kill; aside: the old one lies where the next run finds it."""
+        grows = {"part"} if self.grows else set()
+        return {"new", "old" if self.before else "none"} | grows | ({"aside"} if self.patches == _APART else set())
 
 
 # Where names cannot be exchanged, two renames do it, and there is a moment without an output.

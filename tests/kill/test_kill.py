@@ -1,13 +1,14 @@
 """Runs that are killed, stopped, or several at once: the output is whole old, whole new or not there, and nothing else.
 
-A tenth of the file operations by turns, and ten moments; all of them, and a hundred moments for each command, by
-``make kill``.
+A tenth of the file operations by turns, a moment and a signal for each scene; all operations, for signals too, and a
+hundred moments for each command by ``make kill``.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import random
 import re
@@ -25,7 +26,6 @@ import dicer
 from kill.scenes import SCENES
 
 ALL = os.environ.get("DICER_KILLS") == "all"
-MOMENTS = 100 if ALL else 1  # for each command
 TESTS = Path(__file__).parents[1]
 every_scene = pytest.mark.parametrize("name", SCENES)
 
@@ -75,25 +75,15 @@ def chosen(ends: list[Any], name: str) -> list[Any]:
     return ends[(day + [*SCENES].index(name)) % 10 :: 10]
 
 
-def states(name: str) -> set[str]:
-    """What the output of a scene may be after a kill."""
-    scene = SCENES[name]
-    return (
-        {"new", "old" if scene.before else "none"}
-        | ({"aside"} if "apart" in name else set())
-        | ({"part"} if scene.grows else set())
-    )
-
-
 def wrong(name: str, end: dict[str, Any], code: int) -> list[str]:
     """What is not right after an end and the run behind it, in words."""
     resume = {"out.resume"} if "--resume" in SCENES[name].words else set()
     strays = [left for left in end["names"] if left not in {"out", "out.partial", *resume}]
-    if SCENES[name].out == "out" and code == -signal.SIGKILL:
+    if code == -signal.SIGKILL:
         strays = [left for left in strays if not re.fullmatch(r"\.dicer-\d+-.+\.partial", left)]
     found = [f"beside it {strays}"] if strays else []
     found += [f"exit code {end['code']}"] if end["code"] != code else []
-    found += [f"output {end['state']}"] if end["state"] not in states(name) else []
+    found += [f"output {end['state']}"] if end["state"] not in SCENES[name].states else []
     found += [f"next run: {end['again']}"] if (end["again"]["code"] or end["again"]["differs"]) else []
     return [f"{end['how']}: {what}" for what in found]
 
@@ -111,17 +101,18 @@ def test_before_file_operations(runner: Client, name: str) -> None:
     lines = [line for end in ended for line in wrong(name, end, -signal.SIGKILL)]
     assert not lines, "\n".join(lines)
     if ALL:
-        assert {end["state"] for end in ended} == states(name)
+        assert {end["state"] for end in ended} == SCENES[name].states
 
 
 @every_scene
 def test_at_random_moments(runner: Client, name: str) -> None:
     moments = random.Random(name)
-    ended = [runner.ask("kill_at", name=name, moment=moments.random()) for _ in range(MOMENTS)]
+    count = math.ceil(100 / sum(scene.command == SCENES[name].command for scene in SCENES.values())) if ALL else 1
+    ended = [runner.ask("kill_at", name=name, moment=moments.random()) for _ in range(count)]
     killed = [end for end in ended if end["code"]]  # a run may be quicker than the one that was timed
     lines = [line for end in killed for line in wrong(name, end, -signal.SIGKILL)]
     assert not lines, "\n".join(lines)
-    assert not ALL or len(killed) > MOMENTS // 2
+    assert not ALL or len(killed) > count // 2
 
 
 @every_scene
