@@ -5,7 +5,7 @@ SERVING ?= .venv-serving
 JOBS ?= 2
 FUZZ_SEED ?= 1
 
-.PHONY: demo test test-serving check format golden clean-env mutants fuzz bench families families-update install
+.PHONY: demo test test-serving check format golden clean-env mutants fuzz kill bench families families-update install
 
 install: $(VENV)/.installed
 
@@ -54,6 +54,11 @@ families: install
 # Writes that list and docs/families.md anew.
 families-update: install
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m families.matrix --update
+
+# Kills every command before each of its file operations, stops it there by signals, and kills it at a hundred moments
+# (the tests do a tenth by turns).
+kill: install
+	DICER_KILLS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/kill $(ARGS)
 
 # A pruned checkpoint must load where only torch, transformers and safetensors are installed: builds such a place.
 clean-env: install

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -20,6 +21,8 @@ from dicer.files import (
     folder_beside,
     is_there,
     remove_unfinished,
+    remove_whole,
+    undisturbed,
     unfinished,
     write_whole,
 )
@@ -149,6 +152,34 @@ def test_place_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # the tests may run as root
     with pytest.raises(OutputError, match=f"no permission to write in {tmp_path}"):
         check_writable(tmp_path / "deep" / "new")
+
+
+def _raised_within(steps):
+    with undisturbed():
+        with undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("inner")
+        steps.append("outer")
+
+
+def test_signal_in_a_block_that_is_done_whole():
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        _raised_within(steps)
+    assert steps == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_folder_that_goes_whole(tmp_path, monkeypatch):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    remove_whole(tmp_path / "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):  # in the middle: nothing of it has its name any more
+            remove_whole(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_is_there(tmp_path):

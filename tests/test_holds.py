@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tiny import save_tiny
@@ -18,7 +14,6 @@ from dicer import holds
 from dicer.errors import DicerError, ExperimentError, OutputError
 from dicer.files import folder_beside, remove_unfinished, unfinished, write_whole
 from dicer.holds import Place, claimed, exchange, held_folder, taken
-from dicer.study.report import pages
 
 HELD = "import sys, pathlib\nfrom dicer.holds import claimed\nwith claimed(pathlib.Path(sys.argv[1])):\n"
 HELD += "    print('held', flush=True)\n    sys.stdin.read()\n"
@@ -89,6 +84,13 @@ def test_kill_lets_go(tmp_path, other):
     other.kill()
     other.wait()
     assert names(tmp_path) == ["out.partial"]
+    make(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_kills_have_left_beside_it(tmp_path):
+    """As of what a run went on from, which goes when it ends."""
+    (tmp_path / ".dicer-abc.partial").mkdir()
     make(tmp_path / "out")
     assert names(tmp_path) == ["out"]
 
@@ -197,61 +199,7 @@ def test_what_another_process_makes_stays(tmp_path):
     assert names(tmp_path) == ["other"]
 
 
-# Reports
-
-
-def _die_before(folder, last):
-    """In a child: be killed before the file operation of this number below a folder."""
-    watched = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
-    seen = [0]
-
-    def hook(event, args):
-        writes = event in watched
-        if event == "open":
-            writes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if not writes or (Path(str(args[0])).is_absolute() and not str(args[0]).startswith(str(folder))):
-            return
-        if seen[0] == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen[0] += 1
-
-    sys.addaudithook(hook)
-
-
-def test_report_that_is_killed(tmp_path, monkeypatch):
-    """Before every file operation: the folder is the old report or the new one, and the next run leaves nothing."""
-    results = tmp_path / "results"
-    results.mkdir()
-    begins = "<h1>Pruning experiments</h1> 1 finished runs, 0 failed; settings: 1."
-    monkeypatch.setattr(
-        pages, "_files", lambda _: {"report.html": begins.encode(), "report.md": b"# " + begins.encode()}
-    )
-    old = {"report.html": f"old {begins}", "setting1-old.png": "old", "notes.txt": "mine"}
-    states, point, ended = set(), 0, False
-    while not ended:
-        folder = tmp_path / str(point)
-        (folder / "out").mkdir(parents=True)
-        for name, text in old.items():
-            (folder / "out" / name).write_text(text)
-        child = os.fork()
-        if not child:
-            _die_before(folder, point)
-            pages.write_report(results, folder / "out")
-            os._exit(0)
-        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        found = {path.name: path.read_text() for path in (folder / "out").iterdir()}
-        new = {"report.html": begins, "report.md": f"# {begins}", "notes.txt": "mine"}
-        assert found in (old, new), point
-        states.add(found == new)
-        pages.write_report(results, folder / "out")
-        assert {path.name: path.read_text() for path in (folder / "out").iterdir()} == new
-        assert names(folder) == ["out"]
-        point += 1
-    assert states == {False, True}
-    assert point > 8
-
-
-# Signals, and several runs at once
+# Signals: before any file operation, and several runs at once, are tests/kill
 
 SIGNALLED = """
 import os, signal, sys
@@ -284,19 +232,6 @@ def test_ignored_signal_stays_so(tmp_path):
     code += "with main._signals():\n    signal.raise_signal(signal.SIGINT)\nprint('on')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "on\n")
-
-
-def test_several_runs_into_one_place(tmp_path, model):
-    words = ["prune", str(model), "-o", str(tmp_path / "out"), "--method", "weight-l2"]
-    command = [sys.executable, "-m", "dicer.cli", *words]
-    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(8)]
-    ended = [(run.communicate()[1], run.returncode) for run in runs]
-    assert sorted(code for _, code in ended) == [0] + [2] * 7
-    lost = [line for line, code in ended if code]
-    assert all(re.fullmatch(r"dicer: .*(another run of dicer writes|is not empty).*\n", line) for line in lost)
-    assert sum("another run of dicer writes" in line for line in lost) > 3
-    assert names(tmp_path) == ["out"]
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 30
 
 
 def test_holding_needs_no_torch(tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,42 @@ def folder_beside(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path.parent)
-    beginning = f"{_BEGIN}{os.getpid()}-"
-    with tempfile.TemporaryDirectory(_END, beginning, path.parent, ignore_cleanup_errors=True) as folder:
-        lock = filelock.FileLock(Path(folder) / _LOCK, timeout=0, fallback_to_soft=False)
-        with suppress(OSError):  # a file system without locks
-            lock.acquire()
-        try:
-            yield Path(folder)
-        finally:
-            lock.release()
+    with ExitStack() as stack:
+        with undisturbed():
+            folder = Path(stack.enter_context(_new_folder(path.parent)))
+            lock = filelock.FileLock(folder / _LOCK, timeout=0, fallback_to_soft=False)
+            with suppress(OSError):  # a file system without locks
+                lock.acquire()
+            stack.callback(lock.release)
+        yield folder
+
+
+@contextmanager
+def _new_folder(parent: Path) -> Iterator[str]:
+    folder = tempfile.TemporaryDirectory(_END, f"{_BEGIN}{os.getpid()}-", parent, ignore_cleanup_errors=True)
+    try:
+        yield folder.name
+    finally:
+        with undisturbed():
+            folder.cleanup()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let signals that raise an exception (Ctrl-C) wait for the end of the block, so that it is done whole."""
+    waiting: list[int] = []
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    own = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if own and callable(signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda other, _: waiting.append(other))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in waiting[:1]:
+            signal.raise_signal(number)
 
 
 def write_whole(path: Path, content: str | bytes, *, sync: bool = False) -> None:
@@ -60,6 +89,13 @@ def write_whole(path: Path, content: str | bytes, *, sync: bool = False) -> None
                 file.flush()
                 os.fsync(file.fileno())
         made.replace(path)
+
+
+def remove_whole(folder: Path) -> None:
+    """Take a folder away, as far as that can be done: a kill leaves all of it, or nothing that a run goes on from."""
+    if folder.is_dir():
+        with suppress(OSError), folder_beside(folder) as scratch:
+            folder.rename(scratch / "old")
 
 
 def unfinished(folder: Path) -> set[Path]:

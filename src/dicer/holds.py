@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Self
 import filelock
 
 from dicer.errors import ExperimentError, OutputError
-from dicer.files import as_output_error, check_writable, is_own
+from dicer.files import as_output_error, check_writable, is_own, remove_unfinished, undisturbed
 from dicer.reading import read_json
 
 MARKER = ".dicer-partial"  # tells our own unfinished folder from one of the user's, and is locked by who makes it
@@ -28,6 +29,7 @@ MADE_BY_EXPORT = "dicer_export.json"  # instead of it in every stock checkpoint 
 _OLD, _NEW = "old", "new"  # inside: what --overwrite replaces, where the system cannot exchange two names; what is made
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems without locks answer
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+_TRIES, _BETWEEN = 20, 0.01  # seconds
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
@@ -56,21 +58,22 @@ class Place:
     def __enter__(self) -> Self:
         if self._lock is not None:
             return self
-        with as_output_error(self.out):
-            self._parents = [parent for parent in self.path.parents if not parent.exists()]
-            try:
+        try:
+            with as_output_error(self.out), undisturbed():
                 self._take()
-            except BaseException:
-                self._leave_parents()
-                raise
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def _take(self) -> None:
+        self._parents = [parent for parent in self.path.parents if not parent.exists()]
         if self.folder.is_symlink() or (self.folder.exists() and not is_own(self.folder)):
             raise self._in_the_way()
         if self.folder.exists() and not self._marker.exists():
             self._refuse_others()
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.folder.parent)
         self._lock = locked(self._marker, self.out)
         try:
             self.put_back()
@@ -84,20 +87,17 @@ class Place:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is None:
-            return
-        try:
-            if error is None:
-                with as_output_error(self.out):
-                    self._clear()
-            else:
-                with suppress(OSError):
-                    self._clear()
-        finally:
-            self._lock.release()
-            self._lock = None
-            if not self.path.exists():
-                self._leave_parents()
+        with undisturbed():
+            try:
+                with as_output_error(self.out) if error is None else suppress(OSError):
+                    if self._lock is not None:
+                        self._clear()
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
+                self._lock = None
+                if not self.path.exists():
+                    self._leave_parents()
 
     def finish(self) -> None:
         """Give what was made its name; what had it goes, at the same moment where the system can do that."""
@@ -202,6 +202,18 @@ def held_folder(folder: Path, marker: Path) -> Iterator[None]:
     if path in _folders.get():
         yield
         return
+    with ExitStack() as stack:
+        with undisturbed():
+            stack.enter_context(_locked_folder(folder, path, marker))
+        token = _folders.set((*_folders.get(), path))
+        try:
+            yield
+        finally:
+            _folders.reset(token)
+
+
+@contextmanager
+def _locked_folder(folder: Path, path: Path, marker: Path) -> Iterator[None]:
     made = [place for place in (path, *path.parents) if not place.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -210,18 +222,17 @@ def held_folder(folder: Path, marker: Path) -> Iterator[None]:
         raise ExperimentError(str(error)) from None
     except OSError as error:
         raise OutputError(f"cannot use the results folder {folder}: {error.strerror or error}.") from error
-    token = _folders.set((*_folders.get(), path))
+    _say_who(marker)
     try:
-        _say_who(marker)
         yield
     finally:
-        _folders.reset(token)
-        with suppress(OSError):
-            marker.unlink()
-        lock.release()
-        for place in made:
-            with suppress(OSError):  # it is filled, as it should be
-                place.rmdir()
+        with undisturbed():
+            with suppress(OSError):
+                marker.unlink()
+            lock.release()
+            for place in made:
+                with suppress(OSError):  # it is filled, as it should be
+                    place.rmdir()
 
 
 def partial(path: Path) -> Path:
@@ -276,11 +287,14 @@ def _say_who(marker: Path) -> None:
 
 
 def _who(marker: Path) -> str:
-    try:
-        found = read_json(marker, 2**12)
-        return f" (process {int(found['process'])} on {found['host']!s:.60}, since {found['since']!s:.25})"
-    except (OSError, ValueError, TypeError, KeyError):
-        return ""
+    """Who holds a marker's lock, where that is written down; it is soon after it was locked."""
+    for _ in range(_TRIES):
+        try:
+            found = read_json(marker, 2**12)
+            return f" (process {int(found['process'])} on {found['host']!s:.60}, since {found['since']!s:.25})"
+        except (OSError, ValueError, TypeError, KeyError):
+            time.sleep(_BETWEEN)
+    return ""
 
 
 def check_output(out: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:

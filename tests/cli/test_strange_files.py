@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -66,6 +67,27 @@ def test_link_out_of_a_model(refused, tmp_path, models, name):
     shutil.move(tmp_path / name, folder / "kept")
     (folder / name).symlink_to("kept")
     dicer.make_plan(folder, dicer.Recipe(method="weight-l2"))
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges", "vocab_file", "merges_file", "fast_tokenizer_files"])
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_path_in_a_tokenizer(refused, tmp_path, models, key, kind):
+    """Which transformers would open, wherever it is, and wait."""
+    folder = shutil.copytree(models["one"], tmp_path / "model")
+    place = tmp_path / "tokenizer.4.0.0.json"
+    os.mkfifo(place) if kind == "pipe" else place.write_text("{}")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config[key] = [f"../{place.name}"] if key.endswith("files") else str(place)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    refused("info", folder, says=[f"its {key} is '", place.name, "files elsewhere are not read"])
+
+
+def test_config_that_points_at_another(refused, tmp_path, models):
+    folder = shutil.copytree(models["one"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.4.0.0.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
+    (folder / "config.json").write_text(json.dumps({**config, "configuration_files": ["config.4.0.0.json"]}))
+    refused("info", folder, says=["points at other configs (configuration_files)"])
 
 
 def test_blobs_that_are_a_link(refused, tmp_path, models):

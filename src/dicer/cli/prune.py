@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from dicer.ask.spelling import FIELDS, Wanted, make_wanted, read_recipe
 from dicer.cli.flags import with_flags
 from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, holding, output_path, quiet_transformers, say, show
 from dicer.cli.told import show_fidelity
+from dicer.files import remove_whole
 
 app = typer.Typer()
 
@@ -144,7 +144,7 @@ def plan(
         with CheckpointSink(output, overwrite=overwrite) as sink:
             made.save(sink.folder)
     if kept is not None:
-        shutil.rmtree(kept, ignore_errors=True)
+        remove_whole(kept)
     for line in made.explain() if explain else ():
         say(line)
     _show_notes(made.notes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from dicer.decide.choose import Scores
 from dicer.decide.layer_plan import MERGE, LayerPlan, Merge
 from dicer.decide.task import Asked
 from dicer.errors import RecipeError
-from dicer.files import as_output_error, folder_beside, write_whole
+from dicer.files import as_output_error, folder_beside, remove_whole, write_whole
 from dicer.measure.statistics import Sums
 from dicer.model.units import SubLayer
 from dicer.processes import several
@@ -78,7 +77,7 @@ class Kept:
 
     def remove(self) -> None:
         """Take the folder away, as the run has come to its end."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_whole(self._folder)
 
 
 class KeptWalk:

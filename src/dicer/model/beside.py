@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dicer.errors import ModelError
+from dicer.files import is_there
 from dicer.reading import SETTINGS, TABLES, check_plain, read_json, reason
 
 TEMPLATES = "additional_chat_templates"  # the one subfolder of a model that is fetched, and taken along
@@ -42,6 +44,8 @@ _READ = re.compile(
     re.IGNORECASE,
 )
 _PARSED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Keys by which transformers opens a file wherever it is, and one that lists names of files in the folder.
+_PATHS, _NAMES = ("vocab", "merges", "vocab_file", "merges_file"), "fast_tokenizer_files"
 # Of dicer; the configs of an adapter and of weights in another layout, which are not there.
 _OURS = re.compile(
     r"\.|config\.json$|base_model_card\.md$|dicer_(plan|export)|adapter_|params\.json$|optimizer|scheduler\.|rng_state|openvino_"
@@ -96,8 +100,8 @@ def check_read(folder: Path) -> None:
             )
         try:
             check_plain(path)
-            if path.name in _PARSED and not isinstance(read_json(path, TABLES), dict):
-                raise ValueError("it holds no JSON object")
+            if path.name in _PARSED:
+                _check_names(read_json(path, TABLES))
         except FileNotFoundError:  # a link to nothing
             continue
         except OSError as error:
@@ -110,6 +114,21 @@ def check_read(folder: Path) -> None:
                 f"{path} has {path.stat().st_size:,} bytes, and of such a file at most {most:,} are read. Fetch it "
                 "again."
             )
+
+
+def _check_names(found: Any) -> None:
+    """Refuse what is no table, or names a file that does not lie in its folder.
+
+    Raises:
+        ValueError: with the name.
+    """
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    named = [(key, found[key]) for key in _PATHS if isinstance(found.get(key), str) and is_there(found[key])]
+    if isinstance(names := found.get(_NAMES), list):
+        named += [(_NAMES, name) for name in names if Path(str(name)).name != name]
+    if named:
+        raise ValueError(f"its {named[0][0]} is {named[0][1]!r:.100}, and files elsewhere are not read")
 
 
 def left_behind(folder: Path) -> list[str]:

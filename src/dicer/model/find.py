@@ -202,6 +202,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {reason(error)}.") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'} does not say a model_type, so the family is unknown.")
+    if config.get("configuration_files"):  # transformers would read another one, and nobody has looked at that
+        raise ModelError(f"{folder / 'config.json'} points at other configs (configuration_files); take that key out.")
     check_config(folder.resolve().name, config)
     return config
 

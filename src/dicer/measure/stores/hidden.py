@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, MutableSequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, MutableSequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+
+_OPEN = Path("/proc/self/fd")  # of Linux: the files that this process has open
 
 
 class HiddenStates(MutableSequence[Tensor]):
@@ -64,11 +66,22 @@ class HiddenStates(MutableSequence[Tensor]):
     def _kept(self, states: Tensor) -> Tensor:
         if self._folder is None:
             return states.cpu()
-        number, name = tempfile.mkstemp(".hidden", ".dicer-", self._folder)
-        os.close(number)
-        try:
+        with _unnamed_file(self._folder) as name:
             mapped = torch.from_file(name, shared=True, size=states.numel(), dtype=states.dtype).view(states.shape)
-        finally:
-            with suppress(OSError):  # some systems keep the name of an open file
-                Path(name).unlink()
         return mapped.copy_(states)
+
+
+@contextmanager
+def _unnamed_file(folder: Path) -> Iterator[str]:
+    """A name to open a new file by, while the block lasts; on Linux it is in no folder, so that a kill leaves none."""
+    if _OPEN.is_dir():
+        with tempfile.TemporaryFile(dir=folder) as file:
+            yield str(_OPEN / str(file.fileno()))
+        return
+    number, name = tempfile.mkstemp(".hidden", ".dicer-", folder)
+    os.close(number)
+    try:
+        yield name
+    finally:
+        with suppress(OSError):  # some systems keep the name of an open file
+            Path(name).unlink()
