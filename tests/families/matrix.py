@@ -34,6 +34,7 @@ from dicer.decide.plan import PrunePlan, load_plan
 from dicer.errors import DicerError
 from dicer.model.families import Family
 from dicer.model.source import ModelSource, open_model
+from dicer.model.structure.experts import EXPERT_NEURONS
 from dicer.write.proof import Proof
 from dicer.write.prove import WHOLE as OF_AXIS
 from dicer.write.prove import prove
@@ -48,6 +49,7 @@ COLUMNS = ("neurons", "heads", "blocks", "experts", "expert neurons")
 FORMS = ("uniform", "differing")
 WHOLE = "sub-layers whole"  # a cell of its own: which of the proven axes cannot be cut down to nothing, and why
 EXPECTED = Path(__file__).with_name("expected.json")
+_AXIS = {"neurons": "mlp", "heads": "attention", "expert neurons": EXPERT_NEURONS}  # by what name it is refused
 PASS, NONE, NOT_BUILT = "PASS", "-", "not built"
 _SAME = 1e-4  # of the logits' standard deviation
 _CHUNK = 16  # types that are loaded by one process
@@ -148,10 +150,10 @@ def _proof_names(axes: Sequence[str], proofs: Mapping[str, Proof]) -> list[str]:
 def _said(column: str, proofs: Sequence[Proof], family: Family, names: Sequence[str]) -> tuple[str, str]:
     """What the proofs come to: (uniform, differing)."""
     if not proofs:
-        refused = [why for axis, why in family.refused.items() if kind_name(axis) == column]
+        refused = family.refused.get(_AXIS.get(column, column))
         if not refused and not (column in _HINTS and any(map(_HINTS[column].search, names))):
             return NONE, NONE
-        why = few_words(refused[0]) if refused else "not found: no key of the config changes their number"
+        why = few_words(refused) if refused else "not found: no key of the config changes their number"
         return why, why
     bad = [proof for proof in proofs if not proof.holds]
     if bad:

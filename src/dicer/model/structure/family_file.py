@@ -107,9 +107,11 @@ class FamilyRow(_Table):
     @field_validator("axes")
     @classmethod
     def _are_axes(cls, value: dict[str, AxisRow]) -> dict[str, AxisRow]:
-        for name in value:
+        for name, row in value.items():
             if kind_name(name) not in AXES:
                 raise ValueError(unknown("axis", name, AXES))
+            if row.slices and re.fullmatch(r"experts|mlp\.expert\d+.*", name):
+                raise ValueError(f"experts are found, and no file can say where they lie; leave '{name}' out")
         return value
 
     def where(self, config: Any) -> Layers | None:
@@ -192,7 +194,11 @@ def as_toml(
         *([f"module = {json.dumps(where.module)}"] if where.module != where.disk else []),
         f"layers_key = {json.dumps(where.key)}",
     ]
+    if any(axis.routed for axis in axes.values()):
+        lines += ["", "# Its experts are found, also beside what a file says."]
     for name, axis in axes.items():
+        if axis.routed:
+            continue
         lines += ["", f'[axes."{name}"]' if "." in name else f"[axes.{name}]"]
         lines.append(f"key = {json.dumps(axis.width_keys[-1])}")
         if factors.get(name, 1) != 1:
