@@ -205,6 +205,24 @@ def test_config_of_another_model(
     refused("prune", model, *words_for("N", ""), "-o", tmp_path / "out", says=says)
 
 
+def test_without_units(command: Command, refused: Refused, calib: str, own_cache: None, tmp_path: Path) -> None:
+    """A Mamba has neither heads nor an MLP: its layers can go, and all else says so."""
+    model = tmp_path / "model"
+    tiny_model("mamba").save_pretrained(model)
+    info = command("info", model)
+    assert (info.code, "mlp: not found" in info.out, "neurons a layer" in info.out) == (0, True, False)
+    refused("prune", model, *words_for("N", calib), "-o", tmp_path / "out", says=("nothing left along --axis mlp",))
+    refused("export", model, "--to", "stock", "-o", tmp_path / "out", says=("'mamba'", "nothing that can be cut"))
+    held([written(command, "mamba", model, tmp_path / "out", *words_for("B", calib))])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gemma4_text"])
+def test_not_padded(model_type: str, refused: Refused, tmp_path: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "model")
+    says = (f"'{model_type}'", "key-value heads", "--stock")
+    refused("export", tmp_path / "model", "--to", "stock", "-o", tmp_path / "out", says=says)
+
+
 def test_family_file(refused: Refused, command: Command, tmp_path: Path) -> None:
     """The printed row is a file that is taken; with a tensor that is not there it is refused."""
     model, file = tmp_path / "model", tmp_path / "family.toml"

@@ -123,8 +123,3 @@ class Family(Named):
             own | {name for name, axis in self.axes.items() if skip.get(axis.modules[-1], {}).get("bias")}
             for own, skip in zip(self.biases, skips, strict=True)
         ]
-
-    @property
-    def widths(self) -> list[int]:
-        """Neurons in every layer."""
-        return self.units("mlp")

@@ -84,11 +84,6 @@ class ModelSource:
                 "writes there finish, then run again."
             )
 
-    @property
-    def widest(self) -> int:
-        """Neurons of the widest layer."""
-        return max(self.family.widths)
-
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the folder has none.
 
