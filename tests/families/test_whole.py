@@ -262,6 +262,12 @@ def test_family_file_of_what_is_not_found(
     assert command("prune", opt, *words_for("K", ""), "-o", tmp_path / "out").code == 2
     runs = [written(command, "opt", opt, tmp_path / "opt_out", *words_for("K", ""), "--family", heads)]
 
+    plan, out = tmp_path / "plan", tmp_path / "applied"
+    assert command("plan", opt, *words_for("K", ""), "--family", heads, "-o", plan).code == 0
+    assert command("apply", plan, opt, "-o", out).code == 2
+    assert command("apply", plan, opt, "-o", out, "--family", heads).code == 0
+    runs.append(Pruned("applied", "opt", out, masked_logits("opt", opt, out, load_plan(out))))
+
     def none_found(*_: Any) -> None:
         raise UnknownFamily("no list of decoder layers is found.")
 

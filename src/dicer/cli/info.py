@@ -12,7 +12,7 @@ from rich.table import Table
 from dicer.ask.axes import AXES, axes_of
 from dicer.ask.methods import ALLOCATIONS, PRESETS
 from dicer.ask.recipe import Recipe
-from dicer.cli.terminal import ModelArgument, quiet_transformers, say, show
+from dicer.cli.terminal import FamilyOption, ModelArgument, quiet_transformers, say, show
 
 if TYPE_CHECKING:
     from dicer.model.source import ModelSource
@@ -26,9 +26,7 @@ def info(
     tensor_parallel: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Also say whether N devices can share every layer evenly.")
     ] = None,
-    family: Annotated[
-        str | None, typer.Option(metavar="FILE.toml", help="The structure, where it cannot be found.")
-    ] = None,
+    family: FamilyOption = None,
     family_row: Annotated[
         bool, typer.Option("--family-row", help="Print the structure in the form of --family FILE.toml, and no more.")
     ] = False,
