@@ -40,6 +40,7 @@ from dicer.write.prove import WHOLE as OF_AXIS
 from dicer.write.prove import prove
 from families.independent import Wrong, masked_logits, tensors_of
 from families.load_elsewhere import logits_elsewhere
+from families.page import WHOLE, write_page
 from families.reasons import few_words
 from families.runs import runs
 from families.sizes import CANNOT_BUILD
@@ -47,7 +48,6 @@ from families.tiny import TYPES, auto_class, tiny_input, tiny_model
 
 COLUMNS = ("neurons", "heads", "blocks", "experts", "expert neurons")
 FORMS = ("uniform", "differing")
-WHOLE = "sub-layers whole"  # a cell of its own: which of the proven axes cannot be cut down to nothing, and why
 EXPECTED = Path(__file__).with_name("expected.json")
 _AXIS = {"neurons": "mlp", "heads": "attention", "expert neurons": EXPERT_NEURONS}  # by what name it is refused
 PASS, NONE, NOT_BUILT = "PASS", "-", "not built"
@@ -280,8 +280,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="write expected.json and docs/families.md")
     parser.add_argument("--page", action="store_true", help="only write docs/families.md from expected.json")
     asked = parser.parse_args(arguments)
-    from families.page import write_page
-
     expected = read_expected() if EXPECTED.exists() else {}
     if not asked.page:
         found = rows(asked.types or TYPES, lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
