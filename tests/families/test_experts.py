@@ -19,15 +19,16 @@ from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.model.families import Family
 from dicer.model.source import ModelSource, from_memory
 from dicer.model.structure.family_file import as_toml
-from dicer.model.structure.find import find_family
-from dicer.model.structure.skeleton import changed, on_disk
+from dicer.model.structure.find import decoder_layers, find_family
+from dicer.model.structure.skeleton import build, changed, on_disk
+from dicer.model.structure.trace import returned
 from dicer.model.tensors import MemorySource
 from dicer.model.units import Axis
 from dicer.write.experts import expert_cuts
 from dicer.write.prove import prove
 from dicer.write.surgery import slice_tensor
 from dicer.write.targets import parallel_line
-from families.sizes import EXPERTS
+from families.sizes import EXPERTS, LAYERS
 from families.tiny import tiny_input, tiny_model
 
 TYPES: dict[str, dict[str, Any]] = {
@@ -223,6 +224,28 @@ def test_experts_that_lie_otherwise(tmp_path: Path) -> None:
 
     with pytest.raises(dicer.DicerError, match=says):
         dicer.look(tmp_path / "model", dicer.Recipe(axis="mlp", criterion="weight-l2"))
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "aria_text", "qwen3_next", "granitemoehybrid", "solar_open"])
+def test_returned_behind_experts(model_type: str) -> None:
+    """What modules return is seen without weights also behind experts, which look at values."""
+    model, given = tiny_model(model_type), {}
+    layers = [
+        f"{decoder_layers(build(model.config, type(model)), type(model), None).module}.{i}." for i in range(LAYERS)
+    ]
+    parts = {n: m for n, m in model.named_modules() if n.startswith(tuple(layers)) and n.count(".") <= 4}
+
+    def note(name: str) -> Any:
+        return lambda _, __, output: given.update({name: len(output) if isinstance(output, tuple) else 0})
+
+    for name, part in parts.items():
+        part.register_forward_hook(note(name))
+    logits(model)
+    skeleton = build(model.config, type(model))
+    wrong = {n: (given[n], found) for n in given if (found := returned(skeleton, n)) not in (given[n], None)}
+
+    assert not wrong
+    assert all(returned(skeleton, n) is not None for n in given if n.endswith(("self_attn", "shared_experts")))
 
 
 def test_parallel_line() -> None:
