@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import cache, partial
@@ -243,7 +243,7 @@ def _neuron_axes(
                 continue
             down = slices[-1].memory or slices[-1].name
             module = down.removesuffix(".weight")
-            parts = _modules(group)
+            parts = _modules([memory(name) or name for name in group.names], down)
             units = inside[layer][group.down][group.change.dim]
             path, owner = f"{layers.module}.{layer}", "" if len(parts) > 1 else f"{module.rpartition('.')[0]}."
             act = activation(some, calls, path, units, owner)
@@ -252,14 +252,15 @@ def _neuron_axes(
     return list(rows.values())
 
 
-def _modules(group: Group) -> tuple[str, ...]:
-    """What makes up the MLP: the module that holds its maps, or the maps where the layer itself does."""
-    holders = {name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0] for name in group.names}
+def _modules(names: Sequence[str], down: str) -> tuple[str, ...]:
+    """What makes up an MLP in memory: the module that holds its maps, or the maps where the layer itself does."""
+    maps = dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in names)
+    holders = {name.rpartition(".")[0] for name in maps}
     if len(holders) == 1 and "" not in holders:
         return (holders.pop(),)
-    maps = dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in group.names)
-    first, *rest = [m for m in maps if m != group.down.removesuffix(".weight")] or [""]
-    return (first, *rest, group.down.removesuffix(".weight"))
+    last = down.removesuffix(".weight")
+    first, *rest = [m for m in maps if m != last] or [""]
+    return (first, *rest, last)
 
 
 def _name(group: Group, taken: set[str]) -> str:
