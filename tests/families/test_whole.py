@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import re
 import shutil
@@ -15,11 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dicer
-from dicer.decide.plan import load_plan
-from dicer.errors import UnknownFamily
+from dicer.decide.plan import LayerPlan, PrunePlan, load_plan
 from dicer.model.source import open_model
-from dicer.model.structure import find
-from families.independent import masked_logits, tensors_of
+from families.independent import load, logits, masked_logits, tensors_of
 from families.load_elsewhere import logits_elsewhere
 from families.odd_names import WRITERS
 from families.sizes import LAYERS, NEURONS
@@ -205,6 +202,37 @@ def test_config_of_another_model(
     refused("prune", model, *words_for("N", ""), "-o", tmp_path / "out", says=says)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "axis", "output"),
+    [
+        ("qwen3_next", "attention", "self_attn.o_proj.weight"),
+        ("jamba", "attention", "self_attn.o_proj.weight"),
+        ("solar_open", "mlp.shared", "mlp.shared_experts.down_proj.weight"),
+        ("kimi_linear", "mlp.shared", "block_sparse_moe.shared_experts.down_proj.weight"),
+        ("laguna", "mlp.shared", "mlp.shared_expert.down_proj.weight"),
+    ],
+)
+def test_sub_layer_goes_whole(model_type: str, axis: str, output: str, tmp_path: Path) -> None:
+    """Behind experts, or of another name in memory: as if its output projection were zero."""
+    dense, zero, out = (tmp_path / name for name in ("dense", "zero", "out"))
+    model = tiny_model(model_type)
+    model.save_pretrained(dense)
+    source = open_model(dense)
+    layer, units = next((i, n) for i, n in enumerate(source.family.counts[axis]) if n)
+    said = {"name": source.name, "model_type": model_type, "fingerprint": source.fingerprint}
+    gone = LayerPlan(units, torch.arange(0), torch.zeros(units))
+    dicer.apply_plan(
+        PrunePlan(said, {"method": "random", "axis": axis, "ratio": 0.25}, {}, {}, {axis: {layer: gone}}), dense, out
+    )
+
+    tensors = load_file(dense / "model.safetensors")
+    tensors[f"model.layers.{layer}.{output}"].zero_()
+    shutil.copytree(dense, zero)
+    save_file(tensors, zero / "model.safetensors", metadata={"format": "pt"})
+    held([Pruned(model_type, model_type, out, logits(load(model_type, zero)))])
+    assert len(load_file(out / "model.safetensors")) < len(tensors)
+
+
 def test_without_units(command: Command, refused: Refused, calib: str, own_cache: None, tmp_path: Path) -> None:
     """A Mamba has neither heads nor an MLP: its layers can go, and all else says so."""
     model = tmp_path / "model"
@@ -221,71 +249,6 @@ def test_not_padded(model_type: str, refused: Refused, tmp_path: Path) -> None:
     tiny_model(model_type).save_pretrained(tmp_path / "model")
     says = (f"'{model_type}'", "key-value heads", "--stock")
     refused("export", tmp_path / "model", "--to", "stock", "-o", tmp_path / "out", says=says)
-
-
-def test_family_file(refused: Refused, command: Command, tmp_path: Path) -> None:
-    """The printed row is a file that is taken; with a tensor that is not there it is refused."""
-    model, file = tmp_path / "model", tmp_path / "family.toml"
-    tiny_model("granite").save_pretrained(model)
-    row = command("info", model, "--family-row").out
-    file.write_text(row)
-    held([written(command, "granite", model, tmp_path / "out", *words_for("N", ""), "--family", file)])
-    file.write_text(re.sub(r"mlp\.up_proj\.weight", "mlp.upper.weight", row))
-    shutil.rmtree(tmp_path / "out")
-    says = (file.name, "mlp.upper.weight", "axis 'mlp'")
-    refused("prune", model, *words_for("N", ""), "--family", file, "-o", tmp_path / "out", says=says)
-
-
-def test_family_file_of_other_rows(refused: Refused, command: Command, tmp_path: Path) -> None:
-    """A file that is wrong, and fits the shapes: the norm's scale called a part of the neurons of another width."""
-    model, file = tmp_path / "model", tmp_path / "family.toml"
-    tiny_model("starcoder2").save_pretrained(model)
-    row = command("info", model, "--family-row").out
-    wrong = "\n".join(line for line in row.splitlines() if "c_fc.bias" not in line)
-    assert wrong != row.rstrip("\n")
-    file.write_text(wrong)
-    refused("prune", model, *words_for("N", ""), "--family", file, "-o", tmp_path / "out", says=("mlp",))
-
-
-def test_family_file_of_what_is_not_found(
-    command: Command, calib: str, own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Heads that no key changes, and layers that follow none: the file holds for the twin and what is written, too."""
-    opt, smollm3 = (tmp_path / name for name in ("opt", "smollm3"))
-    tiny_model("opt").save_pretrained(opt)
-    tiny_model("smollm3").save_pretrained(smollm3)
-    own = importlib.resources.files("dicer.model.structure").joinpath("exceptions", "opt.toml")
-    heads, layers = tmp_path / "heads.toml", tmp_path / "layers.toml"
-    heads.write_text(own.read_text(encoding="utf-8"))
-    layers.write_text(command("info", smollm3, "--family-row").out)
-    monkeypatch.setattr(find, "exception_for", lambda model_type: None)
-    assert command("prune", opt, *words_for("K", ""), "-o", tmp_path / "out").code == 2
-    runs = [written(command, "opt", opt, tmp_path / "opt_out", *words_for("K", ""), "--family", heads)]
-
-    plan, out = tmp_path / "plan", tmp_path / "applied"
-    assert command("plan", opt, *words_for("K", ""), "--family", heads, "-o", plan).code == 0
-    assert command("apply", plan, opt, "-o", out).code == 2
-    assert command("apply", plan, opt, "-o", out, "--family", heads).code == 0
-    runs.append(Pruned("applied", "opt", out, masked_logits("opt", opt, out, load_plan(out))))
-
-    def none_found(*_: Any) -> None:
-        raise UnknownFamily("no list of decoder layers is found.")
-
-    monkeypatch.setattr(find, "find_layers", none_found)
-    assert command("prune", smollm3, *words_for("B", calib), "-o", tmp_path / "out").code == 2
-    for letter in "NB":
-        out, words = tmp_path / f"smollm3_{letter}", (*words_for(letter, calib), "--family", layers)
-        runs.append(written(command, "smollm3", smollm3, out, *words))
-    held(runs)
-
-
-def test_family_file_with_a_key_that_is_not_there(refused: Refused, command: Command, tmp_path: Path) -> None:
-    model, file = tmp_path / "model", tmp_path / "family.toml"
-    tiny_model("granite").save_pretrained(model)
-    row = command("info", model, "--family-row").out
-    file.write_text(row.replace('layers_key = "num_hidden_layers"', 'layers_key = "num_hiden_layers"'))
-    says = (file.name, "layers_key", "num_hiden_layers", "Did you mean 'num_hidden_layers'?")
-    refused("prune", model, *words_for("N", ""), "--family", file, "-o", tmp_path / "out", says=says)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
