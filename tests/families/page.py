@@ -114,7 +114,7 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
 def _whole(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Which sub-layers cannot go whole though some of their units can."""
     can = sum(row[WHOLE] == "PASS" for row in rows.values())
-    bad = {name: row[WHOLE] for name, row in rows.items() if row[WHOLE] not in ("PASS", "-")}
+    bad = {name: row[WHOLE] for name, row in rows.items() if row[WHOLE] not in ("PASS", "-", row["neurons uniform"])}
     said = (
         "A sub-layer goes whole where nothing of it stays (`--drop-threshold`, or a ratio of 1 in a file of ratios). "
         "It is proven for each layer by itself, where a plan takes one. Of "
