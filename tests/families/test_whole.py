@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import dicer
 from dicer.decide.plan import LayerPlan, PrunePlan, load_plan
-from dicer.model.source import open_model
+from dicer.model.source import from_memory, open_model
+from dicer.write.prove import prove
 from families.independent import load, logits, masked_logits, tensors_of
 from families.load_elsewhere import logits_elsewhere
 from families.odd_names import WRITERS
@@ -231,6 +232,12 @@ def test_sub_layer_goes_whole(model_type: str, axis: str, output: str, tmp_path:
     save_file(tensors, zero / "model.safetensors", metadata={"format": "pt"})
     held([Pruned(model_type, model_type, out, logits(load(model_type, zero)))])
     assert len(load_file(out / "model.safetensors")) < len(tensors)
+
+
+def test_list_of_widths() -> None:
+    """Gemma 3n lists the widths of its layers; without its sparse activations neurons can go."""
+    model = tiny_model("gemma3n_text", activation_sparsity_pattern=[0.0] * LAYERS)
+    assert [proof.why_not for proof in prove(from_memory(model), ["mlp"])] == [""]
 
 
 def test_without_units(command: Command, refused: Refused, calib: str, own_cache: None, tmp_path: Path) -> None:
