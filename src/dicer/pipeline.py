@@ -110,6 +110,7 @@ def apply_plan(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    family: str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Result:
@@ -119,6 +120,7 @@ def apply_plan(
         plan: a plan, or where it lies.
         model: the model that the plan was made for.
         output: the folder to write; it appears whole or not at all.
+        family: the TOML file that says the model's structure, where the plan was made with one.
         overwrite: replace an existing checkpoint, once the new one is whole.
         progress: called with (stage, done, total).
 
@@ -126,21 +128,22 @@ def apply_plan(
         DicerError: anything that the user can mend.
     """
     out = Path(output)
-    check_output(out, overwrite=overwrite, inputs=[None if isinstance(plan, PrunePlan) else plan, model])
+    check_output(out, overwrite=overwrite, inputs=[None if isinstance(plan, PrunePlan) else plan, model, family])
     with claimed(out):
-        return _applied(plan, model, out, overwrite=overwrite, progress=progress)
+        return _applied(plan, model, out, family, overwrite=overwrite, progress=progress)
 
 
 def _applied(
     plan: PrunePlan | str | os.PathLike[str],
     model: str | os.PathLike[str],
     out: Path,
+    family: str | None,
     *,
     overwrite: bool,
     progress: Progress,
 ) -> Result:
     loaded = plan if isinstance(plan, PrunePlan) else load_plan(Path(plan))
-    source = open_model(model)
+    source = open_model(model, family)
     loaded.check_model(str(source.config.model_type), source.fingerprint)
     check_proofs(source, proofs := prove(source, [axis for axis, layers in loaded.axes.items() if layers]))
     proofs_for(source, loaded, proofs)

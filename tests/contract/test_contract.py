@@ -230,7 +230,7 @@ class TestFamilyContract:
         twice = dicer.prune(once, asked, output=tmp_path / "twice")
         assert [(p.units, len(p.keep)) for p in twice.plan.mlp.values()] == [(40, 20), (30, 15), (30, 15), (40, 20)]
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
-        assert family_of(model).widths == [20, 15, 15, 20]
+        assert family_of(model).units("mlp") == [20, 15, 15, 20]
         memory = dicer.prune(AutoModelForCausalLM.from_pretrained(once), asked)
         assert torch.equal(logits_of(memory.model), logits_of(model))
         assert memory.after == twice.after
@@ -242,7 +242,7 @@ class TestFamilyContract:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
         assert type(model).__module__.startswith("transformers.models.")
         assert not (tmp_path / "twice" / "modeling_pruned.py").exists()
-        assert family_of(model).widths == [30] * LAYERS
+        assert family_of(model).units("mlp") == [30] * LAYERS
 
 
 MIXED = "neurons differ"

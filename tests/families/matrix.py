@@ -34,10 +34,13 @@ from dicer.decide.plan import PrunePlan, load_plan
 from dicer.errors import DicerError
 from dicer.model.families import Family
 from dicer.model.source import ModelSource, open_model
+from dicer.model.structure.experts import EXPERT_NEURONS
 from dicer.write.proof import Proof
+from dicer.write.prove import WHOLE as OF_AXIS
 from dicer.write.prove import prove
 from families.independent import Wrong, masked_logits, tensors_of
 from families.load_elsewhere import logits_elsewhere
+from families.page import WHOLE, write_page
 from families.reasons import few_words
 from families.runs import runs
 from families.sizes import CANNOT_BUILD
@@ -46,6 +49,7 @@ from families.tiny import TYPES, auto_class, tiny_input, tiny_model
 COLUMNS = ("neurons", "heads", "blocks", "experts", "expert neurons")
 FORMS = ("uniform", "differing")
 EXPECTED = Path(__file__).with_name("expected.json")
+_AXIS = {"neurons": "mlp", "heads": "attention", "expert neurons": EXPERT_NEURONS}  # by what name it is refused
 PASS, NONE, NOT_BUILT = "PASS", "-", "not built"
 _SAME = 1e-4  # of the logits' standard deviation
 _CHUNK = 16  # types that are loaded by one process
@@ -83,7 +87,7 @@ class Found:
 
 def cells() -> list[str]:
     """The columns of the matrix."""
-    return [f"{column} {form}" for column in COLUMNS for form in FORMS]
+    return [*(f"{column} {form}" for column in COLUMNS for form in FORMS), WHOLE]
 
 
 def column_of(family: Family, axis: str) -> str:
@@ -104,7 +108,9 @@ def look_at(model_type: str, root: Path) -> Found:
     try:
         tiny_model(model_type).save_pretrained(dense)
         source = open_model(dense)
-        proofs = {proof.axis: proof for proof in prove(source, [*source.family.axes, "block"])}
+        axes = source.family.axes
+        whole = [f"{name}{OF_AXIS}" for name, axis in axes.items() if axis.routed is None and not axis.kind.routed]
+        proofs = {proof.axis: proof for proof in prove(source, [*axes, "block", *whole])}
     except Exception as error:
         return Found(dict.fromkeys(cells(), few_words(str(error))))
     return _examined(model_type, dense, source, proofs)
@@ -120,6 +126,7 @@ def _examined(model_type: str, dense: Path, source: ModelSource, proofs: Mapping
         own = [proofs[name] for name in asked]
         uniform, differing = _said(column, own, family, names)
         found.row |= {f"{column} uniform": uniform, f"{column} differing": differing}
+    found.row[WHOLE] = _whole(proofs)
     # The same model for all runs: to open it and to prove it once is enough.
     with ExitStack() as stack:
         for module in ("preflight", "pipeline"):
@@ -145,10 +152,10 @@ def _proof_names(axes: Sequence[str], proofs: Mapping[str, Proof]) -> list[str]:
 def _said(column: str, proofs: Sequence[Proof], family: Family, names: Sequence[str]) -> tuple[str, str]:
     """What the proofs come to: (uniform, differing)."""
     if not proofs:
-        refused = [why for axis, why in family.refused.items() if kind_name(axis) == column]
+        refused = family.refused.get(_AXIS.get(column, column))
         if not refused and not (column in _HINTS and any(map(_HINTS[column].search, names))):
             return NONE, NONE
-        why = few_words(refused[0]) if refused else "not found: no key of the config changes their number"
+        why = few_words(refused) if refused else "not found: no key of the config changes their number"
         return why, why
     bad = [proof for proof in proofs if not proof.holds]
     if bad:
@@ -159,6 +166,13 @@ def _said(column: str, proofs: Sequence[Proof], family: Family, names: Sequence[
         return PASS + (", not the first" if proofs[0].but_first else ""), NONE
     apart = [proof for proof in proofs if proof.differing]
     return PASS, (few_words(apart[0].differing) if apart else PASS)
+
+
+def _whole(proofs: Mapping[str, Proof]) -> str:
+    """What comes of sub-layers that go whole, where fewer units of them can."""
+    asked = {name: proofs[name + OF_AXIS] for name, proof in proofs.items() if name + OF_AXIS in proofs and proof.holds}
+    bad = [f"{name}: {few_words(proof.why_not)}" for name, proof in asked.items() if not proof.holds]
+    return "; ".join(bad) or (PASS if asked else NONE)
 
 
 def _run(found: Found, own: tuple[str, ...], model_type: str, dense: Path, write: Callable[[Path], PrunePlan]) -> None:
@@ -237,13 +251,13 @@ def compact(row: Row) -> dict[str, str]:
     for column in COLUMNS:
         uniform, differing = row[f"{column} uniform"], row[f"{column} differing"]
         found |= {column: uniform} if uniform == differing else {column: uniform, f"{column} differing": differing}
-    return found
+    return found | {WHOLE: row[WHOLE]}
 
 
 def expanded(row: Mapping[str, str]) -> Row:
     """The other way round."""
     return {f"{c} {form}": row.get(f"{c} differing", row[c]) if form == "differing" else row[c]
-            for c in COLUMNS for form in FORMS}  # fmt: skip
+            for c in COLUMNS for form in FORMS} | {WHOLE: row.get(WHOLE, "")}  # fmt: skip
 
 
 def read_expected() -> dict[str, Row]:
@@ -268,8 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="write expected.json and docs/families.md")
     parser.add_argument("--page", action="store_true", help="only write docs/families.md from expected.json")
     asked = parser.parse_args(arguments)
-    from families.page import write_page
-
     expected = read_expected() if EXPECTED.exists() else {}
     if not asked.page:
         found = rows(asked.types or TYPES, lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import transformers
 
 from families.tiny import CAUSAL
 
+WHOLE = "sub-layers whole"  # a cell of its own: which of the proven axes cannot be cut down to nothing, and why
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 ANY = "neurons, of MLPs or inside experts"  # a type whose MLPs are all experts has no others
 _SHOWN = {  # cell -> heading; what can never differ has no column of its own
@@ -105,8 +107,25 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
         for name, row in rows.items()
         if name not in built
     ]
-    parts = [*head, *lines, "", "## Reasons", *reasons, "", "## Not built", *unbuilt]
+    parts = [*head, *lines, "", "## Reasons", *reasons, "", *_whole(built), "", "## Not built", *unbuilt]
     return top + "\n".join(parts) + "\n"
+
+
+def _whole(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Which sub-layers cannot go whole though some of their units can."""
+    can = sum(row[WHOLE] == "PASS" for row in rows.values())
+    bad = {name: row[WHOLE] for name, row in rows.items() if row[WHOLE] not in ("PASS", "-", row["neurons uniform"])}
+    said = (
+        "A sub-layer goes whole where nothing of it stays (`--drop-threshold`, or a ratio of 1 in a file of ratios). "
+        "It is proven for each layer by itself, where a plan takes one. Of "
+        f"{can} types every attention and every MLP can whose units can go; of {len(bad)} types not all:"
+    )
+    return [
+        "## Sub-layers that cannot go whole",
+        *textwrap.wrap(said, 118),
+        "",
+        *(f"- {n}: {w}" for n, w in bad.items()),
+    ]
 
 
 def passed(rows: Mapping[str, Mapping[str, str]], cell: str) -> int:

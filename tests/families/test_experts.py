@@ -17,15 +17,18 @@ from torch import Tensor
 import dicer
 from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.model.families import Family
-from dicer.model.source import ModelSource
-from dicer.model.structure.find import find_family
-from dicer.model.structure.skeleton import changed, on_disk
+from dicer.model.source import ModelSource, from_memory
+from dicer.model.structure.family_file import as_toml
+from dicer.model.structure.find import decoder_layers, find_family
+from dicer.model.structure.skeleton import build, changed, on_disk
+from dicer.model.structure.trace import returned
 from dicer.model.tensors import MemorySource
 from dicer.model.units import Axis
 from dicer.write.experts import expert_cuts
 from dicer.write.prove import prove
 from dicer.write.surgery import slice_tensor
-from families.sizes import EXPERTS
+from dicer.write.targets import parallel_line
+from families.sizes import EXPERTS, LAYERS
 from families.tiny import tiny_input, tiny_model
 
 TYPES: dict[str, dict[str, Any]] = {
@@ -212,6 +215,65 @@ def test_no_whole_experts(model_type: str) -> None:
 
     assert "experts" not in family.axes
     assert re.search("share the router|attention has experts|table of whole numbers", family.refused["experts"])
+
+
+def test_experts_that_lie_otherwise(tmp_path: Path) -> None:
+    """Their neurons are refused when the model is looked at, before anything is proven or measured."""
+    tiny_model("jetmoe").save_pretrained(tmp_path / "model")
+    says = "nothing left along --axis mlp: its experts .a JetMoe.*. do not lie side by side in gate_up_proj"
+
+    with pytest.raises(dicer.DicerError, match=says):
+        dicer.look(tmp_path / "model", dicer.Recipe(axis="mlp", criterion="weight-l2"))
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "aria_text", "qwen3_next", "granitemoehybrid", "solar_open"])
+def test_returned_behind_experts(model_type: str) -> None:
+    """What modules return is seen without weights also behind experts, which look at values."""
+    model, given = tiny_model(model_type), {}
+    layers = [
+        f"{decoder_layers(build(model.config, type(model)), type(model), None).module}.{i}." for i in range(LAYERS)
+    ]
+    parts = {n: m for n, m in model.named_modules() if n.startswith(tuple(layers)) and n.count(".") <= 4}
+
+    def note(name: str) -> Any:
+        return lambda _, __, output: given.update({name: len(output) if isinstance(output, tuple) else 0})
+
+    for name, part in parts.items():
+        part.register_forward_hook(note(name))
+    logits(model)
+    skeleton = build(model.config, type(model))
+    wrong = {n: (given[n], found) for n in given if (found := returned(skeleton, n)) not in (given[n], None)}
+
+    assert not wrong
+    assert all(returned(skeleton, n) is not None for n in given if n.endswith(("self_attn", "shared_experts")))
+
+
+def test_parallel_line() -> None:
+    """Each device has a part of every expert, so their number need not divide; all of a layer are said once."""
+    family = moe("mixtral")[1].family
+    assert parallel_line(family, 2) == "Widths divide by 2: every layer can be shared out to 2 devices."
+    which = "key-value heads of layers 0, 1, 2, 3; neurons inside experts of layers 0, 1, 2, 3"
+    said = f"Widths do not divide by 16: {which}. Prune with --width-multiple 16 or a multiple."
+    assert parallel_line(family, 16) == said
+
+
+def test_family_file(tmp_path: Path) -> None:
+    """The printed row leaves experts out, as they are found; a file that says them is refused."""
+    model, source = moe("qwen3_moe")
+    family, file = source.family, tmp_path / "family.toml"
+    row = as_toml(family.model_type, family.where, family.axes, family.factors, family.sets)
+    file.write_text(row)
+    recipe = dicer.Recipe(axis="experts", criterion="random", ratio=0.25, family=str(file))
+
+    assert "experts are found" in row
+    assert "expert" not in row.replace("experts are found", "")
+    assert len(from_memory(model, str(file)).family.axes) == len(family.axes)
+    result = dicer.prune(model, recipe)
+    assert result.after.parameters < result.before.parameters
+
+    file.write_text(row + '[axes.experts]\nslices = [{ name = "mlp.gate.weight", dim = 0, roles = ["router"] }]\n')
+    with pytest.raises(dicer.DicerError, match=r"axes: experts are found, .* leave 'experts' out"):
+        from_memory(model, str(file))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3 in groups", "gpt_oss"])

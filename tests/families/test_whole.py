@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dicer
-from dicer.decide.plan import load_plan
-from dicer.model.source import open_model
-from families.independent import masked_logits, tensors_of
+from dicer.decide.plan import LayerPlan, PrunePlan, load_plan
+from dicer.model.source import from_memory, open_model
+from dicer.write.prove import prove
+from families.independent import load, logits, masked_logits, tensors_of
 from families.load_elsewhere import logits_elsewhere
 from families.odd_names import WRITERS
 from families.sizes import LAYERS, NEURONS
@@ -202,28 +203,59 @@ def test_config_of_another_model(
     refused("prune", model, *words_for("N", ""), "-o", tmp_path / "out", says=says)
 
 
-def test_family_file(refused: Refused, command: Command, tmp_path: Path) -> None:
-    """The printed row is a file that is taken; with a tensor that is not there it is refused."""
-    model, file = tmp_path / "model", tmp_path / "family.toml"
-    tiny_model("granite").save_pretrained(model)
-    row = command("info", model, "--family-row").out
-    file.write_text(row)
-    held([written(command, "granite", model, tmp_path / "out", *words_for("N", ""), "--family", file)])
-    file.write_text(re.sub(r"mlp\.up_proj\.weight", "mlp.upper.weight", row))
-    shutil.rmtree(tmp_path / "out")
-    says = (file.name, "mlp.upper.weight", "axis 'mlp'")
-    refused("prune", model, *words_for("N", ""), "--family", file, "-o", tmp_path / "out", says=says)
+@pytest.mark.parametrize(
+    ("model_type", "axis", "output"),
+    [
+        ("qwen3_next", "attention", "self_attn.o_proj.weight"),
+        ("jamba", "attention", "self_attn.o_proj.weight"),
+        ("solar_open", "mlp.shared", "mlp.shared_experts.down_proj.weight"),
+        ("kimi_linear", "mlp.shared", "block_sparse_moe.shared_experts.down_proj.weight"),
+        ("laguna", "mlp.shared", "mlp.shared_expert.down_proj.weight"),
+    ],
+)
+def test_sub_layer_goes_whole(model_type: str, axis: str, output: str, tmp_path: Path) -> None:
+    """Behind experts, or of another name in memory: as if its output projection were zero."""
+    dense, zero, out = (tmp_path / name for name in ("dense", "zero", "out"))
+    model = tiny_model(model_type)
+    model.save_pretrained(dense)
+    source = open_model(dense)
+    layer, units = next((i, n) for i, n in enumerate(source.family.counts[axis]) if n)
+    said = {"name": source.name, "model_type": model_type, "fingerprint": source.fingerprint}
+    gone = LayerPlan(units, torch.arange(0), torch.zeros(units))
+    dicer.apply_plan(
+        PrunePlan(said, {"method": "random", "axis": axis, "ratio": 0.25}, {}, {}, {axis: {layer: gone}}), dense, out
+    )
+
+    tensors = load_file(dense / "model.safetensors")
+    tensors[f"model.layers.{layer}.{output}"].zero_()
+    shutil.copytree(dense, zero)
+    save_file(tensors, zero / "model.safetensors", metadata={"format": "pt"})
+    held([Pruned(model_type, model_type, out, logits(load(model_type, zero)))])
+    assert len(load_file(out / "model.safetensors")) < len(tensors)
 
 
-def test_family_file_of_other_rows(refused: Refused, command: Command, tmp_path: Path) -> None:
-    """A file that is wrong, and fits the shapes: the norm's scale called a part of the neurons of another width."""
-    model, file = tmp_path / "model", tmp_path / "family.toml"
-    tiny_model("starcoder2").save_pretrained(model)
-    row = command("info", model, "--family-row").out
-    wrong = "\n".join(line for line in row.splitlines() if "c_fc.bias" not in line)
-    assert wrong != row.rstrip("\n")
-    file.write_text(wrong)
-    refused("prune", model, *words_for("N", ""), "--family", file, "-o", tmp_path / "out", says=("mlp",))
+def test_list_of_widths() -> None:
+    """Gemma 3n lists the widths of its layers; without its sparse activations neurons can go."""
+    model = tiny_model("gemma3n_text", activation_sparsity_pattern=[0.0] * LAYERS)
+    assert [proof.why_not for proof in prove(from_memory(model), ["mlp"])] == [""]
+
+
+def test_without_units(command: Command, refused: Refused, calib: str, own_cache: None, tmp_path: Path) -> None:
+    """A Mamba has neither heads nor an MLP: its layers can go, and all else says so."""
+    model = tmp_path / "model"
+    tiny_model("mamba").save_pretrained(model)
+    info = command("info", model)
+    assert (info.code, "mlp: not found" in info.out, "neurons a layer" in info.out) == (0, True, False)
+    refused("prune", model, *words_for("N", calib), "-o", tmp_path / "out", says=("nothing left along --axis mlp",))
+    refused("export", model, "--to", "stock", "-o", tmp_path / "out", says=("'mamba'", "nothing that can be cut"))
+    held([written(command, "mamba", model, tmp_path / "out", *words_for("B", calib))])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gemma4_text"])
+def test_not_padded(model_type: str, refused: Refused, tmp_path: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "model")
+    says = (f"'{model_type}'", "key-value heads", "--stock")
+    refused("export", tmp_path / "model", "--to", "stock", "-o", tmp_path / "out", says=says)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])

@@ -209,7 +209,7 @@ def test_below_groups() -> None:
     [
         ("mixtral", {"axis": "mlp", "criterion": "reap"}, "is for experts"),
         ("mixtral", {"axis": "experts", "merge": "mean"}, "stay or go"),
-        ("mixtral", {"axis": "experts", "compensate": "bias"}, "no bias to make up"),
+        ("mixtral", {"axis": "experts", "compensate": "bias"}, "bias of an output projection, and experts' have none"),
         ("mixtral", {"axis": "experts", "allocate": "transfer-entropy"}, "uniform or global"),
         ("llama", {"axis": "experts"}, "the model has no experts"),
         ("longcat_flash", {"axis": "experts"}, "share the router"),

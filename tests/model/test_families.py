@@ -54,12 +54,12 @@ def test_slices_of_the_mlp(name):
         layer.get_submodule(axis.activation)
         assert f"{axis.output}.weight" in {piece.name for piece in axis.slices if piece.is_output}
     assert all(piece.name.endswith(".bias") == piece.optional for piece in axis.slices)
-    assert family.widths == [NEURONS] * LAYERS
+    assert family.units("mlp") == [NEURONS] * LAYERS
 
 
 def test_gpt2_without_n_inner():
     model = tiny_model("gpt2", n_inner=None)
-    assert family_of(model).widths == [4 * HIDDEN] * LAYERS
+    assert family_of(model).units("mlp") == [4 * HIDDEN] * LAYERS
     mlp = model.transformer.h[0].mlp
     assert mlp.c_fc.weight.shape == (HIDDEN, 4 * HIDDEN)
 

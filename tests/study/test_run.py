@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.resources
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import save_tiny
 from tiny_tasks import write_choice
 
 from dicer.ask.compute import Compute
@@ -30,6 +32,7 @@ from dicer.errors import DicerError, ExperimentError, RecipeError
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.text import load_calibration
 from dicer.model.source import ModelSource, open_model
+from dicer.model.structure import find
 from dicer.pipeline import make_plan
 from dicer.study import records as stored
 from dicer.study.grid import Grid, Run, identity, make_experiment, method_name, read_experiment
@@ -169,6 +172,23 @@ def test_what_is_known_before_a_model_is_loaded_stops_all_runs(model, rows, tmp_
 def test_what_needs_no_text_runs_where_there_is_none(model, tmp_path):
     asked = make_experiment(_values(model, "gone.txt", methods=["weight-l2"], ratios=[0.25], original=False))
     assert run_experiment(asked, tmp_path, evaluate=Measure())["done"] == 1
+
+
+def test_family_file(rows, tmp_path, monkeypatch):
+    """A file for heads that are not found holds for the runs that name it."""
+    file = importlib.resources.files("dicer.model.structure").joinpath("exceptions", "opt.toml")
+    (tmp_path / "opt.toml").write_text(file.read_text(encoding="utf-8"))
+    monkeypatch.setattr(find, "exception_for", lambda model_type: None)
+    opt, recipe = save_tiny(tmp_path / "opt", "opt"), {"axis": "attention", "family": str(tmp_path / "opt.toml")}
+    asked = make_experiment(_values(opt, rows, methods=["weight-l2"], ratios=[0.5], recipe=recipe))
+
+    def measure(model, tokenizer, evaluation, *, progress=None):
+        width = model.model.decoder.layers[0].self_attn.q_proj.out_features
+        return {"perplexity": None, "tasks": {}, "groups": {}, "summary": {"average": width}, "versions": {}}
+
+    assert run_experiment(asked, tmp_path / "r", evaluate=measure)["done"] == 2
+    dense, pruned = sorted((r["metrics"]["summary"]["average"] for r in read_records(tmp_path / "r")), reverse=True)
+    assert pruned == dense / 2
 
 
 def test_what_is_done_is_not_looked_at_again(model, rows, tmp_path):

@@ -82,7 +82,7 @@ def entropy_command(
             store: ResidentStore = StreamedStore(source, compute.dtype, device)
         else:
             store = ResidentStore(source.load_model(compute.dtype, device), source.family)
-        _show_cost(len(source.family.widths), chosen, search, calibration.tokens.shape)
+        _show_cost(source.family.where.count, chosen, search, calibration.tokens.shape)
         try:
             with Bar() as progress:
                 profile = entropy_profile(

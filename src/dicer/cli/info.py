@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dicer.ask.axes import AXES
+from dicer.ask.axes import AXES, axes_of
 from dicer.ask.methods import ALLOCATIONS, PRESETS
 from dicer.ask.recipe import Recipe
-from dicer.cli.terminal import ModelArgument, quiet_transformers, say, show
+from dicer.cli.terminal import FamilyOption, ModelArgument, quiet_transformers, say, show
 
 if TYPE_CHECKING:
     from dicer.model.source import ModelSource
@@ -26,9 +26,7 @@ def info(
     tensor_parallel: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Also say whether N devices can share every layer evenly.")
     ] = None,
-    family: Annotated[
-        str | None, typer.Option(metavar="FILE.toml", help="The structure, where it cannot be found.")
-    ] = None,
+    family: FamilyOption = None,
     family_row: Annotated[
         bool, typer.Option("--family-row", help="Print the structure in the form of --family FILE.toml, and no more.")
     ] = False,
@@ -49,10 +47,11 @@ def info(
     show(table)
     for line in _proofs(source):
         say(line)
-    left = Table("removed", "neurons a layer", "parameters", "of the model", "weights", title="All layers pruned")
-    for row in _what_is_left(source):
-        left.add_row(*row)
-    show(left)
+    if axes_of(["mlp"], source.family.axes):
+        left = Table("removed", "neurons a layer", "parameters", "of the model", "weights", title="All layers pruned")
+        for row in _what_is_left(source):
+            left.add_row(*row)
+        show(left)
     if tensor_parallel is not None:
         from dicer.write.targets import parallel_line
 
@@ -120,12 +119,13 @@ def _row(source: ModelSource) -> str:
 
 def _proofs(source: ModelSource) -> list[str]:
     """What was found, and whether it holds."""
+    from dicer.decide.amounts.experts import reason_against
     from dicer.write.prove import prove
 
     family = source.family
     lines = [str(proof) for proof in prove(source, [*family.axes, "block"])]
-    lacking = [kind for kind in ("attention", "mlp") if not any(axis.startswith(kind) for axis in family.axes)]
-    return lines + [f"{kind}: not found" for kind in lacking]
+    lacking = [kind for kind in ("attention", "mlp") if not axes_of([kind], family.axes)]
+    return lines + [f"{kind}: not found{reason_against(source, kind)}" for kind in lacking]
 
 
 def _what_is_left(source: ModelSource) -> Iterator[tuple[str, str, str, str, str]]:

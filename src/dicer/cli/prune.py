@@ -12,7 +12,17 @@ from rich.table import Table
 from dicer.ask.axes import kind_of
 from dicer.ask.spelling import FIELDS, Wanted, make_wanted, read_recipe
 from dicer.cli.flags import with_flags
-from dicer.cli.terminal import Bar, ModelArgument, OverwriteOption, holding, output_path, quiet_transformers, say, show
+from dicer.cli.terminal import (
+    Bar,
+    FamilyOption,
+    ModelArgument,
+    OverwriteOption,
+    holding,
+    output_path,
+    quiet_transformers,
+    say,
+    show,
+)
 from dicer.cli.told import show_fidelity
 from dicer.files import remove_whole
 
@@ -156,15 +166,16 @@ def apply(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Folder or dicer_plan.json that 'dicer plan' wrote.")],
     model: ModelArgument,
     output: OutputOption,
+    family: FamilyOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write the checkpoint that PLAN describes, shard by shard, without loading MODEL."""
-    with holding(output, overwrite=overwrite, inputs=[plan, model]):
+    with holding(output, overwrite=overwrite, inputs=[plan, model, family]):
         from dicer import pipeline
 
         quiet_transformers()
         with Bar() as progress:
-            result = pipeline.apply_plan(plan, model, output, overwrite=overwrite, progress=progress)
+            result = pipeline.apply_plan(plan, model, output, family=family, overwrite=overwrite, progress=progress)
     _show_result(result)
 
 

@@ -24,6 +24,9 @@ from dicer.words import LINE, plain
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2.")]
 
+FamilyOption = Annotated[
+    str | None, typer.Option(metavar="FILE.toml", help="The model's structure, where it cannot be found.")
+]
 OverwriteOption = Annotated[
     bool,
     typer.Option(

@@ -73,7 +73,7 @@ def make_budget(source: ModelSource, recipe: Recipe, method: Method) -> Budget:
     """
     infos, family = source.tensors.infos(), source.family
     units = {axis: family.units(axis) for axis in family.axes}
-    count = len(next(iter(units.values())))
+    count = family.where.count
     chosen = select_layers(recipe.layers, count)
     owned, inside = sub_layer_parameters(family, infos), layer_parameters(family, infos)
     axes = axes_of(method.axes, family.axes)

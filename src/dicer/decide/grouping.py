@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import linkage as cluster
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -94,6 +93,8 @@ def clusters(gram: Tensor, groups: int, linkage: Linkage = "complete") -> Tensor
     Returns:
         int64 [N], the group of each unit, in 0..K-1.
     """
+    from scipy.cluster.hierarchy import linkage as cluster  # which takes long to import
+
     units = gram.shape[0]
     if groups == units:
         return torch.arange(units)

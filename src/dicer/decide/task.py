@@ -234,7 +234,10 @@ def _check_routed(source: ModelSource, recipe: Recipe, method: Method, parts: Pa
         )
     inside = [a for a in axes_of(method.axes, source.family.axes) if source.family.axes[a].routed]
     if inside and recipe.compensate == "bias":
-        raise RecipeError(f"experts of {source.name} have no bias to make up for what goes; leave --compensate out.")
+        raise RecipeError(
+            f"{source.name}: --compensate bias adds to the bias of an output projection, and experts' have none in "
+            "most stock classes, so dicer adds to none of them: leave it out, or use --axis attention."
+        )
     if inside and method.allocate == "transfer-entropy":
         raise RecipeError(
             "transfer entropy is measured of attention, MLPs and blocks, and not of experts: use --allocate uniform "

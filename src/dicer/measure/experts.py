@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from dicer.errors import ModelError, RecipeError
 from dicer.measure.statistics import Sums
+from dicer.model.structure.experts import inputs_of
 from dicer.model.units import Axis, UnitWeights
 
 FEW_TOKENS = 64  # of an expert's calibration; with fewer, its scores say little
 _GRAM_TOKENS = 64  # at once, as every expert's output is there for each
-_INPUTS = ("gate_up_proj", "up_proj")
 _OFF = {torch.float64: 1e-6, torch.float32: 1e-3}  # how far the own reckoning may be off, of the largest output
 
 
@@ -62,8 +62,8 @@ class Experts:
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module: Any = module
-        self.inputs = next((n for n in _INPUTS if isinstance(getattr(module, n, None), Tensor)), "")
-        if not self.inputs or not isinstance(getattr(module, "down_proj", None), Tensor):
+        self.inputs = inputs_of(module)
+        if not self.inputs:
             raise ModelError(
                 f"the experts of {name} (a {type(module).__name__}) do not lie side by side in gate_up_proj and "
                 "down_proj, so nothing can be read of them; use --axis attention or block."

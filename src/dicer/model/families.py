@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from dicer.model.structure.family_file import FamilyRow
 from dicer.model.structure.heads import HeadKeys
 from dicer.model.structure.layers import Layers
 from dicer.model.structure.skeleton import pruned_classes
@@ -78,6 +79,7 @@ class Family(Named):
         heads: what the config says of heads; None where they were not found.
         sets: axis -> what the config must say besides its width, path -> value.
         refused: axis, or ``block`` -> why it cannot be pruned, known beforehand.
+        said: what a file of the user's says of it, which holds for a twin and for what is written, too.
         notes: what was not found, and why.
     """
 
@@ -94,6 +96,7 @@ class Family(Named):
     sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    said: FamilyRow | None = None
 
     def tensor_name(self, layer: int, name: str) -> str:
         """The full name, on disk, of a layer's tensor."""
@@ -120,8 +123,3 @@ class Family(Named):
             own | {name for name, axis in self.axes.items() if skip.get(axis.modules[-1], {}).get("bias")}
             for own, skip in zip(self.biases, skips, strict=True)
         ]
-
-    @property
-    def widths(self) -> list[int]:
-        """Neurons in every layer."""
-        return self.units("mlp")

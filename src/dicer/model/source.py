@@ -31,6 +31,7 @@ from dicer.model.odd import (
 )
 from dicer.model.same import check_same
 from dicer.model.structure.account import Matched, account, same_content, untied
+from dicer.model.structure.family_file import FamilyRow, read_family
 from dicer.model.structure.find import find_family
 from dicer.model.structure.skeleton import build, model_class, on_disk, stock_class, stock_config
 from dicer.model.tensors import FLOATS, MemorySource, SafetensorsSource, TensorSource, fingerprint
@@ -52,6 +53,7 @@ class ModelSource:
         live: the model itself, where it is in memory.
         ignored: tensors of the files that are no part of the model: tied copies, old buffers. They are in no result.
         notes: where the files are otherwise than their config says, and what was made of it.
+        cut_of: the model that this is a cut of, not written yet; its files and tokenizer are the same.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ModelSource:
     live: Any | None = None
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    cut_of: ModelSource | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,20 +84,17 @@ class ModelSource:
                 "writes there finish, then run again."
             )
 
-    @property
-    def widest(self) -> int:
-        """Neurons of the widest layer."""
-        return max(self.family.widths)
-
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the folder has none.
 
         Raises:
             ModelError: its files are there and cannot be read.
         """
-        if self.folder is None:
-            return None
-        return read_tokenizer(self.name, self.folder)
+        return self._tokenizer if self.cut_of is None else self.cut_of.tokenizer()
+
+    @cached_property
+    def _tokenizer(self) -> Any | None:
+        return None if self.folder is None else read_tokenizer(self.name, self.folder)
 
     def unnamed_tokenizer_class(self) -> str | None:
         """The tokenizer's class where only ``model_type`` says it, which a pruned checkpoint changes; else None."""
@@ -195,18 +195,19 @@ def tokenize_with(tokenizer: Any | None) -> Tokenize | None:
     return None if tokenizer is None else Tokenize(tokenizer)
 
 
-def open_model(model: str | os.PathLike[str], family_file: str | None = None) -> ModelSource:
+def open_model(model: str | os.PathLike[str], family: str | FamilyRow | None = None) -> ModelSource:
     """Find a model and check it, without loading a weight.
 
     Args:
         model: a hub id, a folder, a ``.gguf`` file, or ``builtin:smollm2``.
-        family_file: a TOML file that says the structure, where it cannot be found.
+        family: a TOML file that says the structure, where it cannot be found, or what was read of one.
 
     Raises:
         ModelError: it cannot be found or read, its weights are missing, broken, pickled or quantized, or its tensors
             are not what its config says.
         UnknownFamily: its structure cannot be found.
     """
+    row = read_family(family) if isinstance(family, str) else family
     name, folder = find_model(os.fspath(model))
     refuse_adapter(name, folder)
     read = read_config(folder)
@@ -217,13 +218,14 @@ def open_model(model: str | os.PathLike[str], family_file: str | None = None) ->
     with as_model_error(name, "model"):
         kind = model_class(config, raw_config.get("architectures"))
         refuse_code(name, raw_config, Named.of(stock_config(config), stock_class(kind)))
-        found = account(name, config, raw_config, kind, tensors)
+        found = account(name, config, raw_config, kind, tensors, row)
         shapes = {n: info.shape for n, info in tensors.infos().items()}
-        family = find_family(stock_config(found.config), stock_class(kind), shapes, file=family_file)
+        own = stock_config(found.config), stock_class(kind)
+        structure = find_family(*own, shapes, row=row, where=found.where, whole=found.stock)
     meant = which_is_meant(os.fspath(model))
-    notes = (*meant, *found.notes, *family.notes, *code_notes(raw_config, family, folder), *left_behind(folder))
+    notes = (*meant, *found.notes, *structure.notes, *code_notes(raw_config, structure, folder), *left_behind(folder))
     return ModelSource(
-        name, folder, found.config, found.raw_config, family, tensors, ignored=found.ignored, notes=notes
+        name, folder, found.config, found.raw_config, structure, tensors, ignored=found.ignored, notes=notes
     )
 
 
@@ -295,6 +297,7 @@ def from_memory(model: Any, family_file: str | None = None) -> ModelSource:
         raise ModelError(f"a {type(model).__name__} is no transformers model; give an AutoModelForCausalLM, or a path.")
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized, so its rows cannot be cut. Load it in bf16, fp16 or fp32.")
+    row = read_family(family_file) if family_file is not None else None
     kind = _class_in_memory(model)
     _check_memory(model)
     if type(config).__module__.startswith("transformers_modules."):  # ours, as an earlier dicer wrote it
@@ -315,7 +318,7 @@ def from_memory(model: Any, family_file: str | None = None) -> ModelSource:
     tensors = on_disk(model) | {name: state[name] for name in own}
     with as_model_error(kind.__name__, "model"):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        family = find_family(stock_config(found.config), stock_class(kind), shapes, file=family_file)
+        family = find_family(stock_config(found.config), stock_class(kind), shapes, row=row)
     if type(model).__module__.startswith("transformers_modules.") and not type(model).__name__.startswith("Pruned"):
         refuse_code("the model in memory", config.to_dict(), family, runs=True)
     _check_shapes(model, kind, family, tensors)

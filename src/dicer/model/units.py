@@ -102,7 +102,8 @@ class Axis:
         name: ``mlp`` or ``attention``.
         width_keys: config attributes that hold the number of units (for attention also of query heads), units last.
         slices: every tensor of a layer that the units run through.
-        modules: submodules of a layer that make up the sub-layer; the last one's output joins the residual stream.
+        modules: submodules of a layer in memory that make up the sub-layer; the last one's output joins the residual
+            stream.
         activation: submodule whose input is the pre-activation and whose output is the post-activation; None where
             there is only the output projection's input.
         output: submodule whose input is the modulated activation (for attention: the heads' outputs side by side).
@@ -198,7 +199,10 @@ class Axis:
 
     def owns(self, name: str) -> bool:
         """Whether a tensor (by its name inside the layer) lies in this sub-layer."""
-        return name.startswith(tuple(f"{module}." for module in self.modules))
+        places = {*self.modules}
+        if len(places) == 1 and self.routed is None:  # in the files it may be called otherwise
+            places |= {piece.name.removesuffix(".weight").rpartition(".")[0] for piece in self.required} - {""}
+        return name.startswith(tuple(f"{place}." for place in places))
 
 
 def templates(inner: str) -> list[tuple[int | None, str]]:

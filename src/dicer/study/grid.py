@@ -72,6 +72,11 @@ class Run(NamedTuple):
         """The name of its folder."""
         return ORIGINAL if self.recipe is None else method_name(self.recipe)
 
+    @property
+    def opened(self) -> tuple[str, str | None]:
+        """What is opened for it: the model, and the file that says its structure."""
+        return self.model, None if self.recipe is None else self.recipe.family
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -82,9 +82,9 @@ def run_experiment(
             is known to fail before its model is loaded, or what ``check`` raises.
     """
     bench, place = Bench(experiment.evaluation, evaluate, watch, refer), place or Here()
-    sources = {model: open_model(model) for model in dict.fromkeys(run.model for run in experiment.runs)}
+    sources = {opened: open_model(*opened) for opened in dict.fromkeys(run.opened for run in experiment.runs)}
     dense = dense_fingerprint(experiment.evaluation)
-    made = [make_task(run, sources[run.model], experiment.evaluation, results, dense) for run in experiment.runs]
+    made = [make_task(run, sources[run.opened], experiment.evaluation, results, dense) for run in experiment.runs]
     tasks = {task.name: task for task in made}.values()  # two ways to write the same are one run
     with ExitStack() as stack:
         finished = _on_first(lambda: _finished(stack, results))
@@ -94,7 +94,7 @@ def run_experiment(
         groups: dict[object, list[Task]] = {}
         for task in tasks:
             if task.name not in finished:
-                groups.setdefault((task.run.model, task.run.compute.dtype, task.run.compute.device), []).append(task)
+                groups.setdefault((*task.run.opened, task.run.compute.dtype, task.run.compute.device), []).append(task)
         if groups:
             _check_evaluation(experiment.evaluation)
             for group in groups.values():

@@ -76,7 +76,7 @@ def _do(part: Part, say: Callable[[Word], None]) -> None:
     check_versions(part.versions, versions_reader()(), "it")
     with contextlib.suppress(OSError):  # not there: no path in it is there, and those are missed below
         os.chdir(part.folder)
-    source, dense = open_model(part.runs[0].model), dense_fingerprint(part.evaluation)
+    source, dense = open_model(*part.runs[0].opened), dense_fingerprint(part.evaluation)
     tasks = [make_task(run, source, part.evaluation, Path(), dense) for run in part.runs]
     if [task.name for task in tasks] != part.names:
         raise ExperimentError(f"{part.runs[0].model}, or a file that its runs read, differs from the one here.")

@@ -74,7 +74,7 @@ def pruned_config(
     said = {key: _said(values.get(key, flat_values(before)[key]), wanted) for key, wanted in widths.items()}
     heads = _heads(source, shapes, kept)
     switches = {family.axes[axis].bias_option for shape in shapes for axis in shape.output_bias}
-    if stock and heads is not None and None not in {*said.values(), *switches}:
+    if stock and heads is not None and None not in [*said.values(), *switches]:
         biases = {switch: True for switch in switches if switch}
         own = placed(raw, {**values, **touched, **said, **heads, **biases}, before)
         if _is(source, own, {**infos, **zero_biases(source, infos, shapes)}):

@@ -15,6 +15,7 @@ from torch import Tensor
 from dicer.errors import ModelError, OutputError
 from dicer.model.find import as_model_error
 from dicer.model.source import ModelSource, open_model
+from dicer.model.structure.family_file import FamilyRow
 from dicer.model.structure.skeleton import Skeleton, as_values
 from dicer.model.tensors import TensorInfo
 from dicer.write.surgery import Cut
@@ -53,7 +54,8 @@ class _Foreseen:
 
 def as_source(cut: Cut) -> ModelSource:
     """What a cut comes to, as a model that can be opened, before it is written; its files are the source's."""
-    return replace(cut.source, config=described(cut)[1], raw_config=cut.config, tensors=_Foreseen(cut), live=None)
+    config, tensors = described(cut)[1], _Foreseen(cut)
+    return replace(cut.source, config=config, raw_config=cut.config, tensors=tensors, live=None, cut_of=cut.source)
 
 
 def check_cut(cut: Cut) -> None:
@@ -80,16 +82,20 @@ def check_cut(cut: Cut) -> None:
     _run(model, cut.source, what)
 
 
-def check_folder(folder: Path) -> ModelSource:
+def check_folder(folder: Path, row: FamilyRow | None = None) -> ModelSource:
     """Open a folder as transformers does, with our own model file for the one in it, and load no weight.
 
     The model is built on the meta device, every tensor's name and shape held against it, one short sequence sent
     through it; then the generation config is read.
 
+    Args:
+        folder: where it lies.
+        row: what a file of the user's says of its family.
+
     Raises:
         ModelError: something in it cannot be opened.
     """
-    source = open_model(folder)
+    source = open_model(folder, row)
     with as_model_error(source.name, "model"), torch.device("meta"):
         model = _class_of(source)(source.config)
     _run(model, source, "model")
@@ -118,7 +124,7 @@ def check_written(folder: Path, out: Path, original: ModelSource) -> ModelSource
         OutputError: it cannot be opened.
     """
     try:
-        written = check_folder(folder)
+        written = check_folder(folder, original.family.said)
         _open_tokenizer(written, original)
     except ModelError as error:
         reason = str(error).removeprefix(f"{folder.resolve().name}: ")

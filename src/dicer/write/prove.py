@@ -13,6 +13,7 @@ from dicer.decide.plan import LayerPlan, PrunePlan
 from dicer.errors import DicerError
 from dicer.model.families import Family
 from dicer.model.source import ModelSource
+from dicer.model.structure.experts import EXPERT_NEURONS
 from dicer.model.units import Axis
 from dicer.write.checkpoint import build_model
 from dicer.write.proof import Proof, check_proofs
@@ -20,7 +21,6 @@ from dicer.write.surgery import plan_cut
 from dicer.write.twin import Twin, masked_logits
 
 WHOLE = " whole"  # behind an axis: its sub-layers, of which nothing stays
-EXPERT_NEURONS = "mlp.experts"  # what the neurons inside all experts are called where they are proven together
 _SAME = 1e-4  # of the logits' standard deviation
 _APART = 20.0  # a cut must move the logits by this many times what separates it from the masked model
 

@@ -65,12 +65,17 @@ def parallel_line(family: Family, parts: int) -> str:
         family: of the model.
         parts: how many devices.
     """
-    uneven = []
-    for axis in family.axes:
-        layers = [i for i, units in enumerate(family.units(axis)) if units % parts]
-        if layers:
-            which = ", ".join(map(str, layers[:8])) + (" ..." if len(layers) > 8 else "")
-            uneven.append(f"{'key-value heads' if axis == 'attention' else 'neurons'} of layers {which}")
-    if not uneven:
+    uneven: dict[str, set[int]] = {}
+    for name, axis in family.axes.items():
+        if axis.kind.routed:  # each device has a part of every expert
+            continue
+        what = f"{axis.kind.units} inside experts" if axis.routed else axis.kind.units
+        uneven.setdefault(what, set()).update(i for i, units in enumerate(family.units(name)) if units % parts)
+    said = [
+        f"{what} of layers {', '.join(map(str, sorted(layers)[:8]))}{' ...' if len(layers) > 8 else ''}"
+        for what, layers in uneven.items()
+        if layers
+    ]
+    if not said:
         return f"Widths divide by {parts}: every layer can be shared out to {parts} devices."
-    return f"Widths do not divide by {parts}: {'; '.join(uneven)}. Prune with --width-multiple {parts} or a multiple."
+    return f"Widths do not divide by {parts}: {'; '.join(said)}. Prune with --width-multiple {parts} or a multiple."

@@ -48,7 +48,7 @@ class Twin:
         with quiet():
             self.model: Any = self.kind._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
         _fill(self.model)
-        self.family = find_family(config, self.kind, where=replace(family.where, count=len(kept)))
+        self.family = find_family(config, self.kind, row=family.said, where=replace(family.where, count=len(kept)))
         self.tensors = {name: tensor.clone() for name, tensor in on_disk(self.model).items()}
         raw = json.loads(json.dumps(config.to_dict(), default=str)) | {"architectures": [self.kind.__name__]}
         self.source = ModelSource("twin", None, config, raw, self.family, MemorySource(self.tensors))

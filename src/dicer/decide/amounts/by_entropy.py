@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata, zscore
 
 from dicer.decide.amounts.prunable import TOLERANCE, Bounds, Prunable, allowed_widths, most, too_much, total
 from dicer.errors import RecipeError, unknown
@@ -76,12 +75,16 @@ def _softmax(importances: Floats) -> Floats:
 
 
 def _rank(importances: Floats) -> Floats:
+    from scipy.stats import rankdata  # which takes long to import
+
     ranks: Floats = rankdata(importances) - 1  # [M], ties averaged
     return 1 - ranks / max(len(importances) - 1, 1)
 
 
 def standard(values: Floats) -> Floats:
     """z-scores; zeros where all values are equal, whatever the rounding of their mean."""
+    from scipy.stats import zscore  # which takes long to import
+
     scores: Floats = zscore(values) if np.ptp(values) > 0 else np.zeros_like(values)
     return scores if np.isfinite(scores).all() else np.zeros_like(values)
 

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import torch
 
+from dicer.ask.axes import kind_name
 from dicer.decide.amounts.prunable import TOLERANCE, Prunable
 from dicer.errors import RecipeError
 from dicer.model.source import ModelSource
@@ -52,10 +53,11 @@ def _kernel(source: ModelSource, axis: Axis, sub_layer: Prunable) -> int:
 def reason_against(source: ModelSource, axis: str) -> str:
     """Why a model has no units along an axis, where that is known."""
     family = source.family
-    if axis == "experts" and axis not in family.axes:
-        why = family.refused.get(axis)
-        return f": {why.rstrip('.')}" if why else ": the model has no experts"
-    return ""
+    if any(kind_name(name) == axis for name in family.axes):
+        return ""
+    known = [why for name, why in family.refused.items() if kind_name(name) == axis]
+    why = known[0] if known else "the model has no experts" if axis == "experts" else ""
+    return why and f": {why.rstrip('.')}"
 
 
 def check_least(source: ModelSource, sub_layers: Sequence[Prunable], ratio: float) -> None:

@@ -15,8 +15,9 @@ from dicer.errors import ModelError
 from dicer.model.families import Family, Named
 from dicer.model.find import as_model_error
 from dicer.model.odd import named_code, refuse_names, why_missing
-from dicer.model.structure.find import find_family, memory_names
-from dicer.model.structure.layers import Layers, find_layers
+from dicer.model.structure.family_file import FamilyRow
+from dicer.model.structure.find import decoder_layers, find_family, memory_names
+from dicer.model.structure.layers import Layers
 from dicer.model.structure.skeleton import Skeleton, build, stock_class, stock_config
 from dicer.model.tensors import SafetensorsSource, TensorInfo
 
@@ -33,17 +34,28 @@ class Matched:
     Attributes:
         config: the transformers config; embeddings and head are tied in it only where the files have them so.
         raw_config: ``config.json``, with the same said in it.
+        where: the decoder layers, where the tensors were held against them.
+        stock: the stock class without weights, where it is the class of that config.
         ignored: tensors of the files that are no part of the model: tied copies, old buffers.
         notes: what the user should know.
     """
 
     config: Any
     raw_config: Mapping[str, Any]
+    where: Layers | None = None
+    stock: Skeleton | None = None
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, tensors: SafetensorsSource) -> Matched:
+def account(
+    name: str,
+    config: Any,
+    raw_config: Mapping[str, Any],
+    kind: Any,
+    tensors: SafetensorsSource,
+    row: FamilyRow | None = None,
+) -> Matched:
     """Hold every tensor of a class against the headers; afterwards the tensors have the names that transformers writes.
 
     Older and newer checkpoints of a family differ in prefixes, which transformers knows; layers that predict tokens
@@ -55,6 +67,7 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
         raw_config: ``config.json`` as it stands.
         kind: the class of transformers.
         tensors: the files; changed as said.
+        row: what a file of the user's says of the family.
 
     Raises:
         ModelError: one line for the first thing that does not fit.
@@ -62,11 +75,12 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
     refuse_names(name, tensors.infos())
     with as_model_error(name, "config"):
         whole = build(config, kind)
-    layers = _layers(config, kind)
+    is_stock = stock_class(kind) is kind
+    layers = decoder_layers(whole if is_stock else _stock(config, kind), stock_class(kind), row)
     tensors.rename(_own_names(whole, layers, tensors.infos()))
-    found, whole = _tied(Matched(config, raw_config), whole, kind, tensors)
+    found, whole = _tied(Matched(config, raw_config, layers), whole, kind, tensors)
     infos = tensors.infos()
-    _check(name, whole, infos, lambda: find_family(stock_config(config), stock_class(kind)))
+    _check(name, whole, infos, lambda: find_family(stock_config(config), stock_class(kind), row=row))
     left = [n for n in infos if n not in whole.shapes]
     ignored = whole.model._keys_to_ignore_on_load_unexpected or ()
     passed_over = re.compile("|".join([*_PASSED_OVER, *ignored]))
@@ -99,7 +113,7 @@ def account(name: str, config: Any, raw_config: Mapping[str, Any], kind: Any, te
     if others:
         notes.append(f"{len(others)} tensors that transformers does not load are copied as they are ({others[0]} ...)")
     tensors.leave_out([*ahead, *old])
-    return replace(found, ignored=tuple(old), notes=tuple(notes))
+    return replace(found, stock=whole if is_stock else None, ignored=tuple(old), notes=tuple(notes))
 
 
 def untied(found: Matched, head: str) -> Matched:
@@ -204,9 +218,8 @@ def _tied(found: Matched, whole: Skeleton, kind: Any, tensors: SafetensorsSource
     return found, whole
 
 
-def _layers(config: Any, kind: Any) -> Layers:
-    stock = stock_class(kind)
-    return find_layers(build(stock_config(config), stock), stock)
+def _stock(config: Any, kind: Any) -> Skeleton:
+    return build(stock_config(config), stock_class(kind))
 
 
 def _check(name: str, whole: Skeleton, infos: Mapping[str, TensorInfo], family: Callable[[], Family]) -> None:

@@ -23,8 +23,10 @@ COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_e
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
 _GROUPS = ("n_group", "num_expert_group")
 _CHOSEN_GROUPS = ("topk_group", "num_limited_groups")
+_INPUTS = ("gate_up_proj", "up_proj")
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attn|attention)\.")
+EXPERT_NEURONS = "mlp.experts"  # what the neurons inside all experts are called together
 Rename = Callable[[str], str]
 Roles = Callable[[Group, Mapping[str, Shape], Rename], tuple[Slice, ...]]
 
@@ -118,6 +120,12 @@ def _changes(sample: Skeleton, kind: Any, keys: ExpertKeys) -> tuple[dict[str, t
     return found, [name for name in other if name not in sample.shapes]
 
 
+def inputs_of(module: Any) -> str:
+    """The tensor that maps into the neurons of all experts of a module; empty where it has no such, or none out."""
+    held = [name for name in (*_INPUTS, "down_proj") if isinstance(getattr(module, name, None), torch.Tensor)]
+    return held[0] if len(held) > 1 and held[-1] == "down_proj" else ""
+
+
 def find_experts(sample: Skeleton, kind: Any, layers: Layers, keys: ExpertKeys) -> dict[int, list[Slice]]:
     """Layer of the sample -> every tensor in it that has something of each expert.
 
@@ -199,23 +207,40 @@ def expert_axes(
     """
     inside = layers.inside(sample.shapes)
     neurons: dict[int, list[tuple[Axis, Fraction]]] = {}
+    refused: dict[str, str] = {}
     for layer, found in groups.items():
         own = [g for g in found if expert_of(g.down, inside[layer][g.down]) is not None and "shared" not in g.down]
         for group in own:
             slices = roles(group, inside[layer], memory(layer))
+            if why := _unreadable(sample, f"{layers.module}.{layer}", slices):
+                refused[EXPERT_NEURONS] = why
+                continue
             neurons.setdefault(layer, []).extend(_inside_experts(sample, layers, layer, group, slices, inside[layer]))
     found_axes = [pair for pairs in neurons.values() for pair in pairs]
     try:
         keys = expert_keys(sample)
         whole = find_experts(sample, kind, layers, keys) if keys else {}
     except UnknownFamily as error:
-        return _named(found_axes), {"experts": str(error)}
+        return _named(found_axes), refused | {"experts": str(error)}
     for layer, pieces in whole.items():
         routed = next((axis.routed for axis, _ in neurons.get(layer, ())), None)
         if routed is not None and keys is not None:
             known = [piece for axis, _ in neurons[layer] for piece in axis.slices]
             found_axes.append((_whole(pieces, keys, routed, known, memory(layer)), Fraction(1)))
-    return _named(found_axes), {}
+    return _named(found_axes), refused
+
+
+def _unreadable(sample: Skeleton, layer: str, slices: Sequence[Slice]) -> str:
+    """Why nothing can be read of experts where their tensors lie; empty where it can."""
+    module = sample.model.get_submodule(f"{layer}.{_routed(slices)}")
+    if inputs_of(module):
+        return ""
+    return f"its experts (a {type(module).__name__}) do not lie side by side in gate_up_proj and down_proj"
+
+
+def _routed(slices: Sequence[Slice]) -> str:
+    """The module, inside a layer, that holds the maps of an MLP's experts."""
+    return (slices[-1].memory or slices[-1].name).removesuffix(".weight").rpartition(".")[0]
 
 
 def _named(pairs: Sequence[tuple[Axis, Fraction]]) -> list[tuple[Axis, Fraction]]:
@@ -233,8 +258,7 @@ def _inside_experts(
 ) -> list[tuple[Axis, Fraction]]:
     """An axis for the neurons of one expert, or for those of each where one tensor holds them all."""
     number = expert_of(group.down, shapes[group.down])
-    down = slices[-1].memory or slices[-1].name
-    routed = down.removesuffix(".weight").rpartition(".")[0]
+    down, routed = slices[-1].memory or slices[-1].name, _routed(slices)
     module = sample.model.get_submodule(f"{layers.module}.{layer}.{routed}")
     activation = next(
         (f"{routed}.{name}" for name in ("act_fn", "activation_fn", "act") if hasattr(module, name)), None

@@ -12,12 +12,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from dicer.ask.axes import AXES, kind_name
 from dicer.errors import ModelError, unknown
-from dicer.model.structure.layers import Layers
-from dicer.model.structure.skeleton import Shape
+from dicer.model.structure.layers import Layers, item_a_layer
+from dicer.model.structure.skeleton import Shape, flat_values
 from dicer.model.units import Axis, Slice
 from dicer.reading import read_toml, reason
 
@@ -102,47 +102,55 @@ class FamilyRow(_Table):
     layers_key: str = "num_hidden_layers"
     axes: dict[str, AxisRow] = {}
     refuse_blocks: str = ""
+    _file: str = PrivateAttr("")  # what is said of it in a message
 
     @field_validator("axes")
     @classmethod
     def _are_axes(cls, value: dict[str, AxisRow]) -> dict[str, AxisRow]:
-        for name in value:
+        for name, row in value.items():
             if kind_name(name) not in AXES:
                 raise ValueError(unknown("axis", name, AXES))
+            if row.slices and re.fullmatch(r"experts|mlp\.expert\d+.*", name):
+                raise ValueError(f"experts are found, and no file can say where they lie; leave '{name}' out")
         return value
 
-    def where(self, count: int) -> Layers | None:
-        """Where the layers are, if it says so."""
-        return Layers(self.layers_key, count, self.module or self.layers, self.layers) if self.layers else None
-
-    def check_keys(self, known: Mapping[str, Any], what: str) -> None:
-        """See to it that each axis goes by a key that the config has.
+    def where(self, config: Any) -> Layers | None:
+        """Where the layers of a model with that config are, if it says so.
 
         Raises:
-            ModelError: with the nearest key.
+            ModelError: the key that counts them is none of the config's.
         """
-        for axis, row in self.axes.items():
-            if row.key and row.key not in known:
-                raise ModelError(f"{what}: axis '{axis}': {unknown('key of the config', row.key, known)}")
+        if not self.layers:
+            return None
+        known, key = flat_values(config), self.layers_key
+        if key not in known:
+            raise ModelError(f"{self._file}: layers_key: {unknown('key of the config', key, known)}")
+        count = len(known[key]) if isinstance(known[key], list) else int(known[key])
+        lists = item_a_layer(config, key, count)
+        return Layers(key, count, self.module or self.layers, self.layers, lists)
 
-    def check(self, inside: list[dict[str, Shape]], what: str) -> None:
-        """See to it that each axis is in some layer.
+    def check(self, inside: list[dict[str, Shape]], config: Any) -> None:
+        """See to it that each axis is in some layer, and goes by a key that the config has.
 
         Args:
             inside: the tensors of each layer.
-            what: the file, for the message.
+            config: the transformers config.
 
         Raises:
-            ModelError: a tensor that no layer has.
+            ModelError: a tensor that no layer has, or a key that there is not, with the nearest one.
         """
         there = {name for tensors in inside for name in tensors}
         for axis, row in self.axes.items():
             for piece in row.slices:
                 if piece.name not in there and not piece.slice().optional:
                     raise ModelError(
-                        f"{what}: axis '{axis}' names '{piece.name}', and no layer has such a tensor (there are "
+                        f"{self._file}: axis '{axis}' names '{piece.name}', and no layer has such a tensor (there are "
                         f"{', '.join(sorted(there)[:6])} ...). 'dicer info MODEL --family-row' prints what was found."
                     )
+        known = flat_values(config)
+        for axis, row in self.axes.items():
+            if row.key and row.key not in known:
+                raise ModelError(f"{self._file}: axis '{axis}': {unknown('key of the config', row.key, known)}")
 
 
 def read_family(path: str | Path) -> FamilyRow:
@@ -152,7 +160,9 @@ def read_family(path: str | Path) -> FamilyRow:
         ModelError: it cannot be read, or is no such file.
     """
     try:
-        return FamilyRow.model_validate(read_toml(path))
+        row = FamilyRow.model_validate(read_toml(path))
+        row._file = str(path)
+        return row
     except OSError as error:
         raise ModelError(f"the family file {path} cannot be read: {reason(error)}.") from None
     except ValidationError as error:
@@ -169,7 +179,9 @@ def exception_for(model_type: str) -> FamilyRow | None:
     file = importlib.resources.files("dicer.model.structure").joinpath("exceptions", f"{model_type}.toml")
     if "/" in model_type or not file.is_file():
         return None
-    return FamilyRow.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    row = FamilyRow.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    row._file = f"the built-in exception for {model_type}"
+    return row
 
 
 def as_toml(
@@ -182,7 +194,11 @@ def as_toml(
         *([f"module = {json.dumps(where.module)}"] if where.module != where.disk else []),
         f"layers_key = {json.dumps(where.key)}",
     ]
+    if any(axis.routed for axis in axes.values()):
+        lines += ["", "# Its experts are found, also beside what a file says."]
     for name, axis in axes.items():
+        if axis.routed:
+            continue
         lines += ["", f'[axes."{name}"]' if "." in name else f"[axes.{name}]"]
         lines.append(f"key = {json.dumps(axis.width_keys[-1])}")
         if factors.get(name, 1) != 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import cache, partial
@@ -14,7 +14,7 @@ from torch import nn
 
 from dicer.model.families import Family, Named
 from dicer.model.structure.experts import expert_axes, units_in
-from dicer.model.structure.family_file import FamilyRow, exception_for, read_family
+from dicer.model.structure.family_file import FamilyRow, exception_for
 from dicer.model.structure.heads import HeadKeys, find_heads, head_keys, is_output
 from dicer.model.structure.layers import Layers, find_layers, sample
 from dicer.model.structure.neurons import Group, expert_of, factor, find_groups, segments
@@ -31,8 +31,9 @@ def find_family(
     kind: Any,
     shapes: Mapping[str, Shape] | None = None,
     *,
-    file: str | None = None,
+    row: FamilyRow | None = None,
     where: Layers | None = None,
+    whole: Skeleton | None = None,
 ) -> Family:
     """Find a family by building its class without weights, once for each key that may be a width.
 
@@ -40,17 +41,18 @@ def find_family(
         config: a transformers config.
         kind: the class of transformers.
         shapes: of the tensors, by the names that transformers writes; by default those that the class would write.
-        file: a family file of the user's; what it says goes before what is found.
+        row: what a file of the user's says, which goes before what is found.
         where: the layers, where they are known already.
+        whole: the class without weights, where it was built already.
 
     Raises:
         UnknownFamily: it has no list of decoder layers.
-        ModelError: the file cannot be read, or names a tensor that is not there.
+        ModelError: the file names a tensor that is not there.
     """
-    whole = build(config, kind)
-    row = exception_for(config.model_type) if file is None else read_family(file)
+    whole, said = whole or build(config, kind), row
+    row = row or exception_for(config.model_type)
     text = config.get_text_config()
-    layers = where or (row.where(int(text.num_hidden_layers)) if row else None) or find_layers(whole, kind)
+    layers = where or decoder_layers(whole, kind, row)
     some, chosen = sample(whole, kind, layers)
     inner = replace(layers, count=len(chosen))
     calls = trace(some)
@@ -64,18 +66,17 @@ def find_family(
     memory = cache(partial(_inner_memory, some, inner))
     of_experts, no_experts = expert_axes(some, kind, inner, groups, _neuron_slices, memory)
     rows |= {axis.name: (axis, share) for axis, share in of_experts}
-    inside = layers.inside(whole.shapes if shapes is None else shapes)
+    stock = layers.inside(whole.shapes)
+    inside = stock if shapes is None else layers.inside(shapes)
     if row is not None:
-        row.check(inside, str(file or f"the built-in exception for {config.model_type}"))
-        if file is not None:
-            row.check_keys(flat_values(config), file)
+        row.check([*inside, *stock], config)  # of what was pruned, all of an axis may be gone
         rows |= {
             name: (_sized(own.axis(name), config), Fraction(own.factor)) for name, own in row.axes.items() if own.slices
         }
     rows = dict(sorted(rows.items(), key=lambda item: not item[0].startswith("attention")))  # as a layer runs them
     options = _bias_options(some, kind, inner, [axis for axis, _ in rows.values()])
     rows |= {name: (replace(rows[name][0], bias_option=key), rows[name][1]) for name, key in options.items()}
-    stock, own_keys = layers.inside(whole.shapes), heads[0] if heads else None
+    own_keys = heads[0] if heads else None
     counts = {
         name: tuple(
             _count(axis, now) if _fits(axis, before, own_keys) else 0 for now, before in zip(inside, stock, strict=True)
@@ -105,7 +106,17 @@ def find_family(
         heads=heads[0] if heads else None,
         sets={name: own.set for name, own in row.axes.items()} if row else {},
         refused=no_experts | (_refused(row) if row else {}),
+        said=said,
     )
+
+
+def decoder_layers(whole: Skeleton, kind: Any, row: FamilyRow | None) -> Layers:
+    """Where the decoder layers are, as a file says, or else as they are found.
+
+    Raises:
+        UnknownFamily: neither is so.
+    """
+    return (row.where(whole.config) if row else None) or find_layers(whole, kind)
 
 
 def _sized(axis: Axis, config: Any) -> Axis:
@@ -232,7 +243,7 @@ def _neuron_axes(
                 continue
             down = slices[-1].memory or slices[-1].name
             module = down.removesuffix(".weight")
-            parts = _modules(group)
+            parts = _modules([memory(name) or name for name in group.names], down)
             units = inside[layer][group.down][group.change.dim]
             path, owner = f"{layers.module}.{layer}", "" if len(parts) > 1 else f"{module.rpartition('.')[0]}."
             act = activation(some, calls, path, units, owner)
@@ -241,14 +252,15 @@ def _neuron_axes(
     return list(rows.values())
 
 
-def _modules(group: Group) -> tuple[str, ...]:
-    """What makes up the MLP: the module that holds its maps, or the maps where the layer itself does."""
-    holders = {name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0] for name in group.names}
+def _modules(names: Sequence[str], down: str) -> tuple[str, ...]:
+    """What makes up an MLP in memory: the module that holds its maps, or the maps where the layer itself does."""
+    maps = dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in names)
+    holders = {name.rpartition(".")[0] for name in maps}
     if len(holders) == 1 and "" not in holders:
         return (holders.pop(),)
-    maps = dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in group.names)
-    first, *rest = [m for m in maps if m != group.down.removesuffix(".weight")] or [""]
-    return (first, *rest, group.down.removesuffix(".weight"))
+    last = down.removesuffix(".weight")
+    first, *rest = [m for m in maps if m != last] or [""]
+    return (first, *rest, last)
 
 
 def _name(group: Group, taken: set[str]) -> str:

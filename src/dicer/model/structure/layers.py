@@ -73,7 +73,7 @@ def find_layers(whole: Skeleton, kind: Any) -> Layers:
             continue
         follow = [name for name in lists if longer.lists.get(name) == count + 1]
         if follow:
-            return replace(_placed(whole, longer, key, count, follow), lists=_item_a_layer(whole.config, key, count))
+            return replace(_placed(whole, longer, key, count, follow), lists=item_a_layer(whole.config, key, count))
     raise UnknownFamily(
         f"no list of decoder layers is found in a {kind.__name__}: no key of its config changes the length of one. "
         "Say it in a file, and give that with --family FILE.toml."
@@ -122,7 +122,7 @@ def _beside(config: Any, key: str) -> dict[str, Any]:
     return dict(said[outer] if outer else said)
 
 
-def _item_a_layer(config: Any, key: str, count: int) -> tuple[str, ...]:
+def item_a_layer(config: Any, key: str, count: int) -> tuple[str, ...]:
     """Keys whose value has an item for every layer; one that lists the layers' numbers has not."""
     found = []
     for name, value in _beside(config, key).items():
@@ -150,7 +150,7 @@ def companions(
     outer = key.rpartition(".")[0]
     prefix = f"{outer}." if outer else ""
     inside = _beside(config, key)
-    lists = _item_a_layer(config, key, count) if lists is None else lists
+    lists = item_a_layer(config, key, count) if lists is None else lists
     new: dict[str, Any] = {} if isinstance(inside[key.rpartition(".")[2]], list) else {key: len(keep)}
     for name, value in inside.items():
         if name == "per_layer_config" and isinstance(value, dict):

@@ -58,20 +58,49 @@ def trace(sample: Skeleton) -> list[Call]:
 def returned(sample: Skeleton, path: str) -> int | None:
     """How many values a module returns, 0 where it is no tuple, seen from the first of its class that runs.
 
-    None where none can be seen to run without weights.
+    Modules before it that look at values, as experts do, hand on what they are given. None where it cannot be seen.
     """
-    seen: list[int] = []
-    kind = type(sample.model.get_submodule(path))
+    kind, passed_by = type(sample.model.get_submodule(path)), set[type]()
+    while True:
+        seen, broken = _once(sample, kind, passed_by)
+        if seen or broken in {None, kind, type(sample.model), *passed_by}:
+            return seen[0] if seen else None
+        passed_by.add(broken)
 
-    def note(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(len(output) if isinstance(output, tuple | list) else 0)
+
+def _once(sample: Skeleton, kind: type, passed_by: set[type]) -> tuple[list[int], Any]:
+    """What modules of a class return in one run, and the class of the innermost module that could not be run."""
+    seen: list[int] = []
+    running: list[nn.Module] = []
+
+    def ended(module: nn.Module, _: Any, output: Any) -> None:
+        running.pop()
+        if type(module) is kind:
+            seen.append(len(output) if isinstance(output, tuple | list) else 0)
 
     with ExitStack() as stack:
         for part in sample.model.modules():
-            if type(part) is kind:
-                stack.callback(part.register_forward_hook(note).remove)
-        trace(sample)
-    return seen[0] if seen else None
+            stack.callback(part.register_forward_pre_hook(lambda module, _: running.append(module)).remove)
+            stack.callback(part.register_forward_hook(ended).remove)
+            if type(part) in passed_by:
+                part.forward = _handed_on
+                stack.callback(part.__dict__.pop, "forward")
+        stack.enter_context(quiet())
+        stack.enter_context(torch.no_grad())
+        deepest: list[nn.Module] = []
+        for more in inputs_without_values():
+            running.clear()
+            try:
+                sample.model(use_cache=False, **more)
+            except Exception:  # what looks at values cannot be followed further
+                deepest = max(deepest, [*running], key=len)
+                continue
+            return seen, None
+    return seen, type(deepest[-1]) if deepest else None
+
+
+def _handed_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden
 
 
 def inputs_without_values() -> list[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dicer.ask.axes import kind_of
 from dicer.errors import ModelError
 from dicer.model.find import as_model_error
 from dicer.model.shapes import LayerShape, fits_stock
@@ -55,10 +56,16 @@ def export_stock(
         progress: called with (stage, done, total).
 
     Raises:
-        ModelError: no padding makes it a stock model: biases that the stock class has no place for.
+        ModelError: no padding makes it a stock model: biases that the stock class has no place for, other units.
         OutputError: the folder cannot be written, or something else is there.
     """
     check_output(out, overwrite=overwrite, inputs=[source.folder])
+    if {*source.family.axes} != {"attention", "mlp"}:
+        found = ", ".join(sorted({kind_of(axis).units for axis in source.family.axes})) or "nothing that can be cut"
+        raise ModelError(
+            f"{source.name}: layers are padded where they are attention and one MLP, and those of a "
+            f"'{source.family.model_type}' are not (found: {found}). Prune it with --stock instead."
+        )
     layers = Layers(source)
     shape = _stock_shape(source, layers, pad)
     padded = [layers.padded(i, shape.units) for i in range(len(layers.shapes))]
