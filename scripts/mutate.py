@@ -53,12 +53,12 @@ MUTATIONS = (
     ),
     Mutation(
         "output-l2 sums over the units, not over the hidden size",
-        *("measure/criteria/output.py", ".square().sum(0).sqrt()", ".square().sum(1).sqrt()[0]"),
+        *("measure/criteria/output.py", "square_sums(weights.down, 0)", "square_sums(weights.down, 1)[0]"),
         "measure/test_criteria.py",
     ),
     Mutation(
         "old buffers and tied copies stay in the files",
-        *("model/match.py", "    tensors.leave_out(old)\n", ""),
+        *("model/structure/account.py", "leave_out([*ahead, *old])", "leave_out(ahead)"),
         "contract/test_on_disk.py",
     ),
     Mutation(
@@ -73,7 +73,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the first groups keep no unit more",
-        *("decide/merging.py", " + (torch.arange(groups) < keep % groups).long()", ""),
+        *("decide/merging.py", " + (np.arange(len(sizes)) < keep % len(sizes))", ""),
         "decide",
     ),
     Mutation(
@@ -83,8 +83,13 @@ MUTATIONS = (
     ),
     Mutation(
         "the means of what stays are compensated too",
-        *("write/surgery.py", "lost[piece.rows(layer.keep, layer.units)] = 0.0", "pass"),
+        *("decide/layer_plan.py", "lost[self.rows(len(lost) // self.units)] = 0.0", "pass"),
         "write/test_compensation.py",
+    ),
+    Mutation(
+        "what is copied begins a byte later",
+        *("model/tensors.py", "8 + length + start for", "9 + length + start for"),
+        "write/test_tensor_file.py",
     ),
     Mutation(
         "outputs are merged as inputs are",
