@@ -1,7 +1,7 @@
 """Runs that are killed, stopped, or several at once: the output is whole old, whole new or not there, and nothing else.
 
-A tenth of the file operations by turns, a moment and a signal for each scene; all operations, for signals too, and a
-hundred moments for each command by ``make kill``.
+A tenth of the file operations by turns, a moment and a signal for a third of the scenes; all operations, for signals
+too, and a hundred moments for each command by ``make kill``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from kill.scenes import SCENES
 
 ALL = os.environ.get("DICER_KILLS") == "all"
 TESTS = Path(__file__).parents[1]
-every_scene = pytest.mark.parametrize("name", SCENES)
+DAY = datetime.datetime.now(datetime.UTC).timetuple().tm_yday
+# Of the module, so that the tests of a scene follow one another: each process prepares a scene once.
+every_scene = pytest.mark.parametrize("name", SCENES, scope="module")
+some_scenes = pytest.mark.parametrize("name", [*SCENES] if ALL else [*SCENES][DAY % 3 :: 3], scope="module")
 
 
 class Client:
@@ -71,8 +74,7 @@ def chosen(ends: list[Any], name: str) -> list[Any]:
     """All, or a tenth: another one each day."""
     if ALL:
         return ends
-    day = datetime.datetime.now(datetime.UTC).timetuple().tm_yday
-    return ends[(day + [*SCENES].index(name)) % 10 :: 10]
+    return ends[(DAY + [*SCENES].index(name)) % 10 :: 10]
 
 
 def wrong(name: str, end: dict[str, Any], code: int) -> list[str]:
@@ -104,7 +106,7 @@ def test_before_file_operations(runner: Client, name: str) -> None:
         assert {end["state"] for end in ended} == SCENES[name].states
 
 
-@every_scene
+@some_scenes
 def test_at_random_moments(runner: Client, name: str) -> None:
     moments = random.Random(name)
     count = math.ceil(100 / sum(scene.command == SCENES[name].command for scene in SCENES.values())) if ALL else 1
@@ -115,7 +117,7 @@ def test_at_random_moments(runner: Client, name: str) -> None:
     assert not ALL or len(killed) > count // 2
 
 
-@every_scene
+@some_scenes
 def test_signals(runner: Client, name: str) -> None:
     events = range(len(runner.ask("events", name=name)))
     numbers = [(event, (signal.SIGTERM, signal.SIGINT)[event % 2]) for event in events]
