@@ -1,6 +1,8 @@
 """A model read layer by layer against the whole of it in memory: time, memory, bytes read, against what was foreseen.
 
     python benchmarks/streaming.py --folder SCRATCH [--shapes 135M,0.5B,1.5B,3B,7B] [--no-resident 7B] [--methods ...]
+                                   [--output FILE.json]
+    python benchmarks/streaming.py --figure FILE.png --output FILE.json      (draws what was measured)
 
 Models of Qwen2's shapes with random bf16 weights are made in SCRATCH and taken away again. Each run is a process of its
 own (``dicer prune``). Its memory is looked at every 20 ms in /proc/PID/status: ``RssAnon`` is what the process itself
@@ -42,6 +44,7 @@ METHODS = {
     "weight-l2": ["--method", "weight-l2"],
 }
 SHARD = 10**9
+TOKENS = 10 * 128
 
 
 class Seen(NamedTuple):
@@ -91,7 +94,7 @@ def make(folder: Path, shape: str) -> int:
         size, total = size + made.nbytes, total + made.nbytes
     flush()
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}))
-    ids = torch.randint(3, min(vocabulary, 150_000), (10, 128), generator=generator).tolist()
+    ids = torch.randint(3, min(vocabulary, 150_000), (10, TOKENS // 10), generator=generator).tolist()
     (folder.parent / f"{folder.name}.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
     return total
 
@@ -119,6 +122,65 @@ def watched(command: Sequence[str]) -> Seen:
     return Seen(time.perf_counter() - start, busy, peak, anonymous, said)
 
 
+_NUMBERS = {
+    "foreseen": r"To do: .*: about ([\d.,]+) (GB|MB) of memory",
+    "foreseen read": r"To do: .* of memory, ([\d.,]+) (GB|MB) to read",
+    "read": r"peak, ([\d.,]+) (GB|MB) read",
+}
+
+
+def row_of(shape: str, total: int, method: str, way: str, seen: Seen) -> dict[str, Any]:
+    """What is kept of a run: GB and seconds."""
+    row: dict[str, Any] = {"shape": shape, "weights": total / 1e9, "method": method, "way": way}
+    row |= {"wall": seen.seconds, "processors": seen.busy, "peak": seen.peak, "anonymous": seen.anonymous}
+    for name, pattern in _NUMBERS.items():
+        if found := re.search(pattern, seen.said):
+            row[name] = float(found[1].replace(",", "")) / (1 if found[2] == "GB" else 1e3)
+    for stage, seconds in re.findall(r"(\w+) ([\d.]+) s", seen.said.rpartition("Time:")[2]):
+        row[stage] = float(seconds)
+    return row
+
+
+def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Scoring against parameters times tokens, memory and reading against the size of the weights."""
+    import matplotlib.pyplot as plt
+
+    figure, (time_of, memory_of, read_of) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    kinds = {
+        "in memory": ("#0072B2", "o"),
+        "streamed": ("#D55E00", "s"),
+        "random": ("#009E73", "D"),
+        "weight-l2": ("#CC79A7", "^"),
+    }
+    for kind, (colour, marker) in kinds.items():
+        own = [row for row in rows if row["way"] == kind]
+        weights = [row["weights"] for row in own]
+        if kind in ("in memory", "streamed"):
+            work = [row["parameters run"] * row["tokens"] for row in own]
+            time_of.plot(work, [row["score"] for row in own], marker=marker, color=colour, label=kind)
+        memory_of.plot(weights, [row["peak"] for row in own], marker=marker, color=colour, label=kind)
+        memory_of.plot(weights, [row["foreseen"] for row in own], marker=marker, color=colour, mfc="white", ls=":")
+        read_of.plot(weights, [row.get("read", 0) for row in own], marker=marker, color=colour, label=kind)
+    labels = {
+        time_of: ("parameters x tokens", "seconds of scoring, one thread"),
+        memory_of: ("weights, GB", "peak of memory, GB (hollow: foreseen)"),
+        read_of: ("weights, GB", "read, GB"),
+    }
+    for axis, (across, up) in labels.items():
+        axis.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    figure.savefig(file, dpi=110)
+
+
+def run_parameters(shape: str, layers: str) -> int:
+    """Parameters of the layers that tokens go through: all up to the last that is pruned."""
+    count, hidden, neurons, heads, groups, *_ = SHAPES[shape]
+    last = count + int(layers.rpartition("--")[2]) * -1 if "--" in layers else count - 1
+    attention = 2 * hidden * hidden + 2 * hidden * hidden * groups // heads
+    return (last + 1) * (attention + 3 * hidden * neurons)
+
+
 def foreseen(said: str) -> str:
     """Memory and reading, as the run said beforehand and afterwards."""
     lines = [line for line in said.splitlines() if line.startswith(("To do:", "Scored", "Time:"))]
@@ -127,12 +189,18 @@ def foreseen(said: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--output", type=Path, help="what was measured, as JSON")
+    parser.add_argument("--figure", type=Path, help="draw what is in --output, and measure nothing")
     parser.add_argument("--shapes", default="135M,0.5B,1.5B")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--no-resident", default="7B", help="shapes that are streamed only")
     parser.add_argument("--layers", default="5--2")
     options = parser.parse_args()
+    if options.figure:
+        draw(json.loads(options.output.read_text()), options.figure)
+        return
+    rows: list[dict[str, Any]] = []
     options.folder.mkdir(exist_ok=True)
     for shape in options.shapes.split(","):
         model, out = options.folder / shape, options.folder / "out"
@@ -140,6 +208,9 @@ def main() -> None:
         print(f"{shape}: {total / 1e9:.2f} GB of weights", flush=True)
         copied = watched(["cp", "-r", str(model), str(out)])
         shutil.rmtree(out)
+        rows.append(
+            {"shape": shape, "weights": total / 1e9, "way": "cp", "wall": copied.seconds, "processors": copied.busy}
+        )
         print(f"  cp -r: {copied.seconds:.1f} s ({copied.busy:.1f} of processors)", flush=True)
         for method in options.methods.split(","):
             ways = ["--stream"] if shape in options.no_resident.split(",") else ["", "--stream"]
@@ -152,6 +223,11 @@ def main() -> None:
                 memory = f"peak {seen.peak:.2f} GB ({seen.anonymous:.2f} anonymous)"
                 print(f"  {name}: {seen.seconds:.1f} s ({seen.busy:.1f} of processors), {memory}", flush=True)
                 print(f"    {foreseen(seen.said)}", flush=True)
+                kind = {"": "in memory", "--stream": "streamed"}[way] if method == "rc-a" else method
+                row = row_of(shape, total, method, kind, seen)
+                rows.append(row | {"tokens": TOKENS, "parameters run": run_parameters(shape, options.layers)})
+                if options.output:
+                    options.output.write_text(json.dumps(rows, indent=1) + "\n")
         shutil.rmtree(model)
         Path(f"{model}.jsonl").unlink()
 
