@@ -22,7 +22,7 @@ from dicer.model.source import ModelSource
 
 _IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
 _READ_AROUND = 512 * 1024  # bytes that the system maps around a row of a table; 70 kB to 520 kB were seen
-_IN_FLOAT = 8  # bytes of a weight while a criterion squares it
+_WRITTEN = 3  # tensors at once: what is written, the next that is made, and what that is cut from
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
 
@@ -163,7 +163,7 @@ def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:
     layer, passes = max(weights.layers), _passes(task, len(weights.layers))
     if not task.runs_model:
         chosen = sum(weights.layers[index] for index in task.layers)
-        return [Cost(True, held_memory() + layer + _at_work(task, None), chosen, 0, 0)]
+        return [Cost(True, held_memory() + max(layer + _at_work(task, None), _writing(task)), chosen, 0, 0)]
     read = int(passes * sum(weights.layers[: last + 1])) + weights.outside
     base, hidden = held_memory() + _outside(task, weights) + 2 * layer, _hidden(task)
     usual = Cost(True, base + _at_work(task, None) + hidden, read, passes, hidden)
@@ -209,12 +209,17 @@ def _at_work(task: Asked, samples: int | None) -> int:
         side = inputs[need.axis] if need.kind == "channel_gram" else units[need.axis]
         sums = max(sums, _SOLVED * side**2 * (size if "channel" in need.kind else 4) if "gram" in need.kind else 0)
     if task.calibration is None:
-        locate, infos = task.source.family.locate, task.source.tensors.infos()
-        return sums + _IN_FLOAT * max((info.numel for name, info in infos.items() if locate(name)), default=0)
+        return sums
     length = task.calibration.tokens.shape[1]
     rows = samples or task.compute.batch_size or max(1, BATCH_TOKENS // length)
     tokens = min(rows * length, _tokens(task))
     return sums + tokens * max(inputs.values(), default=1) * (4 * _itemsize(task) + 8)
+
+
+def _writing(task: Asked) -> int:
+    """Bytes of the tensors that are in memory while they are cut and written; what is only copied never is."""
+    locate, infos = task.source.family.locate, task.source.tensors.infos()
+    return _WRITTEN * max((info.nbytes for name, info in infos.items() if locate(name)), default=0)
 
 
 def _passes(task: Asked, layers: int) -> float:
