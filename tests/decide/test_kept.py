@@ -9,6 +9,8 @@ import sys
 import time
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import LAYERS, save_tiny, tiny_tokens
 
 import dicer
@@ -127,14 +129,55 @@ def test_what_cannot_go_on(model, calib, tmp_path, asked):
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("hurt", ["run.json", "walk-1/hidden.safetensors", "walk-1/layer-00000.safetensors"])
-def test_broken_folder(model, calib, tmp_path, monkeypatch, hurt):
+def _flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def _said(**metadata):
+    """The same tensors, and another word about them."""
+
+    def hurt(path):
+        with safe_open(path, framework="pt") as file:
+            tensors, known = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+        said = {name: value for name, value in {**known, **metadata}.items() if value is not None}
+        save_file(tensors, path, metadata=said or None)
+
+    return hurt
+
+
+def _no_recipe(path):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "recipe": [1]}))
+
+
+HURTS = {
+    "no recipe": _no_recipe,
+    "no content": lambda path: path.write_bytes(b"{"),
+    "a bit": _flipped,
+    "no layer": _said(layer=None),
+    "nothing said": _said(layer=None, sha256=None),
+    "layer below 0": _said(layer="-5"),
+    "layer of another": _said(layer="1000000000"),
+    "no number": _said(layer="five"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "hurt"),
+    [
+        *(("run.json", hurt) for hurt in ("no content", "no recipe")),
+        *(("walk-1/hidden.safetensors", hurt) for hurt in list(HURTS)[1:]),
+        *(("walk-1/layer-00000.safetensors", hurt) for hurt in ("no content", "a bit", "nothing said")),
+    ],
+)
+def test_broken_folder(model, calib, tmp_path, monkeypatch, name, hurt):
     recipe = Recipe(method="rc-a", calib=calib)
     with monkeypatch.context() as patch:
         _killing(patch, 5)
         with pytest.raises(Killed):
             dicer.prune(model, recipe, STREAM, output=tmp_path / "out", resume=True)
-    (tmp_path / "out.resume" / hurt).write_bytes(b"{")
+    HURTS[hurt](tmp_path / "out.resume" / name)
     with pytest.raises(RecipeError, match=r"move it away|remove it"):
         dicer.prune(model, recipe, STREAM, output=tmp_path / "out", resume=True)
 

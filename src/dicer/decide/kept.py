@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dicer.ask.portable import portable
@@ -103,29 +104,46 @@ class KeptWalk:
     def _write(self, name: str, tensors: Mapping[str, Tensor], index: int) -> None:
         with as_output_error(self._folder), folder_beside(self._folder / name) as scratch:
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(plain, scratch / name, metadata={"layer": str(index)})
+            save_file(plain, scratch / name, metadata={"layer": str(index), "sha256": _digest(plain)})
             (scratch / name).replace(self._folder / name)
 
     def _finished(self) -> int:
         """The last layer whose states are there; -1 where none is."""
         if not (self._folder / _STATES).exists():
             return -1
-        try:
-            check_plain(self._folder / _STATES)
-            with safe_open(self._folder / _STATES, framework="pt") as file:
-                return int(file.metadata()["layer"])
-        except (OSError, ValueError, SafetensorError) as error:
-            raise self._broken(error) from None
+        with self._opened(_STATES) as file:
+            index = int(file.metadata()["layer"])
+            if index < 0:
+                raise ValueError(f"layer {index}")
+            return index
 
     def _read(self, name: str) -> dict[str, Tensor]:
+        with self._opened(name) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            if file.metadata()["sha256"] != _digest(tensors):
+                raise ValueError(f"{name} is damaged")
+            return tensors
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
         try:
             check_plain(self._folder / name)
-            return load_file(self._folder / name)
-        except (OSError, SafetensorError) as error:
+            with safe_open(self._folder / name, framework="pt") as file:
+                yield file
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise self._broken(error) from None
 
     def _broken(self, error: Exception) -> RecipeError:
         return RecipeError(f"{self._folder.parent} cannot be gone on from ({error}): remove it, and begin anew.")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of names, dtypes, shapes and content."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return found.hexdigest()
 
 
 _CUTS = "the cuts go along with the tokens"
@@ -150,6 +168,8 @@ def _identity(task: Asked) -> dict[str, Any]:
 def _check_own(folder: Path, own: Mapping[str, Any]) -> None:
     try:
         held = read_json(folder / _KEY)
+        if not isinstance(held["recipe"], dict):
+            raise ValueError("its recipe is none")
         differs = [name for name in own if held[name] != own[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{folder} is no folder of a run that was stopped ({error}): move it away.") from None
