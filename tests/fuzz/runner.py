@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import resource
@@ -116,6 +117,7 @@ def _run(place: Path, work: Path, one: Mutant) -> None:
     """What the child does; it never returns."""
     code = BROKE
     try:
+        faulthandler.disable()  # of the one who runs this
         os.chdir(work)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

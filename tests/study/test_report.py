@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recorded import LAYERS, METHODS, QWEN, UNITS, grid, record, save, scored
+from recorded import LAYERS, METHODS, QWEN, UNITS, grid, record, save, scored, values
 
 from dicer.cli import main as cli
 from dicer.errors import ExperimentError, OutputError
 from dicer.study.columns import Measure
-from dicer.study.record import pack
+from dicer.study.record import make_record, pack
 from dicer.study.records import copy_records
 from dicer.study.report.figure_style import COLOURS, GREY, ordered
 from dicer.study.report.figures import one_each, pictures
@@ -216,6 +216,19 @@ def test_models_that_are_broken_throughout(tmp_path):
     records = [record(m, r, perplexity=float("inf"), layers=nothing) for m in ("rc-a", "random") for r in (0.25, 0.5)]
     write_report(save(records, tmp_path / "results"), tmp_path / "out")
     assert "| inf |" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of matplotlib, at the edges of floats
+@pytest.mark.parametrize("value", [10**30, 1e308, 5e-324, -1.0])
+def test_numbers_of_any_size(tmp_path, value):
+    """No scale of a figure is made of numbers that it cannot have."""
+    said = values("rc-a", 0.25)
+    for layer in said["layers"].values():
+        layer["norm"]["dropped"] = layer["score"]["kept"] = value
+    said["metrics"]["summary"]["word_perplexity"] = said["seconds"]["score"] = value
+    save([make_record(said), record("random", 0.25)], tmp_path / "results")
+    write_report(tmp_path / "results", tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_odd_records(tmp_path):

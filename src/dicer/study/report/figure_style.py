@@ -60,10 +60,11 @@ def log_axis(axis: Any, way: str = "y") -> None:
         return
     axis.set(**{f"{way}scale": "log"})
     low, high = axis.get_ylim() if way == "y" else axis.get_xlim()
+    low, high = max(low, 1e-300), min(high, 1e300)  # what a record says may be as large as a float can be
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if high / low < 200 else (1,)
-    every = 1 if way == "y" else max(1, round(len(powers) / 6))  # numbers stand side by side below
-    ticks = [s * 10**p for p in powers if p % every == 0 for s in steps]
+    every = max(1, round(len(powers) / (12 if way == "y" else 6)))  # numbers stand side by side below
+    ticks = [s * 10.0**p for p in powers if p % every == 0 for s in steps]
     axis.set(**{f"{way}ticks": [tick for tick in ticks if low <= tick <= high]})
     numbers = axis.yaxis if way == "y" else axis.xaxis
     numbers.set_major_formatter(lambda value, _: f"{value:,.12g}")
