@@ -25,9 +25,4 @@ def square_sums(weight: Tensor, over: int) -> Tensor:
     if weight.device.type != "cpu":
         return weight.float().square().sum(over)
     pieces = weight.split(_PIECE if over == 0 else _PIECE // 4, 1 - over)
-    held = torch.empty(pieces[0].numel())  # for all of them: small results between large ones would scatter the heap
-    sums = torch.empty(weight.shape[1 - over])
-    for piece, place in zip(pieces, sums.split(pieces[0].shape[1 - over]), strict=True):
-        own = held[: piece.numel()].view(piece.shape).copy_(piece)
-        torch.sum(own.square_(), over, out=place)
-    return sums
+    return torch.cat([piece.float().square().sum(over) for piece in pieces])
