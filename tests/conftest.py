@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DICER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def in_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever waits, or never ends, is woken after the module's SECONDS, as a failure."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits, or takes too long"))
+    signal.alarm(request.module.SECONDS)
+    yield
+    signal.alarm(0)
 
 
 class Ended(NamedTuple):

@@ -13,24 +13,14 @@ from tiny import save_tiny
 import dicer
 
 KINDS = [kind for kind in SPECIAL if kind not in ("folder", "terminal")]
-TIMEOUT = 30  # seconds; nothing of this takes one
+SECONDS = 30  # nothing of this takes one
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     base = tmp_path_factory.mktemp("models")
     return {"one": save_tiny(base / "one"), "shards": save_tiny(base / "shards", shards=True)}
-
-
-@pytest.fixture(autouse=True)
-def _in_time():
-    """Whatever waits is woken, as a failure."""
-    import signal
-
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
-    signal.alarm(TIMEOUT)
-    yield
-    signal.alarm(0)
 
 
 def broken(tmp_path, models, name, kind):

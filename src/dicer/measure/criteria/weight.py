@@ -24,5 +24,9 @@ def square_sums(weight: Tensor, over: int) -> Tensor:
     """Sums of squares of a matrix, float32 [rows] over columns (1) or [columns] over rows (0)."""
     if weight.device.type != "cpu":
         return weight.float().square().sum(over)
-    pieces = weight.split(_PIECE if over == 0 else _PIECE // 4, 1 - over)
-    return torch.cat([piece.float().square().sum(over) for piece in pieces])
+    step = _PIECE if over == 0 else _PIECE // 4
+    sums = torch.empty(weight.shape[1 - over])
+    for number, piece in enumerate(weight.split(step, 1 - over)):  # each keeps its strides, and so the bits of its sums
+        # No small tensor outlives a large one, which would scatter the heap.
+        sums[number * step : (number + 1) * step] = piece.float().square().sum(over)
+    return sums
