@@ -70,6 +70,14 @@ def test_ways(source, calib):
         foresee(asked(source, calib, Compute(memory="0.001MB")), "cpu")
 
 
+def test_what_repair_keeps_of_all_tokens(source, calib, monkeypatch):
+    """The MLP's inner activations, so that a layer runs but once, where there is room for them."""
+    task = asked(source, calib, repair="least-squares", samples=6, seq_len=24)
+    kept = foresee(task, "cpu").memory
+    monkeypatch.setattr(cost, "HALFWAY", 0)
+    assert kept - foresee(task, "cpu").memory == 6 * 24 * 40 * 4
+
+
 @pytest.mark.parametrize("method", ["rc-a", "act-l2"])
 def test_same_plan_any_way(source, calib, method):
     plans = []

@@ -9,12 +9,14 @@ from typing import Any, NoReturn
 
 import torch
 
+from dicer.ask.axes import kind_name
 from dicer.ask.compute import Compute
 from dicer.decide.task import Asked
 from dicer.errors import RecipeError
 from dicer.machine import free_memory, held_memory
 from dicer.measure.batches import BATCH_TOKENS
 from dicer.measure.entropy.transfer import layer_forwards
+from dicer.measure.propagate import HALFWAY
 from dicer.measure.statistics import gram_dtype
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
@@ -213,7 +215,9 @@ def _at_work(task: Asked, samples: int | None) -> int:
     length = task.calibration.tokens.shape[1]
     rows = samples or task.compute.batch_size or max(1, BATCH_TOKENS // length)
     tokens = min(rows * length, _tokens(task))
-    return sums + tokens * max(inputs.values(), default=1) * (4 * _itemsize(task) + 8)
+    kept = _tokens(task) * max((n for name, n in inputs.items() if kind_name(name) == "mlp"), default=0)
+    halfway = kept * _itemsize(task) if task.method.walks_alone and kept <= HALFWAY else 0
+    return sums + halfway + tokens * max(inputs.values(), default=1) * (4 * _itemsize(task) + 8)
 
 
 def _writing(task: Asked) -> int:

@@ -54,7 +54,7 @@ class CutVisit(Visit):
 
 
 _PROBE = 4  # tokens
-_HALFWAY = 2**28  # numbers: inputs of an output projection that are kept, so that layers are run but once
+HALFWAY = 2**28  # numbers: inputs of an output projection that are kept, so that layers are run but once
 Cut = Callable[[CutVisit], Mapping[str, Tensor]]  # -> name inside the layer -> what it is from here on, of full size
 
 
@@ -191,7 +191,7 @@ class _Layer:
     def _go_halfway(self, axis: Axis, units: int) -> None:
         """Note that the layer is to be run up to here once, where it can go on from here and there is room for it."""
         self.halfway, self.behind = [], None
-        room = sum(batch.numel() for batch in self.tokens.batches) * units * axis.channels <= _HALFWAY
+        room = sum(batch.numel() for batch in self.tokens.batches) * units * axis.channels <= HALFWAY
         if self.probe is not None and room and kind_name(axis.name) == "mlp" and self.runner.goes_on(*self.probe, axis):
             self.behind = axis
 
