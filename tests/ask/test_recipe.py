@@ -86,6 +86,20 @@ def test_presets_of_the_papers():
             {"method": "sim-a-post", "merge": "mean"},
             Method(None, "act-l2", "post", "similarity", "post", "mean", None),
         ),
+        # A criterion that reads an activation of its own does so in a preset that was made for another.
+        ({"method": "rc-a", "criterion": "output-l2"}, Method(None, "output-l2", "mod", "random", None, "prune", None)),
+        (
+            {"method": "sim-a-post", "criterion": "obs"},
+            Method(None, "obs", "mod", "similarity", "post", "prune", None),
+        ),
+        (
+            {"method": "rc-a", "criterion": "output-l2", "activation": "post"},
+            Method(None, "output-l2", "post", "random", None, "prune", None),
+        ),
+        (
+            {"method": "sim-a", "criterion": "act-mean"},
+            Method(None, "act-mean", "mod", "similarity", "mod", "prune", None),
+        ),
         # A number of groups, or another parameter, is no preset.
         ({"set": {"linkage": "average"}, "method": "sim-a"}, RESOLVED["sim-a"]._replace(preset=None)),
         ({"method": "rc-a", "groups": 3}, RESOLVED["rc-a"]._replace(preset=None, groups=3)),

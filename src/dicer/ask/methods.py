@@ -133,8 +133,8 @@ def is_preset(preset: Preset, method: Method) -> bool:
 
 
 def complete(
-    criterion: str, activation: Activation | None, grouping: str, merge: str
+    criterion: str, activation: Activation | None, grouping: str, merge: str, usual: Activation | None = None
 ) -> tuple[str, Activation, str, Activation | None, str]:
-    """The parts with their default activations: the criterion's own, mod for similarity (docs/methods.md)."""
-    grouped_by = (activation or "mod") if grouping == "similarity" else None
-    return criterion, activation or READS.get(criterion, "post"), grouping, grouped_by, merge
+    """The parts with their activations: the one that is named, else the criterion's own, else a preset's usual one."""
+    grouped_by = (activation or usual or "mod") if grouping == "similarity" else None
+    return criterion, activation or READS.get(criterion) or usual or "post", grouping, grouped_by, merge

@@ -291,7 +291,7 @@ class Recipe(Strict):
         base = PRESETS["act-l2" if plain else self.method or DEFAULT_METHOD]
         grouping = self.grouping or base.grouping
         merge = self.merge or base.merge
-        preset_activation = None if plain else base.activation
+        usual = None if plain else base.activation
         if self.groups is not None and grouping != "random":
             raise RecipeError(f"--groups {self.groups} needs --grouping random, and the grouping is '{grouping}'.")
         if self.groups is not None and merge != "prune":
@@ -302,7 +302,7 @@ class Recipe(Strict):
         axis = self.axis or base.axis
         ranked = "transfer-entropy" if axis == "block" else base.allocate
         how = (axis, self.allocate or ranked, self.ratio_of or base.ratio_of)
-        parts = complete(self.criterion or base.criterion, self.activation or preset_activation, grouping, merge)
+        parts = complete(self.criterion or base.criterion, self.activation, grouping, merge, usual)
         repair = self.repair or base.repair
         propagate: Propagate = self.propagate or ("dense" if repair == "none" else "pruned")
         method = Method(None, *parts, self.groups, *how, repair, propagate)
