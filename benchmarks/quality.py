@@ -80,6 +80,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "output-l2 solved": {"criterion": "output-l2", **SOLVED},
     "rc-a solved": {"method": "rc-a", **SOLVED},
     "rc-a rolls solved": {"method": "rc-a", "rolls": 64, **SOLVED},
+    "rc-a on output-l2 rolls solved": {"method": "rc-a", "criterion": "output-l2", "rolls": 64, **SOLVED},
+    "rc-a 96 groups rolls solved": {"method": "rc-a", "groups": 96, "rolls": 64, **SOLVED},
+    "rc-a on output-l2 96 groups rolls solved": {
+        **{"method": "rc-a", "criterion": "output-l2"},
+        **{"groups": 96, "rolls": 64, **SOLVED},
+    },
     "taylor solved": {"criterion": "taylor", **SOLVED},
     "leverage solved": {"criterion": "leverage", **SOLVED},
     "obs": {"criterion": "obs"},
@@ -120,6 +126,7 @@ PEERS = ("taylor", "optipfair-static", "optipfair-data", "act-weight", "flap", "
 OURS = (
     "rc-a",
     "rc-a rolls solved",
+    "rc-a on output-l2 96 groups rolls solved",
     "output-l2 solved",
     "obs solved",
     "obs solved cosine",
@@ -258,7 +265,13 @@ def _cell(values: list[float], digits: int) -> str:
 
 SHOWN = (
     *(*PEERS, "act-l2", "output-l2", "rc-a", "rc-a rolls", "rc-a solved", "rc-a rolls solved", "output-l2 solved"),
-    *("obs", "obs solved", "obs solved cosine", "obs solved target dense, not the first"),
+    *(
+        "rc-a on output-l2 96 groups rolls solved",
+        "obs",
+        "obs solved",
+        "obs solved cosine",
+        "obs solved target dense, not the first",
+    ),
     "obs solved 1e-1 cosine, not the first",
 )
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 import dicer
-from dicer.model.tensors import DTYPES, SafetensorsSource, Stretch, TensorInfo
+from dicer.model.tensors import DTYPES, SafetensorsSource, Selection, Stretch, TensorInfo
 from dicer.write import tensor_file
 from dicer.write.tensor_file import _header, write_file
 
@@ -86,6 +86,33 @@ def test_full_disk_is_no_reason_to_copy_otherwise(tmp_path, monkeypatch):
 
 def _full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("piece", [1, 40, 2**24])
+@pytest.mark.parametrize(("shape", "dim"), [((9,), 0), ((9, 5), 0), ((5, 9), 1), ((3, 9, 2), 1), ((2, 3, 9), 2)])
+def test_selected_rows(tmp_path, monkeypatch, shape, dim, piece):
+    """Piece by piece, what ``index_select`` gives of the whole tensor."""
+    monkeypatch.setattr(tensor_file, "_PIECE", piece)
+    numbers, found = torch.arange(torch.Size(shape).numel()).reshape(shape), {}
+    for name, dtype in DTYPES.items():
+        rows = torch.randperm(9)[: len(name) + 2].sort().values
+        found[name] = Selection((numbers % 2 if dtype == torch.bool else numbers).to(dtype), dim, rows)
+    write_file(tmp_path / "ours", {name: one.info for name, one in found.items()}, found.__getitem__)
+    written = load_file(tmp_path / "ours")
+    assert all(torch.equal(written[n], one.tensor.index_select(dim, one.rows)) for n, one in found.items())
+
+
+@pytest.mark.parametrize("rows", [[0, 9], [-1, 2]])
+def test_rows_that_are_not_there(tmp_path, rows):
+    found = Selection(torch.zeros(9, 2), 0, torch.tensor(rows))
+    with pytest.raises(ValueError, match="of 9"):
+        write_file(tmp_path / "ours", {"a": found.info}, lambda _: found)
+
+
+def test_no_rows(tmp_path):
+    found = Selection(torch.zeros(9, 2), 0, torch.tensor([], dtype=torch.int64))
+    write_file(tmp_path / "ours", {"a": found.info}, lambda _: found)
+    assert load_file(tmp_path / "ours")["a"].shape == (0, 2)
 
 
 def test_one_ahead(tmp_path):

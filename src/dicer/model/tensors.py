@@ -62,6 +62,21 @@ class Stretch(NamedTuple):
     nbytes: int
 
 
+class Selection(NamedTuple):
+    """A tensor of which only some rows along one dimension are meant: which."""
+
+    tensor: Tensor
+    dim: int
+    rows: Tensor
+
+    @property
+    def info(self) -> TensorInfo:
+        """Shape and dtype of these rows."""
+        shape = list(self.tensor.shape)
+        shape[self.dim] = len(self.rows)
+        return TensorInfo(tuple(shape), self.tensor.dtype)
+
+
 class TensorSource(Protocol):
     """Tensors that can be asked for by name, one at a time."""
 

@@ -7,15 +7,13 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from dicer.errors import OutputError
 from dicer.files import as_output_error
 from dicer.holds import MADE_BY_EXPORT as MADE_BY_EXPORT
 from dicer.holds import MARKER, check_held, taken
 from dicer.holds import check_output as check_output
-from dicer.model.tensors import INDEX, WEIGHTS, Stretch, TensorInfo
-from dicer.write.tensor_file import Read, write_file
+from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
+from dicer.write.tensor_file import Found, Read, write_file
 
 SHARD_BYTES = 2 * 1024**3  # of one file of the output
 _MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
@@ -75,7 +73,7 @@ class CheckpointSink:
         names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
         done = 0
 
-        def counted(name: str) -> Tensor | Stretch:
+        def counted(name: str) -> Found:
             nonlocal done
             progress(done := done + 1)
             return read(name)

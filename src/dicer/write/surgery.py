@@ -16,7 +16,7 @@ from dicer.model.shapes import LayerShape, layer_shapes
 from dicer.model.sizes import Sizes, count_sizes
 from dicer.model.source import ModelSource
 from dicer.model.structure.idle import idle_tensors
-from dicer.model.tensors import SafetensorsSource, Stretch, TensorInfo
+from dicer.model.tensors import SafetensorsSource, Selection, Stretch, TensorInfo
 from dicer.model.units import Axis, Slice
 from dicer.write.config import pruned_config, zero_biases
 from dicer.write.experts import ExpertCut, expert_cuts
@@ -49,6 +49,26 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
     joined = torch.stack(merged, 1) if piece.interleaved else torch.cat(merged)
     shaped = joined.reshape(-1, *by_unit.shape[1:])
     return shaped.movedim(0, piece.dim).to(tensor.dtype)
+
+
+@dataclass(frozen=True)
+class _Sliced:
+    """How one tensor of a pruned layer is made."""
+
+    source: ModelSource
+    name: str
+    piece: Slice
+    layer: LayerPlan
+
+    def __call__(self) -> Tensor:
+        return slice_tensor(self.source.tensors.read(self.name), self.piece, self.layer)
+
+    def written(self) -> Tensor | Selection:
+        """The same to be written: where rows are selected, which."""
+        if self.layer.merge is not None or (self.piece.is_output and self.layer.repair is not None):
+            return self()
+        rows = self.piece.rows(self.layer.keep, self.layer.units)
+        return Selection(self.source.tensors.read(self.name), self.piece.dim, rows)
 
 
 def compensation(weight: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
@@ -86,12 +106,12 @@ class Cut:
         """One tensor of the result."""
         return self.made[name]() if name in self.made else self.source.tensors.read(self.origin[name])
 
-    def written(self, name: str) -> Tensor | Stretch:
-        """The same to be written: of what is copied from a file only where its bytes are."""
-        tensors = self.source.tensors
-        if name in self.made or not isinstance(tensors, SafetensorsSource):
+    def written(self, name: str) -> Tensor | Selection | Stretch:
+        """The same to be written: of what a file has only which rows of it, or where its bytes are."""
+        tensors, made = self.source.tensors, self.made.get(name)
+        if not isinstance(tensors, SafetensorsSource) or not (made is None or isinstance(made, _Sliced)):
             return self.read(name)
-        return tensors.stretch(self.origin[name])
+        return tensors.stretch(self.origin[name]) if made is None else made.written()
 
     def sizes(self) -> tuple[Sizes, Sizes]:
         """What the model has and what it will have."""
@@ -198,7 +218,7 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
         shape = list(info.shape)
         shape[piece.dim] = len(layer.keep) * sum(piece.blocks)
         cut.infos[target] = TensorInfo(tuple(shape), info.dtype)
-        cut.made[target] = lambda: slice_tensor(cut.source.tensors.read(name), piece, layer)
+        cut.made[target] = _Sliced(cut.source, name, piece, layer)
     elif inner == axis.output_bias and layer.means is not None:
         cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
 

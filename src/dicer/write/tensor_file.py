@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dicer.model.tensors import DTYPES, Stretch, TensorInfo
+from dicer.model.tensors import DTYPES, Selection, Stretch, TensorInfo
 from dicer.reading import open_plain
 
 # As safetensors orders them: the largest first, so that every tensor begins at a multiple of its size.
@@ -25,13 +28,15 @@ _ALIGNED = 8  # bytes; the header ends at a multiple
 
 _NO_COPIES = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.ETXTBSY)
 _CALL = 2**30  # bytes that are asked of the system at once; it copies 2 GiB at most
-_PIECE = 2**24  # bytes, where it cannot copy from file to file
+_PIECE = 2**24  # bytes that go through memory at once
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # which numpy has, for what it has not
 
-Read = Callable[[str], Tensor | Stretch]  # a tensor, or where its bytes are
+Found = Tensor | Selection | Stretch  # a tensor, rows of one, or where its bytes are
+Read = Callable[[str], Found]
 
 
 def write_file(path: Path, infos: Mapping[str, TensorInfo], read: Read) -> None:
-    """Write tensors to a file; one of them is written and the next one read at a time, and what is copied is not read.
+    """Write tensors to a file, piece by piece: one is written while the next is made, and what is copied is not read.
 
     Args:
         path: the file.
@@ -45,26 +50,78 @@ def write_file(path: Path, infos: Mapping[str, TensorInfo], read: Read) -> None:
     names = sorted(infos, key=lambda name: (-_ORDER.index(_NAMES[infos[name].dtype]), name.encode()))
     with path.open("xb", buffering=0) as file:
         _write(file, memoryview(_header(names, infos)))
-        for name, found in zip(names, _one_ahead(names, read), strict=True):
-            if isinstance(found, Stretch):
-                _copy(file, found)
-                continue
-            if (tuple(found.shape), found.dtype) != (infos[name].shape, infos[name].dtype):
-                raise ValueError(f"'{name}' is {tuple(found.shape)} {found.dtype}, and not {infos[name]}")
-            if found.numel():
-                _write(file, found.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for piece in _one_ahead(_pieces(names, infos, read)):
+            if isinstance(piece, Stretch):
+                _copy(file, piece)
+            else:
+                _write(file, piece)
 
 
-def _one_ahead(names: Iterable[str], read: Read) -> Iterator[Tensor | Stretch]:
-    """What is read, while the next is read already."""
-    coming: deque[Future[Tensor | Stretch]] = deque()
+def _pieces(names: Iterable[str], infos: Mapping[str, TensorInfo], read: Read) -> Iterator[Stretch | memoryview]:
+    """The bytes of all tensors, or where they are."""
+    rooms = cycle([_Room(), _Room()])  # what is written lies in one, what is made next in the other
+    for name in names:
+        found = read(name)
+        if isinstance(found, Stretch):
+            yield found
+            continue
+        made = found.info if isinstance(found, Selection) else TensorInfo(tuple(found.shape), found.dtype)
+        if made != infos[name]:
+            raise ValueError(f"'{name}' is {made}, and not {infos[name]}")
+        if isinstance(found, Selection):
+            yield from _selected(found, rooms)
+        elif found.numel():
+            yield found.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class _Room:
+    """Memory that is used again and again: to get new pages costs more than to fill them."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def array(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array whose content is what was left there."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > len(self._bytes):
+            self._bytes = np.empty(nbytes, np.uint8)
+        return self._bytes[:nbytes].view(dtype).reshape(shape)
+
+
+def _selected(found: Selection, rooms: Iterator[_Room]) -> Iterator[memoryview]:
+    """Rows of a tensor along one dimension, so many bytes at a time.
+
+    Raises:
+        ValueError: rows that it does not have.
+    """
+    tensor, dim, rows = found
+    count, index = tensor.shape[dim], rows.numpy()
+    if len(index) and not 0 <= index.min() <= index.max() < count:
+        raise ValueError(f"rows {index.min()} to {index.max()} are asked for of {count}")
+    outer, inner = math.prod(tensor.shape[:dim]), math.prod(tensor.shape[dim + 1 :])
+    whole = tensor.view(_BITS[tensor.dtype.itemsize]).numpy().reshape(outer, count, inner)
+    nbytes = inner * whole.itemsize
+    if outer == 1:
+        step = max(_PIECE // max(nbytes, 1), 1)
+        parts = ((whole[0], index[start : start + step], 0) for start in range(0, len(index), step))
+    else:
+        step = max(_PIECE // max(nbytes * len(index), 1), 1)
+        parts = ((whole[start : start + step], index, 1) for start in range(0, outer, step))
+    for part, chosen, axis in parts:
+        shape = (len(chosen), inner) if axis == 0 else (len(part), len(chosen), inner)
+        array = next(rooms).array(shape, whole.dtype)
+        np.take(part, chosen, axis=axis, out=array, mode="clip")  # which needs no copy, and all are inside
+        if array.size:
+            yield array.reshape(-1).view(np.uint8).data
+
+
+def _one_ahead(pieces: Iterator[Stretch | memoryview]) -> Iterator[Stretch | memoryview]:
+    """The same, each made while the one before it is used."""
     with ThreadPoolExecutor(1) as reader:
-        for name in names:
-            coming.append(reader.submit(read, name))
-            if len(coming) == 2:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+        coming = reader.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = reader.submit(next, pieces, None)
+            yield piece
 
 
 def _write(file: FileIO, content: memoryview) -> None:
