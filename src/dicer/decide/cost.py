@@ -24,7 +24,7 @@ from dicer.model.source import ModelSource
 
 _IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
 _READ_AROUND = 512 * 1024  # bytes that the system maps around a row of a table; 70 kB to 520 kB were seen
-_WRITTEN = 3  # tensors at once: what is written, the next that is made, and what that is cut from
+_MADE = 3  # tensors at once: what is written, the next that is made, and what that is made from
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
 
@@ -221,9 +221,10 @@ def _at_work(task: Asked, samples: int | None) -> int:
 
 
 def _writing(task: Asked) -> int:
-    """Bytes of the tensors that are in memory while they are cut and written; what is only copied never is."""
-    locate, infos = task.source.family.locate, task.source.tensors.infos()
-    return _WRITTEN * max((info.nbytes for name, info in infos.items() if locate(name)), default=0)
+    """Bytes of what is in memory while tensors are written: one that rows are taken from, or several that are made."""
+    family, infos = task.source.family, task.source.tensors.infos()
+    made = task.method.merge != "prune" or any(axis.routed for axis in family.axes.values())
+    return (_MADE if made else 1) * max((info.nbytes for name, info in infos.items() if family.locate(name)), default=0)
 
 
 def _passes(task: Asked, layers: int) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -26,8 +25,6 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNED = 8  # bytes; the header ends at a multiple
 
 
-_NO_COPIES = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.ETXTBSY)
-_CALL = 2**30  # bytes that are asked of the system at once; it copies 2 GiB at most
 _PIECE = 2**24  # bytes that go through memory at once
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # which numpy has, for what it has not
 
@@ -36,7 +33,7 @@ Read = Callable[[str], Found]
 
 
 def write_file(path: Path, infos: Mapping[str, TensorInfo], read: Read) -> None:
-    """Write tensors to a file, piece by piece: one is written while the next is made, and what is copied is not read.
+    """Write tensors to a file, piece by piece: one is written while the next is made.
 
     Args:
         path: the file.
@@ -51,19 +48,16 @@ def write_file(path: Path, infos: Mapping[str, TensorInfo], read: Read) -> None:
     with path.open("xb", buffering=0) as file:
         _write(file, memoryview(_header(names, infos)))
         for piece in _one_ahead(_pieces(names, infos, read)):
-            if isinstance(piece, Stretch):
-                _copy(file, piece)
-            else:
-                _write(file, piece)
+            _write(file, piece)
 
 
-def _pieces(names: Iterable[str], infos: Mapping[str, TensorInfo], read: Read) -> Iterator[Stretch | memoryview]:
-    """The bytes of all tensors, or where they are."""
+def _pieces(names: Iterable[str], infos: Mapping[str, TensorInfo], read: Read) -> Iterator[memoryview]:
+    """The bytes of all tensors."""
     rooms = cycle([_Room(), _Room()])  # what is written lies in one, what is made next in the other
     for name in names:
         found = read(name)
         if isinstance(found, Stretch):
-            yield found
+            yield from _copied(found, rooms)
             continue
         made = found.info if isinstance(found, Selection) else TensorInfo(tuple(found.shape), found.dtype)
         if made != infos[name]:
@@ -86,6 +80,24 @@ class _Room:
         if nbytes > len(self._bytes):
             self._bytes = np.empty(nbytes, np.uint8)
         return self._bytes[:nbytes].view(dtype).reshape(shape)
+
+
+def _copied(found: Stretch, rooms: Iterator[_Room]) -> Iterator[memoryview]:
+    """Bytes of a file. The system's own copying from file to file is no quicker, and is not to be had everywhere.
+
+    Raises:
+        OSError: it cannot be read, or has become shorter.
+    """
+    left = found.nbytes
+    with open_plain(found.path) as source:
+        source.seek(found.start)
+        while left:
+            piece = memoryview(next(rooms).array((min(left, _PIECE),), np.dtype(np.uint8)))
+            done = source.readinto(piece)
+            if not done:
+                raise OSError(errno.EIO, "it has become shorter while it was read", str(found.path))
+            left -= done
+            yield piece[:done]
 
 
 def _selected(found: Selection, rooms: Iterator[_Room]) -> Iterator[memoryview]:
@@ -115,7 +127,7 @@ def _selected(found: Selection, rooms: Iterator[_Room]) -> Iterator[memoryview]:
             yield array.reshape(-1).view(np.uint8).data
 
 
-def _one_ahead(pieces: Iterator[Stretch | memoryview]) -> Iterator[Stretch | memoryview]:
+def _one_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
     """The same, each made while the one before it is used."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, pieces, None)
@@ -127,29 +139,6 @@ def _one_ahead(pieces: Iterator[Stretch | memoryview]) -> Iterator[Stretch | mem
 def _write(file: FileIO, content: memoryview) -> None:
     while content:
         content = content[file.write(content) :]
-
-
-def _copy(file: FileIO, stretch: Stretch) -> None:
-    """Let the system copy from file to file, which makes no copy at all on some disks; piece by piece where it cannot.
-
-    Raises:
-        OSError: as with any writing, or where the file has become shorter.
-    """
-    start, left = stretch.start, stretch.nbytes
-    with open_plain(stretch.path) as source:
-        while left:
-            try:
-                done = os.copy_file_range(source.fileno(), file.fileno(), min(left, _CALL), start)
-            except (AttributeError, OSError) as error:
-                if isinstance(error, OSError) and error.errno not in _NO_COPIES:
-                    raise
-                source.seek(start)
-                content = source.read(min(left, _PIECE))
-                _write(file, memoryview(content))
-                done = len(content)
-            if not done:
-                raise OSError(errno.EIO, "it has become shorter while it was read", str(stretch.path))
-            start, left = start + done, left - done
 
 
 def _header(names: list[str], infos: Mapping[str, TensorInfo]) -> bytes:
