@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw what is in --output, and measure nothing")
     parser.add_argument("--shapes", default="135M,0.5B,1.5B")
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--rounds", type=int, default=1, help="how often, one method after the other")
     parser.add_argument("--no-resident", default="7B", help="shapes that are streamed only")
     parser.add_argument("--layers", default="5--2")
     options = parser.parse_args()
@@ -206,13 +207,14 @@ def main() -> None:
         model, out = options.folder / shape, options.folder / "out"
         total = make(model, shape)
         print(f"{shape}: {total / 1e9:.2f} GB of weights", flush=True)
-        copied = watched(["cp", "-r", str(model), str(out)])
-        shutil.rmtree(out)
-        rows.append(
-            {"shape": shape, "weights": total / 1e9, "way": "cp", "wall": copied.seconds, "processors": copied.busy}
-        )
-        print(f"  cp -r: {copied.seconds:.1f} s ({copied.busy:.1f} of processors)", flush=True)
-        for method in options.methods.split(","):
+        for method in [*["cp", *options.methods.split(",")] * options.rounds]:
+            if method == "cp":
+                copied = watched(["cp", "-r", str(model), str(out)])
+                shutil.rmtree(out)
+                row = {"shape": shape, "weights": total / 1e9, "way": "cp"}
+                rows.append(row | {"wall": copied.seconds, "processors": copied.busy})
+                print(f"  cp -r: {copied.seconds:.1f} s ({copied.busy:.1f} of processors)", flush=True)
+                continue
             ways = ["--stream"] if shape in options.no_resident.split(",") else ["", "--stream"]
             for way in ways if method == "rc-a" else [""]:
                 words = [*METHODS[method], "--layers", options.layers, "--calib", f"{model}.jsonl", *way.split()]

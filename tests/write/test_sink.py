@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,18 +96,37 @@ def test_shards_in_order_up_to_the_limit(out, shard_bytes, shards):
     }
 
 
-def test_one_shard_after_the_other_and_the_index_last(out):
-    """How many files are there when each tensor is read: its own, and those before it."""
+@pytest.mark.parametrize("bad", ["a", "b"])
+def test_where_one_shard_fails_the_others_end(out, bad):
+    """Its own error is told, and what has not begun never does."""
+    begun = []
+
+    def read(name):
+        begun.append(name)
+        if name == bad:
+            raise OSError(28, "No space left on device")
+        time.sleep(0.1)
+        return TENSORS[name]
+
+    with pytest.raises(OutputError, match="No space left"), CheckpointSink(out, shard_bytes=1) as sink:
+        sink.write_tensors(_infos(TENSORS), read, lambda _: None)
+    assert not out.exists()
+    assert "e" not in begun
+
+
+def test_two_shards_at_once_and_the_index_last(out):
+    """How many files are there when each tensor is read: those before it, its own, and perhaps the next one."""
     seen = []
 
     def read(name):
-        seen.append((name, _names(sink.folder)))
+        seen.append((name, len(_names(sink.folder))))
         return TENSORS[name]
 
     with CheckpointSink(out, shard_bytes=1) as sink:
         sink.write_tensors(_infos(TENSORS), read, lambda _: None)
     shards = [f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)]
-    assert seen == [(name, shards[:count]) for count, name in enumerate("abcde", start=1)]
+    assert sorted(name for name, _ in seen) == [*"abcde"]
+    assert all("abcde".index(name) + 1 <= count <= "abcde".index(name) + 2 for name, count in seen)
     assert _names(out) == [*shards, INDEX]
 
 

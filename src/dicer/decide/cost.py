@@ -25,6 +25,7 @@ from dicer.model.source import ModelSource
 _IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
 _READ_AROUND = 512 * 1024  # bytes that the system maps around a row of a table; 70 kB to 520 kB were seen
 _MADE = 3  # tensors at once: what is written, the next that is made, and what that is made from
+_SHARDS = 2  # that are written at once
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
 
@@ -221,10 +222,11 @@ def _at_work(task: Asked, samples: int | None) -> int:
 
 
 def _writing(task: Asked) -> int:
-    """Bytes of what is in memory while tensors are written: one that rows are taken from, or several that are made."""
+    """Bytes of what is in memory while shards are written: tensors that rows are taken from, or those that are made."""
     family, infos = task.source.family, task.source.tensors.infos()
     made = task.method.merge != "prune" or any(axis.routed for axis in family.axes.values())
-    return (_MADE if made else 1) * max((info.nbytes for name, info in infos.items() if family.locate(name)), default=0)
+    largest = max((info.nbytes for name, info in infos.items() if family.locate(name)), default=0)
+    return _SHARDS * largest * (_MADE if made else 1)
 
 
 def _passes(task: Asked, layers: int) -> float:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Lock
 
 from dicer.errors import OutputError
 from dicer.files import as_output_error
@@ -16,6 +19,7 @@ from dicer.model.tensors import INDEX, WEIGHTS, TensorInfo
 from dicer.write.tensor_file import Found, Read, write_file
 
 SHARD_BYTES = 2 * 1024**3  # of one file of the output
+_AT_ONCE = 2  # shards; more only wait for the same disk
 _MARGIN = 16 * 1024**2  # configs, tokenizer and plan, beside the weights
 
 
@@ -62,24 +66,38 @@ class CheckpointSink:
                 raise error
 
     def write_tensors(self, infos: Mapping[str, TensorInfo], read: Read, progress: Callable[[int], None]) -> None:
-        """Write all weights, one tensor in memory at a time.
+        """Write all weights, two shards at once and of each one tensor at a time.
 
         Args:
             infos: every tensor that will be written, in the order of writing; the shards are laid out from this.
-            read: makes one tensor, or says where its bytes are; called in a thread, one ahead.
+            read: makes one tensor, or says where its bytes are; called in threads.
             progress: called with the number of tensors done.
         """
         shards = list(_shards(infos, self._shard_bytes))
         names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-        done = 0
+        done, one_by_one, stop = 0, Lock(), Event()
 
         def counted(name: str) -> Found:
             nonlocal done
-            progress(done := done + 1)
+            with one_by_one:
+                if stop.is_set():
+                    raise InterruptedError("the other shard could not be written")
+                progress(done := done + 1)
             return read(name)
 
-        for file, members in zip(names, shards, strict=True):
+        def write(file: str, members: list[str]) -> None:
             write_file(self.folder / file, {name: infos[name] for name in members}, counted)
+
+        with ThreadPoolExecutor(_AT_ONCE) as writers:
+            coming = deque(writers.submit(write, *shard) for shard in zip(names, shards, strict=True))
+            try:
+                while coming:
+                    coming.popleft().result()
+            except BaseException:
+                stop.set()
+                for shard in coming:
+                    shard.cancel()
+                raise
         counts = {
             "total_parameters": sum(info.numel for info in infos.values()),
             "total_size": sum(info.nbytes for info in infos.values()),
