@@ -224,7 +224,8 @@ class Bench:
         solved = [layer.repair.about for axis in plan.axes.values() for layer in axis.values() if layer.repair]
         about = {"ridges": [one["ridge"] for one in solved], "forms": sorted({one["form"] for one in solved})}
         size_after = sum(parameter.numel() for parameter in pruned.parameters())
-        return {**self.loss(pruned), "seconds": seconds, "parameters": size_after, **(about if solved else {})}
+        found = {**self.loss(pruned), "seconds": seconds, "parameters": size_after, "device": self.device}
+        return {**found, **(about if solved else {})}
 
     def _blocks(self, task: Any) -> PrunePlan:
         """Whole layers, those that turn the hidden state least, to the nearest number of the same parameters."""
@@ -265,24 +266,19 @@ def _cell(values: list[float], digits: int) -> str:
 
 SHOWN = (
     *(*PEERS, "act-l2", "output-l2", "rc-a", "rc-a rolls", "rc-a solved", "rc-a rolls solved", "output-l2 solved"),
-    *(
-        "rc-a on output-l2 96 groups rolls solved",
-        "obs",
-        "obs solved",
-        "obs solved cosine",
-        "obs solved target dense, not the first",
-    ),
-    "obs solved 1e-1 cosine, not the first",
+    *("rc-a on output-l2 96 groups rolls solved", "obs", "obs solved", "obs solved cosine"),
+    *("obs solved target dense, not the first", "obs solved 1e-1 cosine, not the first"),
 )
 
 
-def figure(found: list[dict[str, Any]], path: Path, layers: str, size: str) -> None:
-    """Seconds of deciding against mean KL, one panel a ratio; bars span the draws."""
+def figure(found: list[dict[str, Any]], path: Path, layers: str, size: str, device: str) -> None:
+    """Seconds of deciding on one device against mean KL, one panel a ratio; bars span the draws."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    found = [one for one in found if one.get("device", "cuda") == device]
     mine = [one for one in found if (one["layers"], one["size"]) == (layers, size) and one["seconds"] > 0.05]
     ratios = sorted({one["ratio"] for one in mine})
     drawing, panels = plt.subplots(1, len(ratios), figsize=(7 * len(ratios), 6), squeeze=False)
@@ -344,7 +340,7 @@ def main() -> None:
     logging.disable_progress_bar()
     found = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
     if options.figure:
-        figure(found, options.figure, options.layers or "5-28", options.sizes or "32x512")
+        figure(found, options.figure, options.layers or "5-28", options.sizes or "32x512", options.device)
         return
     known = [{key: one[key] for key in ("recipe", "layers", "ratio", "size", "draw")} for one in found]
     runs = [one for one in runs_of(options) if one not in known]
