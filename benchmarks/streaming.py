@@ -144,6 +144,7 @@ def row_of(shape: str, total: int, method: str, way: str, seen: Seen) -> dict[st
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Scoring against parameters times tokens, memory and reading against the size of the weights."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure, (time_of, memory_of, read_of) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     kinds = {
@@ -153,22 +154,26 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         "weight-l2": ("#CC79A7", "^"),
     }
     for kind, (colour, marker) in kinds.items():
-        own = [row for row in rows if row["way"] == kind]
+        own = [row for row in rows if row["way"] == kind and not row.get("round")]
         weights = [row["weights"] for row in own]
         if kind in ("in memory", "streamed"):
-            work = [row["parameters run"] * row["tokens"] for row in own]
+            work = [row["parameters run"] * row["tokens"] / 1e12 for row in own]
             time_of.plot(work, [row["score"] for row in own], marker=marker, color=colour, label=kind)
         memory_of.plot(weights, [row["peak"] for row in own], marker=marker, color=colour, label=kind)
         memory_of.plot(weights, [row["foreseen"] for row in own], marker=marker, color=colour, mfc="white", ls=":")
         read_of.plot(weights, [row.get("read", 0) for row in own], marker=marker, color=colour, label=kind)
     labels = {
-        time_of: ("parameters x tokens", "seconds of scoring, one thread"),
+        time_of: ("parameters that are run x tokens, 10^12", "seconds of scoring"),
         memory_of: ("weights, GB", "peak of memory, GB (hollow: foreseen)"),
         read_of: ("weights, GB", "read, GB"),
     }
     for axis, (across, up) in labels.items():
         axis.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
-        axis.grid(alpha=0.3, which="both")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter(StrMethodFormatter("{x:g}"))
+            side.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(file, dpi=110)
 

@@ -23,7 +23,7 @@ from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
 from dicer.model.source import ModelSource
 
 _IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
-_READ_AROUND = 512 * 1024  # bytes that the system maps around a row of a table; 70 kB to 520 kB were seen
+_READ_AROUND = 512 * 1024  # bytes of a block that the system maps for a row in it; 70 kB to 520 kB were seen
 _MADE = 3  # tensors at once: what is written, the next that is made, and what that is made from
 _SHARDS = 2  # that are written at once
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
@@ -180,7 +180,10 @@ def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:
 
 def _outside(task: Asked, weights: Weights) -> int:
     """Bytes of the embeddings that are held: where they are mapped, what the system maps around the tokens' rows."""
-    return weights.outside if weights.copied else min(weights.outside, _tokens(task) * _READ_AROUND)
+    if weights.copied or task.calibration is None:
+        return weights.outside
+    blocks = (task.calibration.tokens * _width(task) * _itemsize(task) // _READ_AROUND).unique()
+    return min(weights.outside, len(blocks) * _READ_AROUND)
 
 
 def _tokens(task: Asked) -> int:
@@ -189,10 +192,13 @@ def _tokens(task: Asked) -> int:
 
 def _hidden(task: Asked) -> int:
     """Bytes of the hidden states of all samples, in as many sets as the method keeps."""
-    text = task.source.text_config
-    width = int(getattr(text, "hidden_size", None) or getattr(text, "n_embd", None) or 0)
     sets = _COPIES if task.recipe.target == "dense" or task.method.allocate == "transfer-entropy" else 1
-    return _tokens(task) * width * _itemsize(task) * sets
+    return _tokens(task) * _width(task) * _itemsize(task) * sets
+
+
+def _width(task: Asked) -> int:
+    text = task.source.text_config
+    return int(getattr(text, "hidden_size", None) or getattr(text, "n_embd", None) or 0)
 
 
 def _itemsize(task: Asked) -> int:
