@@ -65,7 +65,7 @@ def test_ways(source, calib):
         (True, 1, False),
         (True, 1, True),
     ]
-    assert ways[0].memory - ways[1].memory == weigh(source, Compute()).whole - (TABLE + 4 * 32) - 2 * LAYER
+    assert ways[0].memory - ways[1].memory == weigh(source, Compute()).whole - 2 * LAYER
     with pytest.raises(RecipeError, match="one layer at a time it takes about 0 MB"):
         foresee(asked(source, calib, Compute(memory="0.001MB")), "cpu")
 

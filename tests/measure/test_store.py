@@ -175,3 +175,16 @@ def test_shard_gone_meanwhile(tmp_path, calib):
     last.unlink()
     with pytest.raises(ModelError, match=f"{last.name} is missing"):
         score([with_text(prepare(source, Recipe(calib=calib)))], store)
+
+
+def test_embeddings_are_gone_before_the_first_layer_runs(sources, calib):
+    """Of a large vocabulary they are more than a layer; a second walk has them again."""
+    store = StreamedStore(sources("gpt2"))
+    first = store.record([torch.tensor([[5, 6, 7]])])
+    model = store.model.transformer
+    assert model.wte.weight.is_meta
+    assert model.wpe.weight.is_meta
+    assert not model.ln_f.weight.is_meta
+    read, second = store.nbytes_read, store.record([torch.tensor([[5, 6, 7]])])
+    assert torch.equal(first.hidden[0], second.hidden[0])
+    assert store.nbytes_read == read

@@ -168,13 +168,17 @@ def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:
         chosen = sum(weights.layers[index] for index in task.layers)
         return [Cost(True, held_memory() + max(layer + _at_work(task, None), _writing(task)), chosen, 0, 0)]
     read = int(passes * sum(weights.layers[: last + 1])) + weights.outside
-    base, hidden = held_memory() + _outside(task, weights) + 2 * layer, _hidden(task)
-    usual = Cost(True, base + _at_work(task, None) + hidden, read, passes, hidden)
+    hidden = _hidden(task)
+    embedding = _outside(task, weights) + (layer if weights.copied else 0)  # gone before the first layer runs
+
+    def peak(samples: int | None) -> int:
+        return held_memory() + max(embedding, 2 * layer + _at_work(task, samples))
+
+    usual = Cost(True, peak(None) + hidden, read, passes, hidden)
     if free is not None and hidden > _IN_MEMORY * free:
         usual = replace(usual, memory=usual.memory - hidden + hidden // 10, on_disk=True)
-    single = base + _at_work(task, 1)
-    low = replace(usual, memory=single + hidden, samples=1, on_disk=False)
-    least = replace(low, memory=single + hidden // 10, on_disk=True)
+    low = replace(usual, memory=peak(1) + hidden, samples=1, on_disk=False)
+    least = replace(low, memory=peak(1) + hidden // 10, on_disk=True)
     return [usual, low, least]
 
 

@@ -107,17 +107,19 @@ class Piecewise:
             found |= made
         return {name: found[origin] for name, origin in wanted.items()}
 
+    def owner(self, name: str) -> Any:
+        """The module that a tensor in memory belongs to."""
+        return self.model.get_submodule(name.rpartition(".")[0])
+
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in their places."""
         for name, tensor in tensors.items():
-            owner, _, own = name.rpartition(".")
-            _set(self.model.get_submodule(owner), own, tensor)
+            _set(self.owner(name), name.rpartition(".")[2], tensor)
 
     def forget(self, names: Collection[str]) -> None:
         """Take tensors out again."""
         for name in names:
-            owner, _, own = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), own, self._empty[name])
+            setattr(self.owner(name), name.rpartition(".")[2], self._empty[name])
 
     def _part(self, name: str) -> int | None:
         """Where a tensor in memory belongs; None for what only the head has, which no layer needs."""
