@@ -5,9 +5,9 @@
     python benchmarks/streaming.py --figure FILE.png --output FILE.json      (draws what was measured)
 
 Models of Qwen2's shapes with random bf16 weights are made in SCRATCH and taken away again. Each run is a process of its
-own (``dicer prune``). Its memory is looked at every 20 ms in /proc/PID/status: ``RssAnon`` is what the process itself
-holds, ``RssFile`` the pages of mapped files that it has in use (the system can take them back at any time); the peak is
-that of their sum, beside the anonymous part of it.
+own (``dicer prune``). Its memory is looked at every 20 ms in /proc/PID/status: ``VmHWM`` is the most that it has held up
+to then, pages of mapped files that it has in use included (the system can take them back at any time); ``RssAnon`` what it
+holds itself, of which the highest is kept.
 """
 
 from __future__ import annotations
@@ -107,12 +107,11 @@ def watched(command: Sequence[str]) -> Seen:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     while process.poll() is None:
         try:
-            held = dict(re.findall(r"(RssAnon|RssFile):\s+(\d+) kB", status.read_text()))
+            held = dict(re.findall(r"(RssAnon|VmHWM):\s+(\d+) kB", status.read_text()))
         except OSError:
             break
         if held:
-            peak = max(peak, sum(map(int, held.values())) / 1e6)
-            anonymous = max(anonymous, int(held["RssAnon"]) / 1e6)
+            peak, anonymous = (max(p, int(held[n]) * 1024 / 1e9) for p, n in ((peak, "VmHWM"), (anonymous, "RssAnon")))
         time.sleep(0.02)
     said = process.stdout.read() if process.stdout else ""
     if process.wait():

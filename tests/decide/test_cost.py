@@ -71,11 +71,16 @@ def test_ways(source, calib):
 
 
 def test_what_repair_keeps_of_all_tokens(source, calib, monkeypatch):
-    """The MLP's inner activations, so that a layer runs but once, where there is room for them."""
+    """The MLP's inner activations and what goes past it, so that a layer runs but once, where there is room for them."""
     task = asked(source, calib, repair="least-squares", samples=6, seq_len=24)
     kept = foresee(task, "cpu").memory
     monkeypatch.setattr(cost, "HALFWAY", 0)
-    assert kept - foresee(task, "cpu").memory == 6 * 24 * 40 * 4
+    assert kept - foresee(task, "cpu").memory == 6 * 24 * (40 + 32) * 4
+    heads = asked(source, calib, repair="least-squares", axis="attention", samples=6, seq_len=24)
+    without = foresee(heads, "cpu").memory
+    monkeypatch.undo()
+    monkeypatch.setattr(cost, "held_memory", lambda: 0)
+    assert foresee(heads, "cpu").memory == without  # which run again in any case
 
 
 @pytest.mark.parametrize("method", ["rc-a", "act-l2"])

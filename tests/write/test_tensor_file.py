@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -84,10 +86,16 @@ def test_rows_that_are_not_there(tmp_path, rows):
         write_file(tmp_path / "ours", {"a": found.info}, lambda _: found)
 
 
-def test_no_rows(tmp_path):
-    found = Selection(torch.zeros(9, 2), 0, torch.tensor([], dtype=torch.int64))
-    write_file(tmp_path / "ours", {"a": found.info}, lambda _: found)
-    assert load_file(tmp_path / "ours")["a"].shape == (0, 2)
+@pytest.mark.parametrize(("shape", "dim"), [((9, 2), 0), ((5, 9), 1)])
+def test_no_rows(tmp_path, monkeypatch, shape, dim):
+    """Nothing is written over what is still being written."""
+    rows, write = torch.arange(9), tensor_file._write
+    found = {"b": Selection(torch.zeros(shape), dim, rows[:0])}
+    found |= {name: Selection(torch.full((9, 4), value), 0, rows) for name, value in (("a", 1.0), ("c", 2.0))}
+    monkeypatch.setattr(tensor_file, "_write", lambda file, content: (time.sleep(0.1), write(file, content)))
+    write_file(tmp_path / "ours", {name: one.info for name, one in found.items()}, found.__getitem__)
+    written = load_file(tmp_path / "ours")
+    assert all(torch.equal(written[n], one.tensor.index_select(one.dim, one.rows)) for n, one in found.items())
 
 
 def test_one_ahead(tmp_path):

@@ -26,6 +26,7 @@ _IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in
 _READ_AROUND = 512 * 1024  # bytes of a block that the system maps for a row in it; 70 kB to 520 kB were seen
 _MADE = 3  # tensors at once: what is written, the next that is made, and what that is made from
 _SHARDS = 2  # that are written at once
+_PIECES = 2**25  # bytes of what is written and of what is made next
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
 
@@ -167,7 +168,7 @@ def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:
     if not task.runs_model:
         chosen = sum(weights.layers[index] for index in task.layers)
         return [Cost(True, held_memory() + max(layer + _at_work(task, None), _writing(task)), chosen, 0, 0)]
-    read = int(passes * sum(weights.layers[: last + 1])) + weights.outside
+    read = int(passes * sum(weights.layers[: last + 1])) + _walks(task) * weights.outside
     hidden = _hidden(task)
     embedding = _outside(task, weights) + (layer if weights.copied else 0)  # gone before the first layer runs
 
@@ -227,7 +228,8 @@ def _at_work(task: Asked, samples: int | None) -> int:
     rows = samples or task.compute.batch_size or max(1, BATCH_TOKENS // length)
     tokens = min(rows * length, _tokens(task))
     kept = _tokens(task) * max((n for name, n in inputs.items() if kind_name(name) == "mlp"), default=0)
-    halfway = kept * _itemsize(task) if task.method.walks_alone and kept <= HALFWAY else 0
+    goes_on = task.method.walks_alone and "mlp" in task.method.axes and kept <= HALFWAY
+    halfway = (kept + _tokens(task) * _width(task)) * _itemsize(task) if goes_on else 0
     return sums + halfway + tokens * max(inputs.values(), default=1) * (4 * _itemsize(task) + 8)
 
 
@@ -236,18 +238,28 @@ def _writing(task: Asked) -> int:
     family, infos = task.source.family, task.source.tensors.infos()
     made = task.method.merge != "prune" or any(axis.routed for axis in family.axes.values())
     largest = max((info.nbytes for name, info in infos.items() if family.locate(name)), default=0)
-    return _SHARDS * largest * (_MADE if made else 1)
+    return _SHARDS * (largest * (_MADE if made else 1) + _PIECES)
 
 
 def _passes(task: Asked, layers: int) -> float:
     """How often all layers are run."""
     if not task.runs_model:
         return 0
-    passes = 1.0 if task.needs or task.method.walks_alone else 0.0
-    if task.method.allocate == "transfer-entropy" and task.recipe.entropy_profile is None:
+    passes = float(_walks(task))
+    if _measures_entropy(task):
         lists = ["blocks"] if task.method.axis == "block" else ["attention", "mlp"]
-        passes += layer_forwards(layers, lists, task.recipe.entropy_search) / layers
-    return passes + (task.method.allocate == "cosine")
+        passes += layer_forwards(layers, lists, task.recipe.entropy_search) / layers - 1
+    return passes
+
+
+def _walks(task: Asked) -> int:
+    """How often the tokens are embedded."""
+    scored = bool(task.needs) or task.method.walks_alone
+    return scored + _measures_entropy(task) + (task.method.allocate == "cosine")
+
+
+def _measures_entropy(task: Asked) -> bool:
+    return task.method.allocate == "transfer-entropy" and task.recipe.entropy_profile is None
 
 
 def _gigabytes(count: int) -> str:

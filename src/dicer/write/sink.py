@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event, Lock
 
@@ -66,7 +65,7 @@ class CheckpointSink:
                 raise error
 
     def write_tensors(self, infos: Mapping[str, TensorInfo], read: Read, progress: Callable[[int], None]) -> None:
-        """Write all weights, two shards at once and of each one tensor at a time.
+        """Write all weights, two shards at once; of each one tensor is written and the next one made.
 
         Args:
             infos: every tensor that will be written, in the order of writing; the shards are laid out from this.
@@ -89,14 +88,13 @@ class CheckpointSink:
             write_file(self.folder / file, {name: infos[name] for name in members}, counted)
 
         with ThreadPoolExecutor(_AT_ONCE) as writers:
-            coming = deque(writers.submit(write, *shard) for shard in zip(names, shards, strict=True))
             try:
-                while coming:
-                    coming.popleft().result()
+                coming = [writers.submit(write, *shard) for shard in zip(names, shards, strict=True)]
+                for shard in wait(coming, return_when=FIRST_EXCEPTION).done:
+                    shard.result()
             except BaseException:
                 stop.set()
-                for shard in coming:
-                    shard.cancel()
+                writers.shutdown(wait=False, cancel_futures=True)
                 raise
         counts = {
             "total_parameters": sum(info.numel for info in infos.values()),

@@ -1,4 +1,4 @@
-"""A safetensors file, written one tensor at a time: the bytes that safetensors would write of all of them at once."""
+"""A safetensors file, written piece by piece: the bytes that safetensors would write of all tensors at once."""
 
 from __future__ import annotations
 
@@ -110,21 +110,22 @@ def _selected(found: Selection, rooms: Iterator[_Room]) -> Iterator[memoryview]:
     count, index = tensor.shape[dim], rows.numpy()
     if len(index) and not 0 <= index.min() <= index.max() < count:
         raise ValueError(f"rows {index.min()} to {index.max()} are asked for of {count}")
+    if not found.info.numel:  # no room is taken for nothing: the piece before it may still be written from the other
+        return
     outer, inner = math.prod(tensor.shape[:dim]), math.prod(tensor.shape[dim + 1 :])
     whole = tensor.view(_BITS[tensor.dtype.itemsize]).numpy().reshape(outer, count, inner)
     nbytes = inner * whole.itemsize
     if outer == 1:
-        step = max(_PIECE // max(nbytes, 1), 1)
+        step = max(_PIECE // nbytes, 1)
         parts = ((whole[0], index[start : start + step], 0) for start in range(0, len(index), step))
     else:
-        step = max(_PIECE // max(nbytes * len(index), 1), 1)
+        step = max(_PIECE // (nbytes * len(index)), 1)
         parts = ((whole[start : start + step], index, 1) for start in range(0, outer, step))
     for part, chosen, axis in parts:
         shape = (len(chosen), inner) if axis == 0 else (len(part), len(chosen), inner)
         array = next(rooms).array(shape, whole.dtype)
         np.take(part, chosen, axis=axis, out=array, mode="clip")  # which needs no copy, and all are inside
-        if array.size:
-            yield array.reshape(-1).view(np.uint8).data
+        yield array.reshape(-1).view(np.uint8).data
 
 
 def _one_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:

@@ -20,7 +20,6 @@ from dicer.model.source import ModelSource
 from dicer.model.units import UnitWeights
 
 _PAGE = 4096  # bytes that a mapped file is read in, at least
-_SMALL = 2**20  # bytes
 
 
 class StreamedStore(ResidentStore):
@@ -49,7 +48,6 @@ class StreamedStore(ResidentStore):
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._nbytes_read = 0
         super().__init__(self._parts.model, source.family)
-        self._has_outside = False  # but for embeddings; criteria that read weights alone need nothing of it
         self._name = source.name
 
     @property
@@ -81,28 +79,23 @@ class StreamedStore(ResidentStore):
 
     def record(self, batches: Sequence[Tensor]) -> Recording:
         """Embed every batch and note what each layer is called with; one layer is there, as it may be run."""
-        tables = self._put_outside()
+        away = self._put_outside()
         first = self._taken(0)
         self._parts.put(first)
         try:
             return super().record(batches)
         finally:
-            self._parts.forget([*first, *tables])
+            self._parts.forget([*first, *away])
             self._ahead = 0, Future()
             self._ahead[1].set_result(first)
 
     def _put_outside(self) -> list[str]:
-        """Put what is outside the layers into its place, and name the embeddings, which nothing but tokens reads."""
-        tensors, counted = self._read(OUTSIDE), self._nbytes_read - self._parts.nbytes(OUTSIDE)
-        tables = [name for name in tensors if isinstance(self._parts.owner(name), nn.Embedding)]
-        if self._has_outside:  # all but the tables is there, and their bytes are counted
-            self._parts.put({name: tensors[name] for name in tables})
-            self._nbytes_read = counted
-            return tables
-        # What stays is copied: it would hold the pages of the tables in whose file it lies.
-        self._parts.put({n: t if n in tables or t.nbytes > _SMALL else t.clone() for n, t in tensors.items()})
-        self._has_outside = True
-        return tables
+        """Put what is outside the layers into its place; the names of all but the final norm, which is used later."""
+        tensors, norm = self._read(OUTSIDE), self._family.final_norm
+        away = [name for name in tensors if not (norm and name.startswith(f"{norm}."))]
+        # What stays is copied: it would hold the pages of all that lies in the same file.
+        self._parts.put({name: tensor if name in away else tensor.clone() for name, tensor in tensors.items()})
+        return away
 
     def _no_states(self) -> HiddenStates:
         return HiddenStates((), self._device, self._folder)
