@@ -71,7 +71,7 @@ def test_ways(source, calib):
 
 
 def test_what_repair_keeps_of_all_tokens(source, calib, monkeypatch):
-    """The MLP's inner activations and what goes past it, so that a layer runs but once, where there is room for them."""
+    """The MLP's inner activations and what goes past it, so that a layer runs but once, where there is room."""
     task = asked(source, calib, repair="least-squares", samples=6, seq_len=24)
     kept = foresee(task, "cpu").memory
     monkeypatch.setattr(cost, "HALFWAY", 0)
