@@ -6,8 +6,8 @@
 
 Models of Qwen2's shapes with random bf16 weights are made in SCRATCH and taken away again. Each run is a process of its
 own (``dicer prune``). Its memory is looked at every 20 ms in /proc/PID/status: ``VmHWM`` is the most that it has held
-up to then, with the pages of mapped files that it has in use (the system can take them back at any time); ``RssAnon`` is
-what it holds itself, of which the highest is kept.
+up to then, with the pages of mapped files that it has in use (the system can take them back at any time); ``RssAnon``
+is what it holds itself, of which the highest is kept.
 """
 
 from __future__ import annotations
