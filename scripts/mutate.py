@@ -110,8 +110,8 @@ MUTATIONS = (
         "the index is there before the shards are",
         *(
             "write/sink.py",
-            "        done = 0\n",
-            "        done = 0\n        _ = len(shards) > 1 and self.write_json(INDEX, {})\n",
+            "        done, one_by_one, stop =",
+            "        _ = len(shards) > 1 and self.write_json(INDEX, {})\n        done, one_by_one, stop =",
         ),
         "write/test_sink.py",
     ),

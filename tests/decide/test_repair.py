@@ -271,7 +271,7 @@ def test_layers_run_once(family, once, target, repaired, monkeypatch):
     )
     found = repaired(tiny_model(family), axis="mlp", target=target).plan
     assert (len(calls) > LAYERS) == once  # on the probe alone, it is once a layer
-    monkeypatch.setattr(propagate, "_HALFWAY", 0)
+    monkeypatch.setattr(propagate, "HALFWAY", 0)
     assert repaired(tiny_model(family), axis="mlp", target=target).plan.diff(found) == []
 
 
