@@ -174,7 +174,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
             side.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=80)
 
 
 def run_parameters(shape: str, layers: str) -> int:
