@@ -245,7 +245,9 @@ def _log_probs(model: Any, window: Tensor) -> Tensor:
 def tables(found: list[dict[str, Any]]) -> str:
     """Markdown: a table a setting, a row a recipe, mean and spread over the draws."""
     settings = dict.fromkeys((one["layers"], one["ratio"], one["size"]) for one in found)
-    keys = [key for key in found[0] if key.endswith((" ppl", " kl"))] if found else []
+    keys = (
+        [key for key in found[0] if key.endswith((" ppl", " kl")) and all(key in one for one in found)] if found else []
+    )
     lines = []
     for layers, ratio, size in settings:
         mine = [one for one in found if (one["layers"], one["ratio"], one["size"]) == (layers, ratio, size)]
