@@ -83,8 +83,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rc-a on output-l2 rolls solved": {"method": "rc-a", "criterion": "output-l2", "rolls": 64, **SOLVED},
     "rc-a 96 groups rolls solved": {"method": "rc-a", "groups": 96, "rolls": 64, **SOLVED},
     "rc-a on output-l2 96 groups rolls solved": {
-        **{"method": "rc-a", "criterion": "output-l2"},
-        **{"groups": 96, "rolls": 64, **SOLVED},
+        "method": "rc-a",
+        "criterion": "output-l2",
+        "groups": 96,
+        "rolls": 64,
+        **SOLVED,
     },
     "taylor solved": {"criterion": "taylor", **SOLVED},
     "leverage solved": {"criterion": "leverage", **SOLVED},
@@ -245,9 +248,8 @@ def _log_probs(model: Any, window: Tensor) -> Tensor:
 def tables(found: list[dict[str, Any]]) -> str:
     """Markdown: a table a setting, a row a recipe, mean and spread over the draws."""
     settings = dict.fromkeys((one["layers"], one["ratio"], one["size"]) for one in found)
-    keys = (
-        [key for key in found[0] if key.endswith((" ppl", " kl")) and all(key in one for one in found)] if found else []
-    )
+    measured = [key for one in found[:1] for key in one if key.endswith((" ppl", " kl"))]
+    keys = [key for key in measured if all(key in one for one in found)]  # of the texts that all were measured on
     lines = []
     for layers, ratio, size in settings:
         mine = [one for one in found if (one["layers"], one["ratio"], one["size"]) == (layers, ratio, size)]

@@ -211,7 +211,7 @@ def main() -> None:
         model, out = options.folder / shape, options.folder / "out"
         total = make(model, shape)
         print(f"{shape}: {total / 1e9:.2f} GB of weights", flush=True)
-        for method in [*["cp", *options.methods.split(",")] * options.rounds]:
+        for method in ["cp", *options.methods.split(",")] * options.rounds:
             if method == "cp":
                 copied = watched(["cp", "-r", str(model), str(out)])
                 shutil.rmtree(out)
