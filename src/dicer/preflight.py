@@ -24,7 +24,7 @@ from dicer.write.opened import as_source, check_cut
 from dicer.write.proof import Proof, check_proofs
 from dicer.write.prove import proofs_for, prove
 from dicer.write.sink import check_space
-from dicer.write.surgery import plan_cut
+from dicer.write.surgery import Cut, plan_cut
 from dicer.write.targets import targets_line
 
 
@@ -37,7 +37,7 @@ class Look:
         before: sizes of the model.
         after: sizes of what it will be; the same as before where only a run of the model can tell.
         device: to compute on.
-        targets: what will load the result, in one line; empty where only a run of the model can tell.
+        cut: what would become of every tensor; None where only a run of the model can tell.
         proofs: of the structure, where it was found.
         tokenizer: of a model on disk, where a text will be read.
     """
@@ -46,9 +46,14 @@ class Look:
     before: Sizes
     after: Sizes
     device: str
-    targets: str = ""
+    cut: Cut | None = None
     proofs: Sequence[Proof] = ()
     tokenizer: Any | None = None
+
+    @property
+    def targets(self) -> str:
+        """What will load the result, in one line; empty where only a run of the model can tell."""
+        return "" if self.cut is None else targets_line(as_source(self.cut))
 
 
 def look(
@@ -95,7 +100,7 @@ def look(
     reads = task.runs_model or perplexity_text is not None or fidelity_text is not None
     tokenizer = source.tokenizer() if reads else None
     check_proofs(source, proofs := prove(source, proven_axes(task)))
-    targets = ""
+    cut = None
     if isinstance(task, Decided):
         proofs = proofs_for(source, task.outline(), proofs)
         check_cut(cut := plan_cut(source, task.outline()))
@@ -107,12 +112,11 @@ def look(
                 f"{source.name}: transformers' own {source.family.causal_lm} does not take the config that this would "
                 "have (fewer heads with longrope, say): use --axis mlp, or leave --stock out."
             )
-        targets = targets_line(as_source(cut))
     else:
         before, after = foreseen(task)
     if output is not None:
         check_space(Path(output), after.nbytes)
-    return Look(task, before, after, pick_device(task.compute.device), targets, proofs, tokenizer)
+    return Look(task, before, after, pick_device(task.compute.device), cut, proofs, tokenizer)
 
 
 def check_place(

