@@ -123,6 +123,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "skip_first": 1,
     },
     "best": {"method": "best"},
+    "best distilled": {"method": "best", "distill": 2},
+    "best 1e-1 target dense, not the first, distilled": {
+        "method": "best",
+        "ridge": 1e-1,
+        "target": "dense",
+        "skip_first": 1,
+        "distill": 2,
+    },
 }
 NO_TEXT = ("weight-l2", "optipfair-static")
 PEERS = ("taylor", "optipfair-static", "optipfair-data", "act-weight", "flap", "modegpt", "blocks")
@@ -173,8 +181,9 @@ class Bench:
         self.model = source.load_model("float32", options.device)
         self.tokenizer = source.tokenizer()
         self.source = from_memory(self.model)
-        self.store = ResidentStore(self.model, self.source.family)
-        self.device, self.windows = options.device, options.windows
+        half = self.model if options.dtype == "float32" else source.load_model(options.dtype, options.device)
+        self.store = ResidentStore(half, self.source.family)  # what is decided on
+        self.device, self.dtype, self.windows = options.device, options.dtype, options.windows
         data, name = Path(options.data), options.other
         self.train = self._ids((data / "wikitext2" / "train_head.txt").read_text(encoding="utf-8"))
         texts = {"wikitext2": data / "wikitext2" / "test.txt"} | ({Path(name).stem: data / name} if name else {})
@@ -220,7 +229,7 @@ class Bench:
             rows = self.rows(size, draw, Path(folder))
             start = time.perf_counter()
             recipe = dicer.Recipe(calib=str(rows), layers=layers, ratio=ratio, seed=42 + draw, **asked)
-            task = with_text(prepare(self.source, recipe, dicer.Compute(dtype="float32", device=self.device)))
+            task = with_text(prepare(self.source, recipe, dicer.Compute(dtype=self.dtype, device=self.device)))
             plan = self._blocks(task) if name == "blocks" else score([task], self.store)[0]
             seconds = time.perf_counter() - start
         pruned = build_model(plan_cut(self.source, plan), torch.float32, self.device)
@@ -228,6 +237,7 @@ class Bench:
         about = {"ridges": [one["ridge"] for one in solved], "forms": sorted({one["form"] for one in solved})}
         size_after = sum(parameter.numel() for parameter in pruned.parameters())
         found = {**self.loss(pruned), "seconds": seconds, "parameters": size_after, "device": self.device}
+        found |= {"dtype": self.dtype} if self.dtype != "float32" else {}
         return {**found, **(about if solved else {})}
 
     def _blocks(self, task: Any) -> PrunePlan:
@@ -328,6 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:smollm2", help="a folder, or what dicer opens")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="to decide in; the loss is measured in float32")
     parser.add_argument("--data", default=os.environ.get("DICER_DATA", "../shared/data"))
     parser.add_argument("--other", default="books/carroll-alice.txt", help="the text of another domain; empty for none")
     parser.add_argument("--parts", default=",".join(PARTS), help=", ".join(PARTS))

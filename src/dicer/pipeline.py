@@ -90,12 +90,15 @@ def _opened(found: Look, task: Asked, tell: Tell, *, output: Path | None = None,
 
 def _scored(task: Asked, store: ResidentStore, progress: Progress, tell: Tell, kept: Kept | None = None) -> PrunePlan:
     """The plan, while it is told how long the layers will take, and what they took."""
-    start = time.perf_counter()
+    start = begun = time.perf_counter()
 
     def heard(stage: str, done: int, total: int) -> None:
+        nonlocal begun
         progress(stage, done, total)
-        if done == 1 and (rest := (time.perf_counter() - start) * (total - 1)) > _LONG:
-            tell(f"The first of {total} ({stage}) took {time.perf_counter() - start:.1f} s: about {rest:.0f} s more.")
+        if done == 0:
+            begun = time.perf_counter()
+        elif done == 1 and (rest := (time.perf_counter() - begun) * (total - 1)) > _LONG:
+            tell(f"The first of {total} ({stage}) took {time.perf_counter() - begun:.1f} s: about {rest:.0f} s more.")
 
     plan = score([task], store, heard, kept=kept)[0]
     tell(

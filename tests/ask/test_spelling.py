@@ -32,6 +32,7 @@ OTHER = {
     "propagate": "dense",
     "target": "dense",
     "rolls": 4,
+    "distill": 3,
     "split": "equal",
     "entropy_search": "greedy",
     "entropy_at": "hidden",

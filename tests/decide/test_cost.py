@@ -109,6 +109,10 @@ def test_states_do_not_run_into_each_other(tmp_path):
     assert [float(states.mean()) for states in first] == [1, 0]
     assert [float(states.mean()) for states in second] == [5, 0]
     assert len(second) == 2
+    first[:] = [torch.full((1, 2, 3), 7.0), torch.full((1, 2, 3), 8.0)]
+    assert [float(states.mean()) for states in first[1:]] == [8]
+    assert [float(states.mean()) for states in first] == [7, 8]
+    assert [float(states.mean()) for states in second] == [5, 0]
 
 
 def test_too_large_for_the_machine(source, calib, monkeypatch):

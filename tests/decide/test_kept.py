@@ -26,6 +26,9 @@ RECIPES = {
     "global": {"method": "act-l2", "allocate": "global", "axis": "all"},
     "global, two walks": {"method": "sim-a", "allocate": "global"},
     "weights": {"method": "weight-l2"},
+    "repair": {"method": "best", "axis": "all", "target": "dense", "ridge": 0.1, "layers": "1-3"},
+    "repair, two walks": {"method": "rc-a", "allocate": "global", "repair": "least-squares", "compensate": "bias"},
+    "pruned inputs": {"method": "sim-dominant", "propagate": "pruned", "layers": "0-1"},
 }
 STREAM = Compute(stream=True)
 
@@ -122,7 +125,7 @@ def test_other_run_refused(tmp_path, monkeypatch, other):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("asked", [{"method": "taylor"}, {"criterion": "act-l2", "propagate": "pruned"}], ids=str)
+@pytest.mark.parametrize("asked", [{"method": "taylor"}, {"method": "taylor", "repair": "least-squares"}], ids=str)
 def test_what_cannot_go_on(model, calib, tmp_path, asked):
     with pytest.raises(RecipeError, match="--resume goes on behind"):
         dicer.prune(model, Recipe(**asked, calib=calib), output=tmp_path / "out", resume=True)

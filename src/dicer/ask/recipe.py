@@ -31,7 +31,15 @@ from dicer.ask.text import TEXT_KEYS, Text, sources_of
 from dicer.errors import RecipeError, unknown
 
 # What recipes did not say before: said in files only where it is not what was then, so that what was is the same.
-_ADDED = {"repair": None, "ridge": "auto", "propagate": None, "target": "own", "rolls": 1, "skip_first": 0}
+_ADDED = {
+    "repair": None,
+    "ridge": "auto",
+    "propagate": None,
+    "target": "own",
+    "rolls": 1,
+    "skip_first": 0,
+    "distill": 0,
+}
 _FOR_REPAIR = {"samples": 32, "seq_len": 512}  # ten tokens for each of a small model's neurons, not less than one
 Settings = tuple[tuple[str, str | int | float | bool | None], ...]  # parameter of a part -> value
 
@@ -118,6 +126,14 @@ class Recipe(Strict):
         default="own",
         description="what repair aims at: own, the sub-layer's own output on what it sees; dense, what the dense "
         "model's hidden state would need",
+        json_schema_extra=REPAIR,
+    )
+    distill: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="passes over the calibration text in which all repaired columns learn together from the dense "
+        "model's answers; the whole model is in memory then",
         json_schema_extra=REPAIR,
     )
     rolls: int = Field(
@@ -311,7 +327,7 @@ class Recipe(Strict):
         _check_repair(self, method)
         same = (name for name, preset in PRESETS.items() if is_preset(preset, method))
         none = (
-            bool(self.groups or self.set or self.rolls > 1) or axis == "block"
+            bool(self.groups or self.set or self.rolls > 1 or self.distill) or axis == "block"
         )  # nothing is scored where whole layers go
         return method._replace(preset=None if none else next(same, None))
 
@@ -320,7 +336,7 @@ def _check_repair(recipe: Recipe, method: Method) -> None:
     """Refuse options of repair where there is none, and rolls where nothing is rolled."""
     if method.axis == "block" and method.walks_alone:
         raise RecipeError("--axis block leaves whole layers as they are, so there is nothing to repair; leave it out.")
-    for name in ("ridge", "target"):
+    for name in ("ridge", "target", "distill"):
         if method.repair == "none" and getattr(recipe, name) != Recipe.model_fields[name].default:
             raise RecipeError(f"--{name} {getattr(recipe, name)} needs --repair least-squares.")
     if recipe.rolls > 1 and (method.grouping != "random" or method.merge != "prune"):

@@ -11,6 +11,7 @@ import torch
 
 from dicer.ask.axes import kind_name
 from dicer.ask.compute import Compute
+from dicer.decide.distill import STEP_TOKENS
 from dicer.decide.task import Asked
 from dicer.errors import RecipeError
 from dicer.machine import free_memory, held_memory
@@ -21,12 +22,16 @@ from dicer.measure.statistics import gram_dtype
 from dicer.measure.stores.resident import ResidentStore
 from dicer.measure.stores.streamed import NO_GRADIENTS, StreamedStore
 from dicer.model.source import ModelSource
+from dicer.processes import several
 
 _IN_MEMORY = 0.5  # of what is free hidden states may take; what is more lies in a file
 _READ_AROUND = 512 * 1024  # bytes of a block that the system maps for a row in it; 70 kB to 520 kB were seen
 _MADE = 3  # tensors at once: what is written, the next that is made, and what that is made from
 _SHARDS = 2  # that are written at once
 _PIECES = 2**25  # bytes of what is written and of what is made next
+_LEARNED = 5  # float32 of each column that learns: it, its gradient, two moments, and what the plan has
+_KEPT_STATES, _KEPT_INPUTS = 14, 5  # of a layer's hidden states and inner ones, that a gradient's way back reads
+_ANSWERS = 6  # rows of the vocabulary for each token: two models', as they are, as probabilities, their gradients
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
 
@@ -112,8 +117,10 @@ def check_streams(task: Asked, *, whole: bool) -> None:
     """
     if task.source.live is not None and (task.compute.stream or task.compute.memory):
         raise RecipeError("the model is in memory already, so stream and memory decide nothing: leave them out.")
-    if task.compute.stream and (whole or task.needs_gradient):
-        raise RecipeError(NO_GRADIENTS if task.needs_gradient else _NOT_WHOLE)
+    if task.compute.stream and (whole or task.needs_whole):
+        raise RecipeError(NO_GRADIENTS if task.needs_whole else _NOT_WHOLE)
+    if task.recipe.distill and several():
+        raise RecipeError("--distill learns in one process, and there are several: leave it out, or the launcher.")
 
 
 def foresee(task: Asked, device: str, *, whole: bool = False) -> Cost:
@@ -129,7 +136,7 @@ def foresee(task: Asked, device: str, *, whole: bool = False) -> Cost:
     """
     weights, limit = weigh(task.source, task.compute, device), task.compute.memory_bytes
     ways = [_resident(task, weights)]
-    if not (whole or task.needs_gradient or task.source.live is not None):
+    if not (whole or task.needs_whole or task.source.live is not None):
         free = free_memory(torch.device(device))
         layer_by_layer = _streamed(task, weights, free)
         if task.compute.stream or not task.runs_model:
@@ -157,8 +164,22 @@ def _resident(task: Asked, weights: Weights) -> Cost:
     if task.needs_gradient:
         infos = task.source.tensors.infos()
         used = weights.whole + 4 * sum(infos[n].numel for n in infos if task.source.family.locate(n))
+    elif task.recipe.distill:
+        used = weights.whole + _learning(task, len(weights.layers))
     memory = held_memory() + used + _at_work(task, None) + _hidden(task)
     return Cost(False, memory, weights.whole, _passes(task, len(weights.layers)), _hidden(task))
+
+
+def _learning(task: Asked, layers: int) -> int:
+    """Bytes of the columns that learn, with their gradients and moments, and of what a step keeps for its way back."""
+    family, width = task.source.family, _width(task)
+    inputs = {name: max(family.units(name)) * axis.channels for name, axis in family.axes.items()}
+    columns = sum(inputs[place.axis] for place in task.places) * width
+    length = 0 if task.calibration is None else task.calibration.tokens.shape[1]
+    tokens = max(length * (task.compute.batch_size or 1), 0 if task.compute.batch_size else STEP_TOKENS)
+    kept = layers * (_KEPT_STATES * width + _KEPT_INPUTS * sum(inputs.values())) * _itemsize(task)
+    answers = _ANSWERS * 4 * int(task.source.text_config.vocab_size)
+    return _LEARNED * 4 * columns + tokens * (kept + answers)
 
 
 def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:

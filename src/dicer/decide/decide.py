@@ -54,7 +54,7 @@ def score(
         if not isinstance(task, Decided):
             plans.append(_by_rank(task, next(walked), store, progress, kept))
         elif task.method.walks_alone:
-            plans.append(_plan(task, Seen(walk_cut(task, store, progress))))
+            plans.append(_plan(task, walk_cut(task, store, progress, kept)))
         else:
             plans.append(_plan(task, next(walked)))
     return plans
@@ -87,7 +87,7 @@ def _by_rank(task: Asked, seen: Seen, store: LayerStore, progress: Progress, kep
     """Decide by the scores of all sub-layers; Gram matrices were not kept, so what needs them is another walk."""
     decided = task.decided(amounts_by_rank(task.budget, {p: scored.values for p, scored in seen.scores.items()}))
     if task.method.walks_alone:
-        return _plan(decided, Seen(walk_cut(decided, store, progress)))
+        return _plan(decided, walk_cut(decided, store, progress, kept))
     if task.recipe.rolls > 1 or any("gram" in n for n in (*task.parts.grouping.needs, *task.parts.merge.needs)):
         return _plan(decided, _walk([decided], store, progress, kept)[0])
     seen.plans = {place: choose(decided, place, scored) for place, scored in seen.scores.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dicer.ask.portable import portable
 from dicer.decide.choose import Scores
-from dicer.decide.layer_plan import MERGE, LayerPlan, Merge
+from dicer.decide.layer_plan import MERGE, REPAIR, LayerPlan, Merge, Repair
 from dicer.decide.task import Asked
 from dicer.errors import RecipeError
 from dicer.files import as_output_error, folder_beside, remove_whole, write_whole
@@ -57,11 +57,10 @@ class Kept:
     def __init__(self, folder: Path, task: Asked) -> None:
         if several():
             raise RecipeError("--resume keeps what one process gave, and there are several: leave it out.")
-        if task.needs_gradient or task.method.walks_alone:
+        if task.needs_gradient:
             raise RecipeError(
-                "--resume goes on behind the last finished layer, which cannot be done where "
-                + ("gradients come of one pass through all layers" if task.needs_gradient else _CUTS)
-                + ": leave it out."
+                "--resume goes on behind the last finished layer, which cannot be done where gradients come of one "
+                "pass through all layers: leave it out."
             )
         self._folder, self._walks = folder, 0
         own = _identity(task)
@@ -146,9 +145,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-_CUTS = "the cuts go along with the tokens"
-
-
 def _identity(task: Asked) -> dict[str, Any]:
     """What must be the same for a run to go on: told apart by what a user calls it."""
     text = task.calibration
@@ -188,6 +184,8 @@ def _of_layer(seen: Seen, index: int) -> dict[str, Tensor]:
     for place, layer in seen.plans.items():
         if place.layer == index:
             found |= {f"{place.axis}/plan/{name}": tensor.clone() for name, tensor in layer.tensors().items()}
+            if layer.repair is not None:
+                found[f"{place.axis}/about"] = torch.tensor(list(json.dumps(layer.repair.about).encode()))
     for place, counts in seen.tokens.items():
         if place.layer == index:
             found[f"{place.axis}/tokens"] = torch.tensor(counts)
@@ -204,7 +202,12 @@ def _restore(seen: Seen, index: int, tensors: Mapping[str, Tensor]) -> None:
         place, own = SubLayer(index, axis), _below(tensors, f"{axis}/")
         if plan := _below(own, "plan/"):
             merge = Merge(*(plan[name] for name in MERGE)) if MERGE[0] in plan else None
-            seen.plans[place] = LayerPlan(len(plan["scores"]), plan["keep"], plan["scores"], merge, plan.get("means"))
+            repair = None
+            if REPAIR[0] in plan:
+                about = json.loads(bytes(own["about"].tolist()))
+                repair = Repair(plan[REPAIR[0]], plan.get(REPAIR[1]), about)
+            units, means = len(plan["scores"]), plan.get("means")
+            seen.plans[place] = LayerPlan(units, plan["keep"], plan["scores"], merge, means, repair)
         if "tokens" in own:
             seen.tokens[place] = own["tokens"].tolist()
         if "values" in own:

@@ -107,6 +107,11 @@ class Asked:
         return "gradient" in self.parts.criterion.needs
 
     @property
+    def needs_whole(self) -> bool:
+        """Whether the whole model has to be in memory, as a gradient goes through all of it."""
+        return self.needs_gradient or self.recipe.distill > 0
+
+    @property
     def runs_model(self) -> bool:
         """Whether tokens have to go through the model."""
         measures = self.method.allocate == "cosine" or (

@@ -10,22 +10,28 @@ from torch import Tensor
 
 from dicer.ask.axes import kind_of
 from dicer.decide.choose import batches_of, choose, own_batches_of, scores_of
-from dicer.decide.layer_plan import LayerPlan
+from dicer.decide.distill import STEP_TOKENS, distilled
+from dicer.decide.kept import Kept, Seen
 from dicer.decide.repair import ENOUGH, few, masked, repaired
 from dicer.decide.task import Decided
 from dicer.errors import RecipeError
-from dicer.measure.batches import ABSENT, COUNTED, Batches, counted_of
+from dicer.measure.batches import ABSENT, COUNTED, Batches, counted_of, own_batches
 from dicer.measure.propagate import CutVisit, Tokens, propagate
 from dicer.measure.stores.store import LayerStore
 from dicer.measure.text import Calibration
-from dicer.model.units import SubLayer
 from dicer.progress import Progress
 
 _HELD = 8  # one of so many samples is held out
 
 
-def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLayer, LayerPlan]:
+def walk_cut(task: Decided, store: LayerStore, progress: Progress, kept: Kept | None = None) -> Seen:
     """What stays of every sub-layer, its output projection solved anew where that was asked for.
+
+    Args:
+        task: what was asked, and how much stays.
+        store: where the model's layers come from.
+        progress: called with (stage, done, total).
+        kept: where the walk goes on if it was stopped.
 
     Raises:
         RecipeError: too little text to hold any out, or numbers that are not finite.
@@ -33,7 +39,7 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLa
     text = task.calibration
     if text is None:
         raise RecipeError("repair looks at a text: read it first (dicer.decide.task.with_text).")
-    found: dict[SubLayer, LayerPlan] = {}
+    seen = Seen()
 
     def cut(visit: CutVisit) -> Mapping[str, Tensor]:
         if visit.place not in task.places:
@@ -41,7 +47,7 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLa
         layer = choose(task, visit.place, scores_of(task, visit))
         if task.method.repair != "none":
             layer = repaired(visit, layer, task.recipe.ridge)
-        found[visit.place] = layer
+        seen.plans[visit.place] = layer
         return masked(visit.axis, visit.tensors, layer)
 
     gradients = None
@@ -64,8 +70,13 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress) -> dict[SubLa
         dense=task.recipe.target == "dense",
         gradients=gradients,
         progress=progress,
+        along=None if kept is None else kept.walk(seen),
     )
-    return found
+    if task.recipe.distill:
+        batches = own_batches(text.tokens, task.compute.batch_size, STEP_TOKENS, text.mask)
+        passes, seed = task.recipe.distill, task.recipe.seed
+        seen.plans = distilled(store, seen.plans, batches, passes, seed=seed, progress=progress)
+    return seen
 
 
 def _tokens(task: Decided, text: Calibration) -> Tokens:

@@ -17,7 +17,7 @@ from dicer.measure.runner import Runner, output_rows, swapping
 from dicer.measure.statistics import Need, Sums
 from dicer.measure.stores.resident import axis_weights
 from dicer.measure.stores.store import LayerStore
-from dicer.measure.walk import Visit, listening_to
+from dicer.measure.walk import Along, Visit, listening_to
 from dicer.model.units import Axis, SubLayer, UnitWeights, unit_weights
 from dicer.processes import from_first
 from dicer.progress import Progress, silent
@@ -85,6 +85,7 @@ def propagate(
     dense: bool = False,
     gradients: Mapping[int, dict[str, UnitWeights]] | None = None,
     progress: Progress = silent,
+    along: Along | None = None,
 ) -> None:
     """Visit the sub-layers in order, and let the tokens go on through what each was cut to.
 
@@ -102,6 +103,7 @@ def propagate(
         dense: also walk the dense model's own hidden states, and say what each output lacks of the dense one.
         gradients: layer -> axis -> dL/dW, for criteria that read it.
         progress: called with (stage, done, total).
+        along: says where to begin, and is told of every layer that is done.
 
     Raises:
         RecipeError: hidden states that are not finite, or a family in which outputs do not simply add up.
@@ -109,10 +111,19 @@ def propagate(
     chosen, last = sorted(set(layers)), max(layers)
     if from_first(chosen) != chosen:
         raise RecipeError("the processes do not prune the same layers, so none knows what the others' cuts have done.")
+    start = along.start if along is not None else 0
+    if start > last:
+        return
     recording = store.record([*tokens.batches, *(batch[:1, :_PROBE] for batch in tokens.batches[:1])])
     probe = recording.hidden.pop() if tokens.batches else None  # uncut all the way: only of what form layers are counts
     beside: MutableSequence[Tensor] | None = None
-    for index in range(last + 1):
+    if along is not None and probe is not None and start:
+        *states, probe = [state.to(probe.device) for state in along.states()]
+        beside = copy(recording.hidden) if dense and start > chosen[0] else None
+        recording.hidden[:] = states[: len(recording.hidden)]
+        if beside is not None:
+            beside[:] = states[len(recording.hidden) :]
+    for index in range(start, last + 1):
         if dense and index == chosen[0]:  # before it both are the same
             beside = copy(recording.hidden)
         following = index + 1 if index < last else None
@@ -135,6 +146,8 @@ def propagate(
             if index < last:
                 walked.run_on()
         progress("calibration", index + 1, last + 1)
+        if along is not None and probe is not None:
+            along.finished(index, [*recording.hidden, *(beside or ()), probe])
 
 
 @dataclass

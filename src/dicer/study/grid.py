@@ -265,7 +265,7 @@ def method_name(recipe: Recipe) -> str:
 _SAID_BY_VALUE = ("compensate", "schedule", "entropy_search", "entropy_at")
 _SAID_BY_NAME = {
     **{"max_ratio": "max", "min_width": "min", "drop_threshold": "drop", "split": "split", "rolls": "rolls"},
-    **{"ridge": "ridge", "target": "target-", "width_multiple": "multiple", "stock": "stock-"},
+    **{"ridge": "ridge", "target": "target-", "distill": "distill", "width_multiple": "multiple", "stock": "stock-"},
 }
 
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, MutableSequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from pathlib import Path
 from typing import Any, overload
 
@@ -44,12 +45,16 @@ class HiddenStates(MutableSequence[Tensor]):
     @overload
     def __getitem__(self, index: slice) -> HiddenStates: ...
     def __getitem__(self, index: Any) -> Any:
-        """One batch, on the device."""
+        """One batch, on the device; of several, the same states again."""
+        if isinstance(index, slice):
+            made = copy(self)
+            made._held = made._held[index]
+            return made
         return self._held[index].to(self._device)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Put another batch in its place."""
-        self._held[index] = self._kept(value)
+        """Put another batch in its place, or several in theirs."""
+        self._held[index] = [*map(self._kept, value)] if isinstance(index, slice) else self._kept(value)
 
     def __delitem__(self, index: Any) -> None:
         """Forget a batch."""

@@ -41,6 +41,11 @@ class ResidentStore:
         """The model; of one that is streamed only what is outside the layers is there."""
         return self._model
 
+    def whole(self) -> nn.Module:
+        """The model."""
+        found: nn.Module = self._model
+        return found
+
     @property
     def nbytes_read(self) -> int:
         """Bytes of weights that were read from disk for it."""
@@ -144,7 +149,7 @@ class ResidentStore:
         predicted = sum_of(sum(b[:, 1:].numel() if c is None else int(c[:, 1:].sum()) for b, c in pairs))
         with ExitStack() as stack:
             stack.enter_context(evaluating(self._model))
-            stack.enter_context(_frozen(self._model))
+            stack.enter_context(frozen(self._model))
             for place, sums in held.items():
                 for name, weight in axis_weights(owners[place], self._layers[place[0]]).items():
                     weight.requires_grad_(True)
@@ -207,7 +212,7 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Freeze all parameters and set their gradients aside, and give both back afterwards."""
     own = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:

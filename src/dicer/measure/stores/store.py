@@ -63,6 +63,10 @@ class LayerStore(Protocol):
         """The norm behind the last layer; an identity where the model has none."""
         ...
 
+    def whole(self) -> nn.Module:
+        """The whole model, to be run from end to end."""
+        ...
+
     def record(self, batches: Sequence[Tensor]) -> Recording:
         """Run everything before the first layer."""
         ...

@@ -100,6 +100,14 @@ class StreamedStore(ResidentStore):
     def _no_states(self) -> HiddenStates:
         return HiddenStates((), self._device, self._folder)
 
+    def whole(self) -> nn.Module:
+        """Never to be had.
+
+        Raises:
+            RecipeError: always.
+        """
+        raise RecipeError(NO_GRADIENTS)
+
     def gradients(self, *_: Any, **__: Any) -> dict[int, dict[str, UnitWeights]]:
         """Never to be had.
 
@@ -141,7 +149,7 @@ class StreamedStore(ResidentStore):
 
 NO_GRADIENTS = (
     "gradients of the loss need the whole model in memory, with what every layer saw, so they cannot be had layer by "
-    "layer from disk: leave --stream out, or use a criterion that reads activations."
+    "layer from disk: leave --stream out, or what reads them (taylor, --distill)."
 )
 
 
