@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.metadata
 import io
@@ -62,6 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
         The exit code.
     """
     gc.set_threshold(_OBJECTS, 10, 10)
+    atexit.register(gc.freeze)  # or Python looks for cycles among all that it has, once more, before it ends
     if sys.stderr is None:  # closed by whoever started us; libraries take it for granted
         sys.stderr = io.StringIO()
     if sys.stdout is None:
