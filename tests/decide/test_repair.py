@@ -239,18 +239,24 @@ def test_target_dense_is_nearer_to_the_dense_model(repaired):
     assert found["dense"] < found["own"]
 
 
-def test_target_dense_by_hand(repaired):
+@pytest.mark.parametrize("method", ["rc-a", "sim-mean"])
+@pytest.mark.parametrize("family", SOME)
+def test_target_dense_by_hand(family, method, repaired):
     """Of the second layer's MLP: numpy on what the dense hidden state would need."""
-    dense = tiny_model("llama")
-    result = repaired(dense, ridge=0.0, target="dense", axis="mlp", layers="0,1")
-    mixed = before_cut(dense, result.model, "llama", 1, "attention")
+    dense = tiny_model(family, dtype=torch.float64)
+    result = repaired(dense, ridge=1e-9, target="dense", axis="mlp", layers="0,1", method=method)
+    mixed = before_cut(dense, result.model, family, 1, "attention")
     with torch.no_grad():
         states = [m(input_ids=TOKENS, output_hidden_states=True).hidden_states[2] for m in (dense, mixed)]
-    down = mixed.model.layers[1].mlp.down_proj
-    inputs, layer = seen(mixed, down), result.plan.mlp[1]
-    wanted = inputs @ down.weight.detach().double().T + (states[0] - states[1]).double().flatten(0, 1)
-    solved, *_ = np.linalg.lstsq(inputs[:, layer.keep].numpy(), wanted.numpy(), rcond=None)
-    assert np.abs(layer.repair.weight.T.numpy() - solved).max() <= 1e-4 * np.abs(solved).max()
+    output = output_of(layers_of(mixed, family)[1], family, "mlp")
+    inputs, layer = seen(mixed, output), result.plan.mlp[1]
+    wanted = inputs @ columns(output, family) + (states[0] - states[1]).flatten(0, 1)
+    kept = inputs[:, layer.keep]
+    if method == "sim-mean":
+        kept = seen(result.model, output_of(layers_of(result.model, family)[1], family, "mlp"))
+    solved, *_ = np.linalg.lstsq(kept.numpy(), wanted.numpy(), rcond=None)
+    found = layer.repair.weight.T.double()
+    assert (kept @ found - kept @ torch.from_numpy(solved)).norm() <= 1e-4 * wanted.norm()
 
 
 def test_ridge_of_the_held_out(repaired):

@@ -238,7 +238,7 @@ class _Layer:
                 new = output_rows(axis, self.layer)
                 swap(False)
                 lacks = values.float() @ rows.float() - changed.float() @ new.float()
-                values, missing = changed, lacks if missing is None else lacks + missing
+                values, missing = changed, lacks if missing is None else lacks.view_as(missing) + missing
             if missing is not None:
                 for one in sums:
                     one.add_missing(values, missing)
@@ -292,7 +292,9 @@ class _Layer:
         if not self.beside or axis is None:
             return
         values, without = self.runner.without(self.beside[0], axis)
-        added = self.layer.get_submodule(axis.output)(values).float()
+        added = (
+            self.layer.get_submodule(axis.output)(values).float().view_as(without)
+        )  # OPT's has all tokens in one row
         if (self.outputs[0].float() - without.float() - added).norm() > 0.1 * added.norm():
             raise RecipeError(
                 "--target dense needs outputs that join the hidden states as they are, and this model has a norm or a "
