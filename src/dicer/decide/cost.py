@@ -176,7 +176,8 @@ def _learning(task: Asked, layers: int) -> int:
     inputs = {name: max(family.units(name)) * axis.channels for name, axis in family.axes.items()}
     columns = sum(inputs[place.axis] for place in task.places) * width
     length = 0 if task.calibration is None else task.calibration.tokens.shape[1]
-    tokens = max(length * (task.compute.batch_size or 1), 0 if task.compute.batch_size else STEP_TOKENS)
+    samples = max(1, STEP_TOKENS // max(length, 1))
+    tokens = min(samples, task.compute.batch_size or samples) * length
     kept = layers * (_KEPT_STATES * width + _KEPT_INPUTS * sum(inputs.values())) * _itemsize(task)
     answers = _ANSWERS * 4 * int(task.source.text_config.vocab_size)
     return _LEARNED * 4 * columns + tokens * (kept + answers)

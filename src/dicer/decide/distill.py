@@ -62,6 +62,7 @@ def distilled(
     *,
     rate: float = RATE,
     seed: int = 0,
+    at_once: int | None = None,
     progress: Progress = silent,
 ) -> dict[SubLayer, LayerPlan]:
     """Plans whose repaired columns have learned from the dense model.
@@ -73,6 +74,7 @@ def distilled(
         passes: how often all of them are seen, each time in another order.
         rate: of AdamW.
         seed: of that order.
+        at_once: samples that go through the model together, where a step has more; this changes the last bits alone.
         progress: called with (stage, done, total).
 
     Returns:
@@ -93,12 +95,11 @@ def distilled(
     with evaluating(model), frozen(model):
         progress("distill", 0, steps)
         for done, number in enumerate(_order(len(batches), passes, seed), start=1):
-            loss = _divergence(store, outputs, batches[number], counted_of(batches)[number])
-            if not loss.isfinite():
+            loss = _divergence(store, outputs, batches[number], counted_of(batches)[number], at_once)
+            if not math.isfinite(loss):
                 raise RecipeError(
                     "the pruned model's answers are not finite while its output projections learn: try --dtype float32."
                 )
-            loss.backward()
             nn.utils.clip_grad_norm_(weights, _LARGEST)
             optimizer.step()
             schedule.step()
@@ -135,15 +136,22 @@ def _divergence(
     outputs: Mapping[SubLayer, _Output],
     batch: Tensor,
     counted: Tensor | None,
-) -> Tensor:
-    """Mean KL(dense || pruned) over the tokens of a batch that count."""
-    model = store.whole()
-    tokens = batch.to(next(model.parameters()).device)
-    with torch.no_grad():
-        dense = _log_probs(model, tokens)
-    with torch.enable_grad(), _as_cut(store, outputs):
-        found = (dense.exp() * (dense - _log_probs(model, tokens))).sum(-1)  # [B, T]
-    return found.mean() if counted is None else found[counted.to(found.device)].mean()
+    at_once: int | None,
+) -> float:
+    """Mean KL(dense || pruned) over the tokens of a batch that count; its gradient is added to the columns'."""
+    model, total = store.whole(), 0.0
+    counts = torch.ones_like(batch, dtype=torch.bool) if counted is None else counted
+    size = at_once or len(batch)
+    for part, own in zip(batch.split(size), counts.split(size), strict=True):
+        tokens = part.to(next(model.parameters()).device)
+        with torch.no_grad():
+            dense = _log_probs(model, tokens)
+        with torch.enable_grad(), _as_cut(store, outputs):  # the way back, too, reads what the cut has made
+            apart = (dense.exp() * (dense - _log_probs(model, tokens))).sum(-1)  # [B, T]
+            loss = apart[own.to(apart.device)].sum() / max(int(counts.sum()), 1)
+            loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 def _log_probs(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -73,9 +73,15 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress, kept: Kept | 
         along=None if kept is None else kept.walk(seen),
     )
     if task.recipe.distill:
-        batches = own_batches(text.tokens, task.compute.batch_size, STEP_TOKENS, text.mask)
-        passes, seed = task.recipe.distill, task.recipe.seed
-        seen.plans = distilled(store, seen.plans, batches, passes, seed=seed, progress=progress)
+        seen.plans = distilled(
+            store,
+            seen.plans,
+            own_batches(text.tokens, None, STEP_TOKENS, text.mask),
+            task.recipe.distill,
+            seed=task.recipe.seed,
+            at_once=task.compute.batch_size,
+            progress=progress,
+        )
     return seen
 
 

@@ -292,10 +292,8 @@ class _Layer:
         if not self.beside or axis is None:
             return
         values, without = self.runner.without(self.beside[0], axis)
-        added = (
-            self.layer.get_submodule(axis.output)(values).float().view_as(without)
-        )  # OPT's has all tokens in one row
-        if (self.outputs[0].float() - without.float() - added).norm() > 0.1 * added.norm():
+        added = self.layer.get_submodule(axis.output)(values).float()  # OPT's has all tokens in one row
+        if (self.outputs[0].float() - without.float() - added.view_as(without)).norm() > 0.1 * added.norm():
             raise RecipeError(
                 "--target dense needs outputs that join the hidden states as they are, and this model has a norm or a "
                 "factor between: leave it out."
