@@ -124,6 +124,9 @@ def test_too_large_for_the_machine(source, calib, monkeypatch):
     monkeypatch.setattr(cost, "free_memory", lambda _: 30_000)  # hidden states of 6 x 24 tokens take 18 kB
     assert foresee(asked(source, calib), "cpu").on_disk
     assert not foresee(asked(source, calib, method="taylor"), "cpu").streamed
+    plain, learns = (foresee(asked(source, calib, method="best", distill=n), "cpu", whole=True) for n in (0, 1))
+    assert not foresee(asked(source, calib, method="best", distill=1), "cpu").streamed
+    assert learns.memory > plain.memory
     assert not foresee(asked(source, calib), "cpu", whole=True).streamed
 
 

@@ -30,7 +30,7 @@ _MADE = 3  # tensors at once: what is written, the next that is made, and what t
 _SHARDS = 2  # that are written at once
 _PIECES = 2**25  # bytes of what is written and of what is made next
 _LEARNED = 5  # float32 of each column that learns: it, its gradient, two moments, and what the plan has
-_KEPT_STATES, _KEPT_INPUTS = 14, 5  # of a layer's hidden states and inner ones, that a gradient's way back reads
+_KEPT_STATES, _KEPT_INPUTS = 4, 4  # of a layer's hidden states and inner ones, that a gradient's way back reads
 _ANSWERS = 6  # rows of the vocabulary for each token: two models', as they are, as probabilities, their gradients
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
@@ -164,9 +164,10 @@ def _resident(task: Asked, weights: Weights) -> Cost:
     if task.needs_gradient:
         infos = task.source.tensors.infos()
         used = weights.whole + 4 * sum(infos[n].numel for n in infos if task.source.family.locate(n))
-    elif task.recipe.distill:
-        used = weights.whole + _learning(task, len(weights.layers))
-    memory = held_memory() + used + _at_work(task, None) + _hidden(task)
+    at_work = _at_work(task, None) + _hidden(task)
+    if task.recipe.distill:
+        at_work = max(at_work, _learning(task, len(weights.layers)))
+    memory = held_memory() + used + at_work
     return Cost(False, memory, weights.whole, _passes(task, len(weights.layers)), _hidden(task))
 
 
@@ -178,7 +179,8 @@ def _learning(task: Asked, layers: int) -> int:
     length = 0 if task.calibration is None else task.calibration.tokens.shape[1]
     samples = max(1, STEP_TOKENS // max(length, 1))
     tokens = min(samples, task.compute.batch_size or samples) * length
-    kept = layers * (_KEPT_STATES * width + _KEPT_INPUTS * sum(inputs.values())) * _itemsize(task)
+    behind = layers - min(task.layers)  # layers that a gradient goes back through
+    kept = behind * (_KEPT_STATES * width + _KEPT_INPUTS * sum(inputs.values())) * _itemsize(task)
     answers = _ANSWERS * 4 * int(task.source.text_config.vocab_size)
     return _LEARNED * 4 * columns + tokens * (kept + answers)
 
