@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from families.tiny import tiny_input
+from families.tiny import tiny_model as tiny_of_type
+from safetensors.torch import load_file, save_file
 from tiny import LAYERS, PLACES, save_tiny, tiny_model, tiny_tokens
 from torch.nn.functional import kl_div
 
@@ -14,8 +18,9 @@ import dicer
 from dicer.decide import distill
 from dicer.decide.cost import check_streams
 from dicer.decide.task import prepare
-from dicer.errors import RecipeError
+from dicer.errors import PlanError, RecipeError
 from dicer.model.source import open_model
+from dicer.write.verify.masked import masked_model
 
 TOKENS = tiny_tokens(100, 24)
 
@@ -40,20 +45,32 @@ def pruned(many):
     return prune
 
 
-def outputs_of(model, family, axes):
-    layers, *names = PLACES[family]
-    names = [name for name, axis in zip(names, ("attention", "mlp"), strict=True) if axis in axes]
-    found = [model.get_submodule(f"{layers}.{index}.{name}") for index in range(LAYERS) for name in names]
-    return [module.weight for module in found]
+_GATED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+_SPLIT = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+LEARN = {  # what the units run through, but for the output projection's bias
+    "llama": {"mlp": ("mlp", _GATED), "attention": ("self_attn", _SPLIT)},
+    "gemma2": {"mlp": ("mlp", _GATED)},
+    "gpt2": {"mlp": ("mlp", ("c_fc.weight", "c_fc.bias", "c_proj.weight"))},
+    "opt": {"mlp": ("", ("fc1.weight", "fc1.bias", "fc2.weight"))},
+    "phi3": {"attention": ("self_attn", ("qkv_proj.weight", "o_proj.weight"))},
+}
 
 
-def answers(model):
-    return model(input_ids=TOKENS, use_cache=False).logits.log_softmax(-1)
+def learning(model, family, axes, numbers=range(LAYERS)):
+    """The parameters that learn."""
+    layers = model.get_submodule(PLACES[family][0])
+    where = [(layers[index].get_submodule(LEARN[family][axis][0]), axis) for index in numbers for axis in axes]
+    return [module.get_parameter(name) for module, axis in where for name in LEARN[family][axis][1]]
 
 
-def loss_of(model, dense):
+def answers(model, tokens=TOKENS):
+    return model(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
+
+
+def loss_of(model, dense, tokens=TOKENS):
     with torch.no_grad():
-        return float(kl_div(answers(model), answers(dense), log_target=True, reduction="sum")) / TOKENS.numel()
+        apart = kl_div(answers(model, tokens), answers(dense, tokens), log_target=True, reduction="sum")
+    return float(apart) / tokens.numel()
 
 
 def taught(model, dense, weights, passes, seed):
@@ -95,9 +112,8 @@ def test_as_the_pruned_model_learns(family, recipe, pruned):
     dense = tiny_model(family)
     model, learned = (pruned(dense, distill=passes, seed=7, **recipe).model for passes in (0, 3))
     axes = {"mlp": ["mlp"], "attention": ["attention"], "all": ["attention", "mlp"]}[recipe.get("axis", "mlp")]
-    own, found = outputs_of(model, family, axes), outputs_of(learned, family, axes)
-    if "layers" in recipe:
-        own, found = own[1:2], found[1:2]
+    numbers = [int(recipe["layers"])] if "layers" in recipe else range(LAYERS)
+    own, found = (learning(one, family, axes, numbers) for one in (model, learned))
     before = [weight.detach().clone() for weight in own]
     taught(model, dense, own, passes=3, seed=7)
     for old, wanted, weight in zip(before, own, found, strict=True):
@@ -127,7 +143,7 @@ def test_tokens_that_do_not_count(tmp_path):
     with torch.no_grad():
         wanted = answers(dense)[:40, 20:]
     (wanted.exp() * (wanted - answers(model)[:40, 20:])).sum().div(wanted[..., 0].numel()).backward()
-    for old, new in zip(outputs_of(model, "llama", ["mlp"]), outputs_of(made, "llama", ["mlp"]), strict=True):
+    for old, new in zip(*(learning(one, "llama", ["mlp"]) for one in (model, made)), strict=True):
         step = new - old  # Adam's first goes against the gradient's sign
         clear = old.grad.abs() > 1e-3 * old.grad.abs().max()
         assert torch.equal(step[clear].sign(), -old.grad[clear].sign())
@@ -156,8 +172,74 @@ def test_plan_written_and_applied(many, tmp_path):
     dicer.apply_plan(tmp_path / "plan", model, tmp_path / "applied")
     for name in ("model.safetensors", "dicer_plan.json", "dicer_plan.tensors"):
         assert (tmp_path / "pruned" / name).read_bytes() == (tmp_path / "applied" / name).read_bytes()
+    assert json.loads((tmp_path / "plan" / "dicer_plan.json").read_text())["format"] == 5
+    assert made.diff(dicer.load_plan(tmp_path / "plan")) == []
     plain = dicer.make_plan(model, recipe.model_copy(update={"distill": 0}))
     assert "layer 0 mlp: the same kept, repaired differently" in plain.diff(made)
+    layer = made.mlp[0]
+    other = {name: tensor + 1 for name, tensor in layer.repair.inputs.items()}
+    layers = {**made.mlp, 0: replace(layer, repair=replace(layer.repair, inputs=other))}
+    assert made.diff(replace(made, axes={"mlp": layers})) == ["layer 0 mlp: the same kept, repaired differently"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis"),
+    [
+        *((kind, "all") for kind in ("falcon", "gpt_neox", "bloom", "qwen3", "phi", "glm", "gpt_bigcode")),
+        *((kind, "mlp") for kind in ("starcoder2", "cohere", "nemotron", "exaone4", "olmo2")),
+    ],
+)
+def test_written_as_it_was_learned(kind, axis, tmp_path):
+    """Whatever form a type keeps its tensors in: written, it is nearer to the dense model, and what verify expects."""
+    tiny_of_type(kind).save_pretrained(tmp_path / "model")
+    tokens, asked = tiny_input(60), {"axis": axis, "ratio": 0.5, "repair": "least-squares"}
+    source, losses = open_model(tmp_path / "model"), []
+    dense = dicer.load(tmp_path / "model")
+    for passes in (0, 10):
+        recipe = dicer.Recipe(calib=written(tmp_path, tokens), distill=passes, **asked)
+        dicer.prune(tmp_path / "model", recipe, output=tmp_path / f"{passes}")
+        losses.append(loss_of(dicer.load(tmp_path / f"{passes}"), dense, tokens))
+    assert losses[1] < losses[0]
+    plan = dicer.load_plan(tmp_path / "10")
+    learned = {name for layer in plan.mlp.values() for name in layer.repair.inputs}
+    assert len(learned) >= 1
+    with torch.no_grad():
+        expected = answers(masked_model(source, plan), tokens)
+        torch.testing.assert_close(answers(dicer.load(tmp_path / "10"), tokens), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_learned_tensors_that_do_not_fit(many, tmp_path):
+    model = save_tiny(tmp_path / "model", "gpt2")
+    made = dicer.make_plan(model, dicer.Recipe(ratio=0.3, repair="least-squares", calib=many, distill=1))
+    made.save(tmp_path / "plan")
+    path = tmp_path / "plan" / "dicer_plan.tensors"
+    tensors = load_file(path)
+    name = "mlp.2.learned.mlp.c_fc.bias"
+    for changed in (
+        {key: tensor for key, tensor in tensors.items() if key != name},
+        {**tensors, name: tensors[name] + 1},
+        {**tensors, "mlp.2.learned.another": tensors[name].clone()},
+    ):
+        save_file(changed, path)
+        with pytest.raises(PlanError, match="layer 2 has another repaired output projection than its JSON file says"):
+            dicer.load_plan(tmp_path / "plan")
+    layer = made.mlp[2]
+    inputs = layer.repair.inputs
+    for other in (
+        {**inputs, "mlp.c_fc.bias": torch.zeros(3)},
+        {**inputs, "mlp.c_proj.weight": layer.repair.weight.clone()},
+        {**inputs, "mlp.nowhere": torch.zeros(3)},
+    ):
+        layers = {**made.mlp, 2: replace(layer, repair=replace(layer.repair, inputs=other))}
+        replace(made, axes={"mlp": layers}).save(tmp_path / "other")
+        with pytest.raises(PlanError, match=r"the plan's learned 'mlp.* in layer 2 is not the model's"):
+            dicer.apply_plan(tmp_path / "other", model, tmp_path / "applied")
+    endless = {"mlp.c_fc.bias": inputs["mlp.c_fc.bias"] * torch.inf}
+    layers = {**made.mlp, 2: replace(layer, repair=replace(layer.repair, inputs=endless))}
+    replace(made, axes={"mlp": layers}).save(tmp_path / "other")
+    with pytest.raises(PlanError, match="layer 2 has a repaired output projection that does not fit"):
+        dicer.load_plan(tmp_path / "other")
+    assert not (tmp_path / "applied").exists()
 
 
 def test_what_cannot_be(many, tmp_path, monkeypatch):
@@ -176,5 +258,5 @@ def test_what_cannot_be(many, tmp_path, monkeypatch):
 
 def test_answers_that_are_not_finite(pruned, monkeypatch):
     monkeypatch.setattr(distill, "_divergence", lambda *_: float("nan"))
-    with pytest.raises(RecipeError, match="not finite while its output projections learn"):
+    with pytest.raises(RecipeError, match="not finite while it learns"):
         pruned(tiny_model("llama"), distill=1)

@@ -59,7 +59,7 @@ def test_broken_file(saved, name, content):
 
 
 RECORDS = [
-    (lambda r: r.update(format=5), "it has format 5, and this version of dicer reads 1 to 4"),
+    (lambda r: r.update(format=6), "it has format 6, and this version of dicer reads 1 to 5"),
     (lambda r: r.pop("format"), "'format' is missing"),
     (lambda r: r.pop("axes"), "'axes' is missing"),
     (lambda r: r["model"].pop("fingerprint"), "'model.fingerprint' is missing"),

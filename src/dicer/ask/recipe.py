@@ -132,8 +132,8 @@ class Recipe(Strict):
         default=0,
         ge=0,
         le=1000,
-        description="passes over the calibration text in which all repaired columns learn together from the dense "
-        "model's answers; the whole model is in memory then",
+        description="passes over the calibration text in which what stays of all repaired sub-layers learns together "
+        "from the dense model's answers; the whole model is in memory then",
         json_schema_extra=REPAIR,
     )
     rolls: int = Field(

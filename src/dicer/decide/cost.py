@@ -29,7 +29,8 @@ _READ_AROUND = 512 * 1024  # bytes of a block that the system maps for a row in 
 _MADE = 3  # tensors at once: what is written, the next that is made, and what that is made from
 _SHARDS = 2  # that are written at once
 _PIECES = 2**25  # bytes of what is written and of what is made next
-_LEARNED = 5  # float32 of each column that learns: it, its gradient, two moments, and what the plan has
+_LEARNED = 5  # float32 of each weight that learns: it, its gradient, two moments, and what the plan has
+_AT_FULL_SIZE = 2  # of its whole tensor in the model's dtype: as the cut makes it, and its gradient
 _KEPT_STATES, _KEPT_INPUTS = 4, 4  # of a layer's hidden states and inner ones, that a gradient's way back reads
 _ANSWERS = 6  # rows of the vocabulary for each token: two models', as they are, as probabilities, their gradients
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
@@ -172,17 +173,18 @@ def _resident(task: Asked, weights: Weights) -> Cost:
 
 
 def _learning(task: Asked, layers: int) -> int:
-    """Bytes of the columns that learn, with their gradients and moments, and of what a step keeps for its way back."""
-    family, width = task.source.family, _width(task)
-    inputs = {name: max(family.units(name)) * axis.channels for name, axis in family.axes.items()}
-    columns = sum(inputs[place.axis] for place in task.places) * width
+    """Bytes of the weights that learn, with their gradients and moments, and of what a step keeps for its way back."""
+    family, width, infos = task.source.family, _width(task), task.source.tensors.infos()
+    pieces = {(place.layer, piece.name) for place in task.places for piece in family.axes[place.axis].slices}
+    weights = sum(info.numel for name, info in infos.items() if family.locate(name) in pieces)
+    inputs = sum(max(family.units(name)) * axis.channels for name, axis in family.axes.items())
     length = 0 if task.calibration is None else task.calibration.tokens.shape[1]
     samples = max(1, STEP_TOKENS // max(length, 1))
     tokens = min(samples, task.compute.batch_size or samples) * length
     behind = layers - min(task.layers)  # layers that a gradient goes back through
-    kept = behind * (_KEPT_STATES * width + _KEPT_INPUTS * sum(inputs.values())) * _itemsize(task)
+    kept = behind * (_KEPT_STATES * width + _KEPT_INPUTS * inputs) * _itemsize(task)
     answers = _ANSWERS * 4 * int(task.source.text_config.vocab_size)
-    return _LEARNED * 4 * columns + tokens * (kept + answers)
+    return (_LEARNED * 4 + _AT_FULL_SIZE * _itemsize(task)) * weights + tokens * (kept + answers)
 
 
 def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:

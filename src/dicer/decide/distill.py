@@ -1,14 +1,14 @@
-"""Output projections that learn, all of them together, from what the dense model answers to the calibration text.
+"""What stays of the repaired sub-layers learns, all of them together, from what the dense model answers.
 
-A repair mends each sub-layer by itself, towards its own output. Here the kept columns of all layers follow the gradient
-of KL(dense || pruned), the loss that a pruned model is judged by (Hinton et al. 2015; as the last step of pruning:
-Minitron, Muralidharan et al. 2024). What learns are the numbers that a repair writes anyhow, so nothing else changes.
+A repair mends each sub-layer by itself, towards its own output. Here the weights that stay in all of them follow the
+gradient of KL(dense || pruned), the loss that a pruned model is judged by (Hinton et al. 2015; as the last step of
+pruning: Minitron, Muralidharan et al. 2024).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -20,9 +20,9 @@ from dicer.decide.repair import masked
 from dicer.errors import RecipeError
 from dicer.measure.batches import counted_of
 from dicer.measure.runner import swapping
-from dicer.measure.stores.resident import evaluating, frozen, replaced_forwards
+from dicer.measure.stores.resident import evaluating, frozen
 from dicer.measure.stores.store import LayerStore
-from dicer.model.units import SubLayer
+from dicer.model.units import Axis, Slice, SubLayer
 from dicer.progress import Progress, silent
 
 RATE = 2e-4  # of AdamW at its highest; from there along a cosine to zero
@@ -33,25 +33,56 @@ _LARGEST = 1.0  # norm of a step's gradient
 
 
 @dataclass(frozen=True)
-class _Output:
-    """A cut output projection: the inputs that stay, and columns that learn.
+class _Learner:
+    """What stays of one tensor, and learns.
 
     Attributes:
-        module: it, in the dense model.
-        rows: int64 [K * C], its inputs that stay.
-        weight: float32 [K * C, d].
-        others: name inside the layer -> what else the cut has made of it: merged rows, a bias.
+        name: the tensor's, inside its layer in memory.
+        piece: where the units lie in it.
+        parameter: it, in the dense model.
+        rows: int64, its rows along ``piece.dim`` that stay.
+        whole: the cut tensor at its full size, in the model's dtype; what goes is behind columns of zeros.
+        weight: float32, what stays of it.
     """
 
-    module: nn.Module
+    name: str
+    piece: Slice
+    parameter: nn.Parameter
     rows: Tensor
+    whole: Tensor
     weight: Tensor
+
+    def as_cut(self) -> Tensor:
+        """The tensor at its full size, with what was learned up to now."""
+        return self.whole.index_copy(self.piece.dim, self.rows, self.weight.to(self.whole.dtype))
+
+    def take_gradient(self) -> None:
+        """Add the gradient of the dense model's parameter, where there is one, to what stays of it."""
+        gradient, self.parameter.grad = self.parameter.grad, None
+        if gradient is not None:
+            own = gradient.index_select(self.piece.dim, self.rows).to(self.weight.dtype)
+            self.weight.grad = own if self.weight.grad is None else self.weight.grad + own
+
+
+@dataclass(frozen=True)
+class _Pupil:
+    """A sub-layer that learns: its tensors that do, and what else the cut has made of it (name -> tensor)."""
+
+    learners: tuple[_Learner, ...]
     others: dict[str, Tensor]
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        output = inputs.index_select(-1, self.rows) @ self.weight.to(inputs.dtype)
-        bias = getattr(self.module, "bias", None)
-        return output if bias is None else output + bias
+    def as_cut(self) -> dict[str, Tensor]:
+        """All tensors that the cut changes, by their names inside the layer."""
+        return {**self.others, **{learner.name: learner.as_cut() for learner in self.learners}}
+
+    def learned(self, layer: LayerPlan) -> LayerPlan:
+        """The plan with what was learned."""
+        assert layer.repair is not None
+        found = {learner.piece: learner.weight.detach().cpu() for learner in self.learners}
+        output = next(piece for piece in found if piece.is_output)
+        weight = found.pop(output).movedim(output.dim, 1).contiguous()
+        inputs = {piece.name: tensor.contiguous() for piece, tensor in found.items()}
+        return replace(layer, repair=replace(layer.repair, weight=weight, inputs=inputs))
 
 
 def distilled(
@@ -65,7 +96,7 @@ def distilled(
     at_once: int | None = None,
     progress: Progress = silent,
 ) -> dict[SubLayer, LayerPlan]:
-    """Plans whose repaired columns have learned from the dense model.
+    """Plans whose repaired sub-layers have learned from the dense model: their output projections, and what feeds them.
 
     Args:
         store: the dense model, whole; left as it is.
@@ -87,37 +118,50 @@ def distilled(
     if not learning or not batches:
         return dict(layers)
     model = store.whole()
-    outputs = {place: _output(store, place, layer) for place, layer in learning.items()}
-    weights = [output.weight.requires_grad_(True) for output in outputs.values()]
+    pupils = {place: _pupil(store, place, layer) for place, layer in learning.items()}
+    weights = [learner.weight for pupil in pupils.values() for learner in pupil.learners]
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=_BETAS, weight_decay=0.0)
     steps = passes * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
     with evaluating(model), frozen(model):
         progress("distill", 0, steps)
         for done, number in enumerate(_order(len(batches), passes, seed), start=1):
-            loss = _divergence(store, outputs, batches[number], counted_of(batches)[number], at_once)
+            loss = _divergence(store, pupils, batches[number], counted_of(batches)[number], at_once)
             if not math.isfinite(loss):
-                raise RecipeError(
-                    "the pruned model's answers are not finite while its output projections learn: try --dtype float32."
-                )
+                raise RecipeError("the pruned model's answers are not finite while it learns: try --dtype float32.")
             nn.utils.clip_grad_norm_(weights, _LARGEST)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             progress("distill", done, steps)
-    return {**layers, **{place: _learned(learning[place], outputs[place]) for place in learning}}
+    return {**layers, **{place: pupil.learned(learning[place]) for place, pupil in pupils.items()}}
 
 
-def _output(store: LayerStore, place: SubLayer, layer: LayerPlan) -> _Output:
+def _pupil(store: LayerStore, place: SubLayer, layer: LayerPlan) -> _Pupil:
     with store.layer(place.layer) as module:
         axis = store.axes(place.layer)[place.axis]
-        others = masked(axis, {name: parameter.detach() for name, parameter in module.named_parameters()}, layer)
-        output = module.get_submodule(axis.output)
-    del others[axis.output_slice.memory or axis.output_slice.name]
-    device = next(output.parameters()).device
+        parameters = dict(module.named_parameters())
+        others = masked(axis, {name: parameter.detach() for name, parameter in parameters.items()}, layer)
     assert layer.repair is not None
-    weight = layer.repair.weight.T.to(device, copy=True).contiguous()
-    return _Output(output, layer.rows(axis.channels).to(device), weight, others)
+    learners = []
+    for name, piece in _pieces(axis, parameters, layer):
+        parameter = parameters[name]
+        whole = others.pop(name, parameter.detach())
+        rows = piece.rows(layer.keep, layer.units).to(whole.device)
+        kept = layer.repair.tensor(piece)
+        kept = whole.index_select(piece.dim, rows) if kept is None else kept.to(whole.device, copy=True)
+        weight = kept.float().contiguous().requires_grad_(True)
+        learners.append(_Learner(name, piece, parameter, rows, whole, weight))
+    return _Pupil(tuple(learners), others)
+
+
+def _pieces(axis: Axis, parameters: Mapping[str, Tensor], layer: LayerPlan) -> Iterator[tuple[str, Slice]]:
+    """The tensors that learn, by their names in memory; one that lies there in another form is left as it is cut."""
+    names = [piece.memory or piece.name for piece in axis.slices]
+    for name, piece in zip(names, axis.slices, strict=True):
+        there = name in parameters and parameters[name].shape[piece.dim] == layer.units * sum(piece.blocks)
+        if piece.is_output or (there and names.count(name) == 1):
+            yield name, piece
 
 
 def _share(step: int, steps: int) -> float:
@@ -133,45 +177,56 @@ def _order(count: int, passes: int, seed: int) -> Iterator[int]:
 
 def _divergence(
     store: LayerStore,
-    outputs: Mapping[SubLayer, _Output],
+    pupils: Mapping[SubLayer, _Pupil],
     batch: Tensor,
     counted: Tensor | None,
     at_once: int | None,
 ) -> float:
-    """Mean KL(dense || pruned) over the tokens of a batch that count; its gradient is added to the columns'."""
+    """Mean KL(dense || pruned) over the tokens of a batch that count; its gradient is added to the learners'."""
     model, total = store.whole(), 0.0
     counts = torch.ones_like(batch, dtype=torch.bool) if counted is None else counted
     size = at_once or len(batch)
     for part, own in zip(batch.split(size), counts.split(size), strict=True):
         tokens = part.to(next(model.parameters()).device)
         with torch.no_grad():
-            dense = _log_probs(model, tokens)
-        with torch.enable_grad(), _as_cut(store, outputs):  # the way back, too, reads what the cut has made
-            apart = (dense.exp() * (dense - _log_probs(model, tokens))).sum(-1)  # [B, T]
-            loss = apart[own.to(apart.device)].sum() / max(int(counts.sum()), 1)
-            loss.backward()
-        total += float(loss.detach())
+            dense = _logits(model, tokens)
+        with torch.enable_grad(), _as_cut(store, pupils):  # the way back, too, reads what the cut has made
+            logits = _logits(model, tokens)
+            apart, slope = _apart(dense, logits.detach())
+            of = own.to(apart.device)
+            logits.backward(slope.mul_(of[..., None] / max(int(counts.sum()), 1)).to(logits.dtype))
+        for pupil in pupils.values():
+            for learner in pupil.learners:
+                learner.take_gradient()
+        total += float(apart[of].sum()) / max(int(counts.sum()), 1)
     return total
 
 
-def _log_probs(model: nn.Module, tokens: Tensor) -> Tensor:
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits  # [B, T, V]
-    return logits.float().log_softmax(-1)
+    return logits
+
+
+def _apart(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(dense || pruned) of each token [B, T], and its gradient by the pruned logits [B, T, V], of logits."""
+    wanted, found = (logits.float().log_softmax(-1) for logits in (dense, pruned))
+    share = wanted.exp()
+    apart = wanted.sub_(found).mul_(share).sum(-1)
+    return apart, found.exp_().sub_(share)
 
 
 @contextmanager
-def _as_cut(store: LayerStore, outputs: Mapping[SubLayer, _Output]) -> Iterator[None]:
-    """The dense model as the pruned one for a while; its output projections are those that learn."""
+def _as_cut(store: LayerStore, pupils: Mapping[SubLayer, _Pupil]) -> Iterator[None]:
+    """The dense model as the pruned one for a while; of what learns, gradients are asked for."""
+    parameters = [learner.parameter for pupil in pupils.values() for learner in pupil.learners]
     with ExitStack() as stack:
-        for place, output in outputs.items():
+        for place, pupil in pupils.items():
             module = stack.enter_context(store.layer(place.layer))
-            stack.enter_context(swapping(module))(output.others)
-        modules: dict[nn.Module, Callable[..., Tensor]] = {output.module: output for output in outputs.values()}
-        stack.enter_context(replaced_forwards(list(modules), lambda module: modules[module]))
-        yield
-
-
-def _learned(layer: LayerPlan, output: _Output) -> LayerPlan:
-    assert layer.repair is not None
-    weight = output.weight.detach().T.float().contiguous().cpu()
-    return replace(layer, repair=replace(layer.repair, weight=weight))
+            stack.enter_context(swapping(module))(pupil.as_cut())
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)

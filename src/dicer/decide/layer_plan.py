@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dicer.errors import PlanError
+from dicer.model.units import Slice
 
 MERGE = ("row", "weight_in", "weight_out")
 REPAIR = ("repaired", "repaired_bias")
+LEARNED = "learned."
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,28 @@ class Repair:
         weight: float32 [d, K * C], its columns for the units that stay, C for each.
         bias: float32 [d], what is added to its own bias; None where nothing is compensated.
         about: how it came about: ``ridge``, ``tokens``, ``error`` before and after; in the plan's JSON file.
+        inputs: what else of the sub-layer has learned from the dense model since, by its name inside the layer as on
+            disk: float32, cut, in the file's order. Empty where nothing has.
     """
 
     weight: Tensor
     bias: Tensor | None
     about: dict[str, Any]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensor(self, piece: Slice) -> Tensor | None:
+        """What a tensor of the sub-layer becomes, in the file's order; None where it is only cut."""
+        return self.weight.movedim(1, piece.dim) if piece.is_output else self.inputs.get(piece.name)
 
     def fits(self, keep: int) -> bool:
         """Whether these are finite numbers for so many units that stay."""
         fit = self.weight.ndim == 2 and keep > 0 and self.weight.shape[1] > 0 and self.weight.shape[1] % keep == 0
         bias = self.bias if self.bias is not None or not fit else self.weight[:, 0]
         tensors = (self.weight, bias)
-        numbers = all(t is not None and t.dtype == torch.float32 and bool(t.isfinite().all()) for t in tensors)
+        numbers = all(
+            t is not None and t.dtype == torch.float32 and bool(t.isfinite().all())
+            for t in (*tensors, *self.inputs.values())
+        )
         return fit and numbers and bias is not None and bias.shape == self.weight.shape[:1]
 
     def digest(self) -> str:
@@ -77,6 +90,8 @@ class Repair:
         for tensor in (self.weight, self.bias):
             if tensor is not None:
                 digest.update(tensor.contiguous().numpy().tobytes())
+        for name, tensor in sorted(self.inputs.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -91,7 +106,8 @@ class LayerPlan:
         merge: how the units that go live on in others; None where nothing is merged.
         means: float32 [N * C], the dense model's mean inputs of the output projection, C for each unit; a bias makes up
             for what the cut takes of them. None where nothing is compensated.
-        repair: the output projection as it was solved anew; None where the kept columns stay what they are.
+        repair: the output projection as it was solved anew, and what has learned since; None where what is kept stays
+            what it is.
     """
 
     units: int
@@ -107,6 +123,7 @@ class LayerPlan:
         found = {"keep": self.keep, "scores": self.scores, **merged, "means": self.means}
         if self.repair is not None:
             found |= {"repaired": self.repair.weight, "repaired_bias": self.repair.bias}
+            found |= {f"{LEARNED}{name}": tensor for name, tensor in self.repair.inputs.items()}
         return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
     def widths(self) -> dict[str, Any]:

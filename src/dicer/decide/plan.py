@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dicer.ask.axes import kind_of
-from dicer.decide.layer_plan import MERGE, REPAIR, Repair
+from dicer.decide.layer_plan import LEARNED, MERGE, REPAIR, Repair
 from dicer.decide.layer_plan import LayerPlan as LayerPlan
 from dicer.decide.layer_plan import Merge as Merge
-from dicer.decide.plan_file import FORMAT, WITHOUT_REPAIR, PlanFile, Widths, first_fault
+from dicer.decide.plan_file import FORMAT, WITHOUT_LEARNED, WITHOUT_REPAIR, PlanFile, Widths, first_fault
 from dicer.decide.plan_file import TENSORS as TENSORS
 from dicer.errors import PlanError
 from dicer.files import as_output_error, write_whole
@@ -90,10 +90,10 @@ class PrunePlan:
             for index, layer in sorted(layers.items()):
                 axes.setdefault(axis, {})[str(index)] = layer.widths()
                 tensors |= {f"{axis}.{index}.{name}": tensor for name, tensor in layer.tensors().items()}
+        repairs = [layer.repair for part in self.axes.values() for layer in part.values() if layer.repair]
+        learned = any(repair.inputs for repair in repairs)
         record = {
-            "format": FORMAT
-            if any(layer.repair for part in self.axes.values() for layer in part.values())
-            else WITHOUT_REPAIR,
+            "format": FORMAT if learned else WITHOUT_LEARNED if repairs else WITHOUT_REPAIR,
             "model": self.model,
             "recipe": self.recipe,
             "calibration": self.calibration,
@@ -150,7 +150,7 @@ class PrunePlan:
                     )
                 elif not _same_tensors(mine[index], theirs[index], MERGE):
                     lines.append(f"layer {index} {axis}: the same kept, others merged into them differently")
-                elif not _same_tensors(mine[index], theirs[index], REPAIR):
+                elif not _same_tensors(mine[index], theirs[index], (*REPAIR, LEARNED)):
                     lines.append(f"layer {index} {axis}: the same kept, repaired differently")
                 elif not _same_tensors(mine[index], theirs[index], ("means",)):
                     lines.append(f"layer {index} {axis}: the same kept, compensated differently")
@@ -163,7 +163,7 @@ def _te(entropy: Mapping[str, list[float]], name: str, index: int) -> str:
 
 
 def _same_tensors(first: LayerPlan, second: LayerPlan, names: tuple[str, ...]) -> bool:
-    a, b = ({n: t for n, t in layer.tensors().items() if n in names} for layer in (first, second))
+    a, b = ({n: t for n, t in layer.tensors().items() if n.startswith(names)} for layer in (first, second))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -238,7 +238,9 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -
         raise fault("has a part of a merge only")
     if merge is not None and not (kind_of(axis).can_merge and merge.fits(units, len(keep))):
         raise fault(f"has a merge that does not fit its {units} units")
-    layer = LayerPlan(units, keep, scores, merge, means, _repair(own, said))
+    prefix = f"{axis}.{index}.{LEARNED}"
+    learned = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    layer = LayerPlan(units, keep, scores, merge, means, _repair(own, said, learned))
     if layer.repair is not None and not layer.repair.fits(len(keep)):
         raise fault("has a repaired output projection that does not fit its units")
     if layer.repair is not None and layer.repair.digest() != (said.repair or {}).get("sha256"):
@@ -246,10 +248,11 @@ def _layer(tensors: Mapping[str, Tensor], axis: str, index: str, said: Widths) -
     return layer
 
 
-def _repair(own: Mapping[str, Tensor | None], said: Widths) -> Repair | None:
+def _repair(own: Mapping[str, Tensor | None], said: Widths, learned: dict[str, Tensor]) -> Repair | None:
     weight, bias = (own[name] for name in REPAIR)
-    if (weight is None) != (said.repair is None):
+    if (weight is None) != (said.repair is None) or (weight is None and learned):
         raise ValueError("a repaired output projection stands in one of its files only")
     if weight is None or said.repair is None:
         return None
-    return Repair(weight, bias, {name: value for name, value in said.repair.items() if name != "sha256"})
+    about = {name: value for name, value in said.repair.items() if name != "sha256"}
+    return Repair(weight, bias, about, learned)

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from dicer.ask.axes import AXES, kind_name
 
 # 1 knew neurons alone, and of 1 and 2 the tensors had another name; all are still read. 4 is written where output
-# projections were solved anew, so that a dicer that does not know that refuses it.
-FORMAT, WITHOUT_REPAIR = 4, 3
+# projections were solved anew, and 5 where more has learned, so that a dicer that does not know that refuses it.
+FORMAT, WITHOUT_LEARNED, WITHOUT_REPAIR = 5, 4, 3
 TENSORS = "dicer_plan.tensors"  # no .safetensors beside the weights, which loaders take for more of them
 _OLD_TENSORS = "dicer_plan.safetensors"
 
@@ -43,7 +43,7 @@ class _Allocation(BaseModel):
 class PlanFile(BaseModel):
     """dicer_plan.json; more keys may stand beside."""
 
-    format: Literal[1, 2, 3, 4]
+    format: Literal[1, 2, 3, 4, 5]
     model: _Model
     recipe: dict[str, Any]
     calibration: dict[str, Any]

@@ -34,10 +34,10 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
 
     Returns:
         The tensor with K units along ``piece.dim``: selected rows bit by bit, or the merge map applied in float32 (or
-        the repaired output projection), rounded once to the tensor's own dtype.
+        what was solved anew or has learned), rounded once to the tensor's own dtype.
     """
-    if piece.is_output and layer.repair is not None:
-        return layer.repair.weight.movedim(1, piece.dim).to(tensor.dtype)
+    if layer.repair is not None and (made := layer.repair.tensor(piece)) is not None:
+        return made.to(tensor.dtype)
     matrices = layer.merge_matrices()
     if matrices is None:
         return tensor.index_select(piece.dim, piece.rows(layer.keep, layer.units).to(tensor.device))
@@ -65,7 +65,8 @@ class _Sliced:
 
     def written(self) -> Tensor | Selection:
         """The same to be written: where rows are selected, which."""
-        if self.layer.merge is not None or (self.piece.is_output and self.layer.repair is not None):
+        repair = self.layer.repair
+        if self.layer.merge is not None or (repair is not None and repair.tensor(self.piece) is not None):
             return self()
         rows = self.piece.rows(self.layer.keep, self.layer.units)
         return Selection(self.source.tensors.read(self.name), self.piece.dim, rows)
@@ -127,9 +128,9 @@ def plan_cut(source: ModelSource, plan: PrunePlan, *, stock: bool = True) -> Cut
     family, before = source.family, source.tensors.infos()
     shapes = layer_shapes(family, source.config)
     axes = family.axes
-    _check(plan, shapes, axes)
-    kept = [i for i in range(len(shapes)) if i not in plan.blocks]
     places = _places(family, before)
+    _check(plan, shapes, axes, {place: before[name].shape for place, name in places.items()})
+    kept = [i for i in range(len(shapes)) if i not in plan.blocks]
     after = [_shape_after(plan, i, shapes[i], _native_biases(axes, shapes[i], places, i)) for i in kept]
     cut = Cut({}, {}, {}, {}, before, source)
     number = {old: new for new, old in enumerate(kept)}
@@ -158,7 +159,12 @@ def plan_cut(source: ModelSource, plan: PrunePlan, *, stock: bool = True) -> Cut
     return cut
 
 
-def _check(plan: PrunePlan, shapes: list[LayerShape], axes: Mapping[str, Axis]) -> None:
+def _check(
+    plan: PrunePlan,
+    shapes: list[LayerShape],
+    axes: Mapping[str, Axis],
+    before: Mapping[tuple[int, str], tuple[int, ...]],
+) -> None:
     for axis, layers in plan.axes.items():
         for index, layer in layers.items():
             found = shapes[index].units[axis] if index < len(shapes) else 0
@@ -167,6 +173,11 @@ def _check(plan: PrunePlan, shapes: list[LayerShape], axes: Mapping[str, Axis]) 
             channels = found * axes[axis].channels
             if layer.repair is not None and layer.repair.weight.shape[1] * found != len(layer.keep) * channels:
                 raise PlanError(f"the plan's repaired output projection of {axis} in layer {index} is not the model's.")
+            for name, tensor in ({} if layer.repair is None else layer.repair.inputs).items():
+                piece = next((one for one in axes[axis].slices if one.name == name and not one.is_output), None)
+                shape = before.get((index, name))
+                if piece is None or shape is None or tensor.shape != _cut_shape(shape, piece, layer):
+                    raise PlanError(f"the plan's learned '{name:.60}' in layer {index} is not the model's.")
             if layer.means is not None and len(layer.means) != channels:
                 raise PlanError(
                     f"the plan has means of {len(layer.means)} channels for {axis} in layer {index}, the model has "
@@ -176,6 +187,10 @@ def _check(plan: PrunePlan, shapes: list[LayerShape], axes: Mapping[str, Axis]) 
         raise PlanError(f"the plan removes all {len(shapes)} layers, and one has to stay.")
     if any(index >= len(shapes) for index in plan.blocks):
         raise PlanError(f"the plan removes layer {max(plan.blocks)}, and the model has {len(shapes)} layers.")
+
+
+def _cut_shape(shape: tuple[int, ...], piece: Slice, layer: LayerPlan) -> tuple[int, ...]:
+    return (*shape[: piece.dim], len(layer.keep) * sum(piece.blocks), *shape[piece.dim + 1 :])
 
 
 def _native_biases(
@@ -215,9 +230,7 @@ def _inside(cut: Cut, axes: Mapping[str, Axis], plan: PrunePlan, name: str, new:
     if axis is None or layer is None:
         return
     if piece is not None:
-        shape = list(info.shape)
-        shape[piece.dim] = len(layer.keep) * sum(piece.blocks)
-        cut.infos[target] = TensorInfo(tuple(shape), info.dtype)
+        cut.infos[target] = TensorInfo(_cut_shape(info.shape, piece, layer), info.dtype)
         cut.made[target] = _Sliced(cut.source, name, piece, layer)
     elif inner == axis.output_bias and layer.means is not None:
         cut.made[target] = lambda: _biased(cut.source, axis, layer, name)
