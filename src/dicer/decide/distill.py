@@ -30,6 +30,7 @@ STEP_TOKENS = 1024  # for each step
 _BETAS = (0.9, 0.99)
 _WARM = 0.05  # of all steps, in which the rate rises
 _LARGEST = 1.0  # norm of a step's gradient
+_ROWS = 32  # tokens whose answers are compared at once: what the cache holds, not what memory does
 
 
 @dataclass(frozen=True)
@@ -185,20 +186,19 @@ def _divergence(
     """Mean KL(dense || pruned) over the tokens of a batch that count; its gradient is added to the learners'."""
     model, total = store.whole(), 0.0
     counts = torch.ones_like(batch, dtype=torch.bool) if counted is None else counted
-    size = at_once or len(batch)
+    size, count = at_once or len(batch), max(int(counts.sum()), 1)
     for part, own in zip(batch.split(size), counts.split(size), strict=True):
         tokens = part.to(next(model.parameters()).device)
         with torch.no_grad():
             dense = _logits(model, tokens)
         with torch.enable_grad(), _as_cut(store, pupils):  # the way back, too, reads what the cut has made
             logits = _logits(model, tokens)
-            apart, slope = _apart(dense, logits.detach())
-            of = own.to(apart.device)
-            logits.backward(slope.mul_(of[..., None] / max(int(counts.sum()), 1)).to(logits.dtype))
+            apart, slope = _apart(dense, logits.detach(), own.to(logits.device))
+            logits.backward(slope.div_(count))
         for pupil in pupils.values():
             for learner in pupil.learners:
                 learner.take_gradient()
-        total += float(apart[of].sum()) / max(int(counts.sum()), 1)
+        total += apart / count
     return total
 
 
@@ -207,12 +207,22 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits
 
 
-def _apart(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(dense || pruned) of each token [B, T], and its gradient by the pruned logits [B, T, V], of logits."""
-    wanted, found = (logits.float().log_softmax(-1) for logits in (dense, pruned))
-    share = wanted.exp()
-    apart = wanted.sub_(found).mul_(share).sum(-1)
-    return apart, found.exp_().sub_(share)
+def _apart(dense: Tensor, pruned: Tensor, counted: Tensor) -> tuple[float, Tensor]:
+    """The sum of KL(dense || pruned) over the tokens that count, and its gradient by the pruned logits [B, T, V].
+
+    Args:
+        dense: logits [B, T, V].
+        pruned: logits [B, T, V].
+        counted: bool [B, T].
+    """
+    total, slope = 0.0, torch.zeros_like(pruned)
+    parts = (one.flatten(0, -2).split(_ROWS) for one in (dense, pruned, slope))
+    for theirs, own, there, kept in zip(*parts, counted.flatten().split(_ROWS), strict=True):
+        wanted, found = (logits[kept].float().log_softmax(-1) for logits in (theirs, own))
+        share = wanted.exp()
+        total += float(wanted.sub_(found).mul_(share).sum())
+        there[kept] = found.exp_().sub_(share).to(there.dtype)
+    return total, slope
 
 
 @contextmanager
