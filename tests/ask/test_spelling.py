@@ -33,6 +33,8 @@ OTHER = {
     "target": "dense",
     "rolls": 4,
     "distill": 3,
+    "distill_calib": "c4",
+    "distill_samples": 64,
     "split": "equal",
     "entropy_search": "greedy",
     "entropy_at": "hidden",

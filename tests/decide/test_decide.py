@@ -44,7 +44,7 @@ def store(source):
 def task(source):
     def make(size=None, tokens=None, **asked):
         known = Calibration(tiny_tokens() if tokens is None else tokens, {"source": "a test"})
-        return with_text(prepare(source, Recipe(**asked), Compute(batch_size=size)), known=known)
+        return with_text(prepare(source, Recipe(**asked), Compute(batch_size=size)), read=lambda _: known)
 
     return make
 

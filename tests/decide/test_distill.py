@@ -17,8 +17,8 @@ from torch.nn.functional import kl_div
 import dicer
 from dicer.decide import distill
 from dicer.decide.cost import check_streams
-from dicer.decide.task import prepare
-from dicer.errors import PlanError, RecipeError
+from dicer.decide.task import prepare, with_text
+from dicer.errors import CalibrationError, PlanError, RecipeError
 from dicer.model.source import open_model
 from dicer.write.verify.masked import masked_model
 
@@ -42,6 +42,7 @@ def pruned(many):
         asked = {"method": "rc-a", "repair": "least-squares", "ratio": 0.3, "calib": many, **recipe}
         return dicer.prune(model, dicer.Recipe(**asked), dicer.Compute(batch_size=8))
 
+    prune.rows = many
     return prune
 
 
@@ -242,13 +243,48 @@ def test_learned_tensors_that_do_not_fit(many, tmp_path):
     assert not (tmp_path / "applied").exists()
 
 
+def test_text_of_its_own(pruned, tmp_path):
+    """Distillation reads another text than repair does."""
+    dense, some = tiny_model("llama"), written(tmp_path, TOKENS[:40])
+    asked = [{"calib": some, "distill": 0}, {"calib": some}, {}, {"calib": some, "distill_calib": pruned.rows}]
+    solved, few, whole, more = (pruned(dense, **{"distill": 1, "ridge": 0.1, **one}) for one in asked)
+    assert more.plan.calibration == {**few.plan.calibration, "distill": whole.plan.calibration}
+    assert more.plan.recipe["distill_calib"] == "rows.jsonl"
+    for layer in range(LAYERS):
+        one, other = solved.plan.mlp[layer], more.plan.mlp[layer]
+        assert torch.equal(one.keep, other.keep)
+        assert one.repair.about == other.repair.about
+        assert not torch.equal(other.repair.weight, few.plan.mlp[layer].repair.weight)
+    assert loss_of(more.model, dense) < loss_of(few.model, dense) < loss_of(solved.model, dense)
+
+
+def test_more_samples(tmp_path):
+    """Of a text that samples are cut of, as many as it was told."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{word} and {word * 7} are two of {word + 1}. " for word in range(4000)))
+    recipe = dicer.Recipe(ratio=0.3, repair="least-squares", calib=str(text), samples=50, seq_len=20)
+    model = save_tiny(tmp_path / "model", "llama")
+    asked = recipe.model_copy(update={"distill": 1, "distill_samples": 120})
+    made = dicer.make_plan(model, asked)
+    assert made.calibration["samples"] == 50
+    assert made.calibration["distill"]["samples"] == 120
+    assert made.calibration["distill"]["tokens_sha256"] != made.calibration["tokens_sha256"]
+
+
 def test_what_cannot_be(many, tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="--distill 1 needs --repair least-squares"):
         dicer.Recipe(distill=1).resolve()
     with pytest.raises(RecipeError, match="distill"):
         dicer.Recipe(repair="least-squares", distill=-1)
+    for name, value in (("distill_samples", 9), ("distill_calib", "c4")):
+        with pytest.raises(RecipeError, match=f"--{name.replace('_', '-')} {value} needs --distill"):
+            dicer.Recipe(repair="least-squares", **{name: value}).resolve()
     source = open_model(save_tiny(tmp_path / "model", "llama"))
     recipe = dicer.Recipe(repair="least-squares", calib=many, distill=1)
+    with pytest.raises(RecipeError, match="--distill-samples 9: ready input_ids are all read"):
+        with_text(prepare(source, recipe.model_copy(update={"distill_samples": 9})))
+    with pytest.raises(CalibrationError, match="no such text"):
+        with_text(prepare(source, recipe.model_copy(update={"distill_calib": "no such text"})))
     with pytest.raises(RecipeError, match="leave --stream out, or what reads them"):
         check_streams(prepare(source, recipe, dicer.Compute(stream=True)), whole=False)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -16,7 +16,8 @@ from tiny import LAYERS, save_tiny, tiny_tokens
 import dicer
 from dicer.ask.compute import Compute
 from dicer.ask.recipe import Recipe
-from dicer.decide.kept import KeptWalk
+from dicer.decide import distill
+from dicer.decide.kept import _Files
 from dicer.errors import RecipeError
 from dicer.measure.stores.streamed import StreamedStore
 
@@ -43,7 +44,7 @@ def _bytes(folder):
 
 def _killing(monkeypatch, moment):
     """Be killed in front of one of the writings; how many there were."""
-    write, done = KeptWalk._write, []
+    write, done = _Files._write, []
 
     def killed(self, name, tensors, index):
         if len(done) == moment:
@@ -51,7 +52,7 @@ def _killing(monkeypatch, moment):
         write(self, name, tensors, index)
         done.append(name)
 
-    monkeypatch.setattr(KeptWalk, "_write", killed)
+    monkeypatch.setattr(_Files, "_write", killed)
     return done
 
 
@@ -74,6 +75,39 @@ def test_killed_anywhere(model, calib, tmp_path, monkeypatch, asked):
         dicer.prune(model, recipe, STREAM, output=out, resume=True)
         assert _bytes(out) == _bytes(tmp_path / "whole"), moment
         assert not (tmp_path / f"out {moment}.resume").exists()
+
+
+def test_killed_while_it_learns(model, calib, tmp_path, monkeypatch):
+    recipe = Recipe(method="best", axis="all", ridge=0.1, layers="1-2", calib=calib, distill=7)
+    monkeypatch.setattr(distill, "_KEEP", 2)
+    dicer.prune(model, recipe, output=tmp_path / "whole")
+    for moment in range(6, 9):  # behind three layers, twice each: in front of what is kept in steps 2, 4 and 6
+        steps = []
+        with monkeypatch.context() as patch:
+            _killing(patch, moment)
+            with pytest.raises(Killed):
+                dicer.prune(model, recipe, output=tmp_path / "out", resume=True)
+        kept = 2 * (moment - 6)
+        dicer.prune(model, recipe, output=tmp_path / "out", resume=True, progress=lambda *said, s=steps: s.append(said))
+        assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole"), moment
+        learned = [done for stage, done, _ in steps if stage == "distill"]
+        assert learned == list(range(kept, 8))
+        for path in (tmp_path / "out").iterdir():
+            path.unlink()
+        (tmp_path / "out").rmdir()
+
+
+def test_damaged_lesson(model, calib, tmp_path, monkeypatch):
+    recipe = Recipe(method="best", ridge=0.1, layers="1-2", calib=calib, distill=5)
+    monkeypatch.setattr(distill, "_KEEP", 2)
+    with monkeypatch.context() as patch:
+        _killing(patch, 7)
+        with pytest.raises(Killed):
+            dicer.prune(model, recipe, output=tmp_path / "out", resume=True)
+    _flipped(tmp_path / "out.resume" / "distill" / "lesson.safetensors")
+    with pytest.raises(RecipeError, match="cannot be gone on from"):
+        dicer.prune(model, recipe, output=tmp_path / "out", resume=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_what_is_left(model, calib, tmp_path, monkeypatch):

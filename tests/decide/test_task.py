@@ -81,7 +81,7 @@ def test_rounded_to_nothing(source):
 
 def test_text_read_before(source):
     known = calibrated(tiny_tokens())
-    task = with_text(prepare(source, Recipe(calib="no such text")), known=known)
+    task = with_text(prepare(source, Recipe(calib="no such text")), read=lambda _: known)
     assert task.calibration is known
     assert isinstance(task, Decided)
     assert task.amounts.keep == {SubLayer(i, "mlp"): 30 for i in range(LAYERS)}
@@ -91,8 +91,8 @@ def test_tokens_of_another_model(source):
     with pytest.raises(
         RecipeError, match=r"token id 264, and the model knows 0 to 263: these ids are from another tok"
     ):
-        with_text(prepare(source, Recipe()), known=calibrated(torch.tensor([[1, 264]])))
+        with_text(prepare(source, Recipe()), read=lambda _: calibrated(torch.tensor([[1, 264]])))
     gpt2 = prepare(from_memory(tiny_model("gpt2")), Recipe())
     with pytest.raises(RecipeError, match="samples of 129 tokens are longer than the model's 128 positions"):
-        with_text(gpt2, known=calibrated(tiny_tokens(1, 129)))
-    with_text(prepare(source, Recipe()), known=calibrated(tiny_tokens(1, 129)))  # rotary positions have no end
+        with_text(gpt2, read=lambda _: calibrated(tiny_tokens(1, 129)))
+    with_text(prepare(source, Recipe()), read=lambda _: calibrated(tiny_tokens(1, 129)))  # rotary positions have no end

@@ -34,7 +34,7 @@ def visits(model: Any, needs: list[Need], **more: Any) -> dict[str, Visit]:
 def plan(model: Any, samples: int = 4, **asked: Any) -> PrunePlan:
     source = from_memory(model)
     known = Calibration(tiny_input(samples), {"source": "a test"})
-    task = with_text(prepare(source, Recipe(**asked)), known=known)
+    task = with_text(prepare(source, Recipe(**asked)), read=lambda _: known)
     return score([task], ResidentStore(model, source.family))[0]
 
 

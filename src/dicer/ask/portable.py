@@ -27,6 +27,8 @@ def portable(recipe: Recipe, method: Method, compute: Compute) -> dict[str, Any]
         "allocate": _by_content(method.allocate) if method.from_file else method.allocate,
         "calib": ",".join(map(base_name, sources_of(recipe.text.source))),
     }
+    if recipe.distill_calib:
+        named["distill_calib"] = ",".join(map(base_name, sources_of(recipe.distill_calib)))
     if recipe.entropy_profile:
         named["entropy_profile"] = _by_content(recipe.entropy_profile)
     if recipe.family:

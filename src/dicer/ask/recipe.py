@@ -39,6 +39,8 @@ _ADDED = {
     "rolls": 1,
     "skip_first": 0,
     "distill": 0,
+    "distill_calib": None,
+    "distill_samples": 0,
 }
 _FOR_REPAIR = {"samples": 32, "seq_len": 512}  # ten tokens for each of a small model's neurons, not less than one
 Settings = tuple[tuple[str, str | int | float | bool | None], ...]  # parameter of a part -> value
@@ -134,6 +136,18 @@ class Recipe(Strict):
         le=1000,
         description="passes over the calibration text in which what stays of all repaired sub-layers learns together "
         "from the dense model's answers; the whole model is in memory then",
+        json_schema_extra=REPAIR,
+    )
+    distill_calib: str | None = Field(
+        default=None,
+        description="text that --distill reads, as --calib says one (default: the calibration text)",
+        json_schema_extra=REPAIR,
+    )
+    distill_samples: int = Field(
+        default=0,
+        ge=0,
+        le=LARGEST,
+        description="samples that --distill reads (default: as many as --samples)",
         json_schema_extra=REPAIR,
     )
     rolls: int = Field(
@@ -243,10 +257,18 @@ class Recipe(Strict):
         """Machine options: those that are given, else those that an old call put into the recipe, else the default."""
         return compute or self._compute or Compute()
 
+    @property
+    def lesson(self) -> Text | None:
+        """What distillation reads, where that is another text, or more of it."""
+        if not self.distill_calib and not self.distill_samples:
+            return None
+        return self.text.part(self.distill_calib or self.text.source, self.distill_samples or self.text.samples)
+
     def files(self) -> list[str]:
         """What it may name on the disk: text, ratios, a profile, and the files of parts of one's own."""
         parts = (part.rpartition(":")[0] for part in (self.criterion, self.grouping, self.merge) if part)
-        named = (*sources_of(self.text.source), self.allocate, self.entropy_profile, self.family, *parts)
+        texts = (*sources_of(self.text.source), *sources_of(self.distill_calib or ""))
+        named = (*texts, self.allocate, self.entropy_profile, self.family, *parts)
         return [name for name in named if name]
 
     def flat(self) -> dict[str, Any]:
@@ -339,6 +361,9 @@ def _check_repair(recipe: Recipe, method: Method) -> None:
     for name in ("ridge", "target", "distill"):
         if method.repair == "none" and getattr(recipe, name) != Recipe.model_fields[name].default:
             raise RecipeError(f"--{name} {getattr(recipe, name)} needs --repair least-squares.")
+    for name in ("distill_calib", "distill_samples"):
+        if getattr(recipe, name) and not recipe.distill:
+            raise RecipeError(f"--{name.replace('_', '-')} {getattr(recipe, name)} needs --distill.")
     if recipe.rolls > 1 and (method.grouping != "random" or method.merge != "prune"):
         raise RecipeError(
             f"--rolls {recipe.rolls} tries random partitions, which needs --grouping random and --merge prune; these "

@@ -178,7 +178,8 @@ def _learning(task: Asked, layers: int) -> int:
     pieces = {(place.layer, piece.name) for place in task.places for piece in family.axes[place.axis].slices}
     weights = sum(info.numel for name, info in infos.items() if family.locate(name) in pieces)
     inputs = sum(max(family.units(name)) * axis.channels for name, axis in family.axes.items())
-    length = 0 if task.calibration is None else task.calibration.tokens.shape[1]
+    lesson = task.lesson or task.calibration
+    length = 0 if lesson is None else lesson.tokens.shape[1]
     samples = max(1, STEP_TOKENS // max(length, 1))
     tokens = min(samples, task.compute.batch_size or samples) * length
     behind = layers - min(task.layers)  # layers that a gradient goes back through

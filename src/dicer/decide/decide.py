@@ -139,12 +139,18 @@ def _plan(task: Decided, seen: Seen) -> PrunePlan:
     return PrunePlan(
         model={"name": source.name, "model_type": str(source.config.model_type), "fingerprint": source.fingerprint},
         recipe=portable(task.recipe, task.method, task.compute),
-        calibration=task.calibration.provenance if task.calibration else {},
+        calibration=_read(task),
         versions={name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")},
         axes=axes,
         blocks=tuple(sorted({*amounts.blocks, *empty})),
         allocation={"target": task.budget.target, "whole": task.budget.whole, **amounts.provenance, "notes": notes},
     )
+
+
+def _read(task: Decided) -> dict[str, object]:
+    """Where the tokens come from."""
+    found = task.calibration.provenance if task.calibration else {}
+    return found if task.lesson is None else {**found, "distill": task.lesson.provenance}
 
 
 def _tokens_note(tokens: Mapping[SubLayer, Sequence[int]]) -> list[str]:

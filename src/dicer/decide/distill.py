@@ -7,10 +7,12 @@ pruning: Minitron, Muralidharan et al. 2024).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,19 @@ STEP_TOKENS = 1024  # for each step
 _BETAS = (0.9, 0.99)
 _WARM = 0.05  # of all steps, in which the rate rises
 _LARGEST = 1.0  # norm of a step's gradient
+_WEIGHT = "weight"
+_KEEP = 100  # steps between two that are kept
 _ROWS = 32  # tokens whose answers are compared at once: what the cache holds, not what memory does
+
+
+class Along(Protocol):
+    """Where a distillation that may be killed keeps what it has learned."""
+
+    def state(self) -> tuple[int, Mapping[str, Tensor]]:
+        """Steps that are done, and what was kept of them."""
+
+    def keep(self, done: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what was learned in so many steps."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ def distilled(
     rate: float = RATE,
     seed: int = 0,
     at_once: int | None = None,
+    along: Along | None = None,
     progress: Progress = silent,
 ) -> dict[SubLayer, LayerPlan]:
     """Plans whose repaired sub-layers have learned from the dense model: their output projections, and what feeds them.
@@ -107,6 +122,7 @@ def distilled(
         rate: of AdamW.
         seed: of that order.
         at_once: samples that go through the model together, where a step has more; this changes the last bits alone.
+        along: where it goes on if it was stopped.
         progress: called with (stage, done, total).
 
     Returns:
@@ -121,20 +137,21 @@ def distilled(
     model = store.whole()
     pupils = {place: _pupil(store, place, layer) for place, layer in learning.items()}
     weights = [learner.weight for pupil in pupils.values() for learner in pupil.learners]
-    optimizer = torch.optim.AdamW(weights, lr=rate, betas=_BETAS, weight_decay=0.0)
-    steps = passes * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
+    optimizer = torch.optim.AdamW(weights, betas=_BETAS, weight_decay=0.0)
+    steps, start = passes * len(batches), 0 if along is None else _restored(optimizer, weights, along)
     with evaluating(model), frozen(model):
-        progress("distill", 0, steps)
-        for done, number in enumerate(_order(len(batches), passes, seed), start=1):
+        progress("distill", start, steps)
+        for step, number in itertools.islice(enumerate(_order(len(batches), passes, seed)), start, None):
             loss = _divergence(store, pupils, batches[number], counted_of(batches)[number], at_once)
             if not math.isfinite(loss):
                 raise RecipeError("the pruned model's answers are not finite while it learns: try --dtype float32.")
             nn.utils.clip_grad_norm_(weights, _LARGEST)
+            optimizer.param_groups[0]["lr"] = rate * _share(step, steps)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
-            progress("distill", done, steps)
+            if along is not None and (step + 1) % _KEEP == 0:
+                along.keep(step + 1, _learned(optimizer, weights))
+            progress("distill", step + 1, steps)
     return {**layers, **{place: pupil.learned(learning[place]) for place, pupil in pupils.items()}}
 
 
@@ -163,6 +180,27 @@ def _pieces(axis: Axis, parameters: Mapping[str, Tensor], layer: LayerPlan) -> I
         there = name in parameters and parameters[name].shape[piece.dim] == layer.units * sum(piece.blocks)
         if piece.is_output or (there and names.count(name) == 1):
             yield name, piece
+
+
+def _learned(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The weights and what the optimizer knows of each, by their number."""
+    found: dict[str, Tensor] = {}
+    for number, weight in enumerate(weights):
+        found |= {f"{number}/{name}": tensor for name, tensor in {_WEIGHT: weight, **optimizer.state[weight]}.items()}
+    return found
+
+
+def _restored(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], along: Along) -> int:
+    """Take in what :func:`_learned` gave; how many steps were done."""
+    done, held = along.state()
+    for name, tensor in held.items():
+        number, _, what = name.partition("/")
+        weight = weights[int(number)]
+        if what == _WEIGHT:
+            weight.data.copy_(tensor)
+        else:
+            optimizer.state[weight][what] = tensor.to(tensor.device if what == "step" else weight.device)
+    return done
 
 
 def _share(step: int, steps: int) -> float:

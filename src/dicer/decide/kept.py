@@ -27,7 +27,7 @@ from dicer.model.units import SubLayer
 from dicer.processes import several
 from dicer.reading import check_plain, read_json
 
-_KEY, _STATES = "run.json", "hidden.safetensors"
+_KEY, _STATES, _LESSON = "run.json", "hidden.safetensors", "lesson.safetensors"
 
 
 @dataclass
@@ -75,46 +75,37 @@ class Kept:
         self._walks += 1
         return KeptWalk(self._folder / f"walk-{self._walks}", seen)
 
+    def lesson(self) -> KeptLesson:
+        """The distillation behind the walks."""
+        return KeptLesson(self._folder / "distill")
+
     def remove(self) -> None:
         """Take the folder away, as the run has come to its end."""
         remove_whole(self._folder)
 
 
-class KeptWalk:
-    """One walk of a run that may be killed (:class:`dicer.measure.walk.Along`)."""
+class _Files:
+    """Tensors in files of a folder, each whole or not there, with the number of what they are."""
 
-    def __init__(self, folder: Path, seen: Seen) -> None:
-        self._folder, self._seen = folder, seen
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         folder.mkdir(exist_ok=True)
-        self.start = self._finished() + 1
-        for index in range(self.start):
-            _restore(seen, index, self._read(f"layer-{index:05d}.safetensors"))
 
-    def states(self) -> Sequence[Tensor]:
-        """The hidden states that go into the first layer that is not finished."""
-        held = self._read(_STATES)
-        return [held[f"{number:06d}"] for number in range(len(held))]
-
-    def finished(self, index: int, hidden: Sequence[Tensor]) -> None:
-        """Keep what a layer gave, and the states behind it."""
-        self._write(f"layer-{index:05d}.safetensors", _of_layer(self._seen, index), index)
-        self._write(_STATES, {f"{number:06d}": states for number, states in enumerate(hidden)}, index)
-
-    def _write(self, name: str, tensors: Mapping[str, Tensor], index: int) -> None:
+    def _write(self, name: str, tensors: Mapping[str, Tensor], number: int) -> None:
         with as_output_error(self._folder), folder_beside(self._folder / name) as scratch:
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(plain, scratch / name, metadata={"layer": str(index), "sha256": _digest(plain)})
+            save_file(plain, scratch / name, metadata={"layer": str(number), "sha256": _digest(plain)})
             (scratch / name).replace(self._folder / name)
 
-    def _finished(self) -> int:
-        """The last layer whose states are there; -1 where none is."""
-        if not (self._folder / _STATES).exists():
+    def _number(self, name: str) -> int:
+        """Of a file; -1 where it is not there."""
+        if not (self._folder / name).exists():
             return -1
-        with self._opened(_STATES) as file:
-            index = int(file.metadata()["layer"])
-            if index < 0:
-                raise ValueError(f"layer {index}")
-            return index
+        with self._opened(name) as file:
+            number = int(file.metadata()["layer"])
+            if number < 0:
+                raise ValueError(f"layer {number}")
+            return number
 
     def _read(self, name: str) -> dict[str, Tensor]:
         with self._opened(name) as file:
@@ -136,6 +127,40 @@ class KeptWalk:
         return RecipeError(f"{self._folder.parent} cannot be gone on from ({error}): remove it, and begin anew.")
 
 
+class KeptWalk(_Files):
+    """One walk of a run that may be killed (:class:`dicer.measure.walk.Along`)."""
+
+    def __init__(self, folder: Path, seen: Seen) -> None:
+        super().__init__(folder)
+        self._seen = seen
+        self.start = self._number(_STATES) + 1
+        for index in range(self.start):
+            _restore(seen, index, self._read(f"layer-{index:05d}.safetensors"))
+
+    def states(self) -> Sequence[Tensor]:
+        """The hidden states that go into the first layer that is not finished."""
+        held = self._read(_STATES)
+        return [held[f"{number:06d}"] for number in range(len(held))]
+
+    def finished(self, index: int, hidden: Sequence[Tensor]) -> None:
+        """Keep what a layer gave, and the states behind it."""
+        self._write(f"layer-{index:05d}.safetensors", _of_layer(self._seen, index), index)
+        self._write(_STATES, {f"{number:06d}": states for number, states in enumerate(hidden)}, index)
+
+
+class KeptLesson(_Files):
+    """The distillation of a run that may be killed (:class:`dicer.decide.distill.Along`)."""
+
+    def state(self) -> tuple[int, dict[str, Tensor]]:
+        """Steps that are done, and what was learned in them; nothing in none."""
+        done = self._number(_LESSON)
+        return (0, {}) if done < 0 else (done, self._read(_LESSON))
+
+    def keep(self, done: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what was learned in so many steps."""
+        self._write(_LESSON, tensors, done)
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """The SHA-256 of names, dtypes, shapes and content."""
     found = hashlib.sha256()
@@ -147,9 +172,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _identity(task: Asked) -> dict[str, Any]:
     """What must be the same for a run to go on: told apart by what a user calls it."""
-    text = task.calibration
-    tokens = b"" if text is None else text.tokens.numpy().tobytes()
-    mask = b"" if text is None or text.mask is None else text.mask.numpy().tobytes()
+    texts = [text for text in (task.calibration, task.lesson) if text is not None]
+    tokens = b"".join(text.tokens.numpy().tobytes() for text in texts)
+    mask = b"".join(text.mask.numpy().tobytes() for text in texts if text.mask is not None)
     versions = {name: importlib.metadata.version(name) for name in ("dicer", "torch", "transformers")}
     said = {
         "model": task.source.fingerprint,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
@@ -13,6 +14,7 @@ from dicer.ask.axes import axes_of, kind_name, kind_of
 from dicer.ask.compute import Compute
 from dicer.ask.methods import Method
 from dicer.ask.recipe import Recipe
+from dicer.ask.text import Text
 from dicer.decide.budget import Amounts, Budget, known_beforehand, make_budget
 from dicer.decide.grouping import GROUPINGS, Grouping
 from dicer.decide.merging import MERGES, Merging
@@ -50,6 +52,7 @@ class Asked:
         parts: the functions of the method.
         budget: how many parameters are to go, and from where.
         calibration: the tokens; None until they are read, and where nothing of the method looks at text.
+        lesson: those that distillation reads, where they are others.
     """
 
     source: ModelSource
@@ -59,6 +62,7 @@ class Asked:
     parts: Parts
     budget: Budget
     calibration: Calibration | None = None
+    lesson: Calibration | None = None
 
     @property
     def places(self) -> frozenset[SubLayer]:
@@ -122,7 +126,8 @@ class Asked:
     @property
     def notes(self) -> list[str]:
         """What the user should know before the result surprises her."""
-        notes = [*self.source.notes, *(self.calibration.notes if self.calibration else ())]
+        read = [note for text in (self.calibration, self.lesson) if text for note in text.notes]
+        notes = [*self.source.notes, *dict.fromkeys(read)]
         if ignored := self.source.ignored:
             notes.append(f"{len(ignored)} tensors that are no part of the model are left out ({ignored[0]} ...)")
         if self.method.merge != "prune" and self.method.grouping == "none":
@@ -280,13 +285,13 @@ def _parts(recipe: Recipe, method: Method) -> Parts:
 T = TypeVar("T", bound=Asked)
 
 
-def with_text(task: T, tokenizer: Any | None = None, known: Calibration | None = None) -> T:
+def with_text(task: T, tokenizer: Any | None = None, read: Callable[[Text], Calibration] | None = None) -> T:
     """The same with its calibration tokens, where its method looks at text.
 
     Args:
         task: from :func:`prepare`.
         tokenizer: for models in memory; others bring their own.
-        known: what the text gave before, so that it need not be read again.
+        read: what gives a text's tokens, where it is not this that reads them.
 
     Raises:
         CalibrationError: the text cannot be had or is too short.
@@ -294,10 +299,18 @@ def with_text(task: T, tokenizer: Any | None = None, known: Calibration | None =
     """
     if not task.runs_model:
         return task
-    source = task.source
-    calibration = known or load_calibration(task.recipe.text, tokenize_with(tokenizer or source.tokenizer()))
-    check_tokens(calibration.tokens, source)
-    return replace(task, calibration=calibration)
+    source, recipe = task.source, task.recipe
+    read = read or partial(load_calibration, tokenize=tokenize_with(tokenizer or source.tokenizer()))
+    calibration, lesson = read(recipe.text), None if recipe.lesson is None else read(recipe.lesson)
+    if lesson is not None and recipe.distill_samples and lesson.provenance["kind"] == "input_ids":
+        raise RecipeError(
+            f"--distill-samples {recipe.distill_samples}: ready input_ids are all read; leave it out, and name those "
+            "that distillation reads as --distill-calib."
+        )
+    for found in (calibration, lesson):
+        if found is not None:
+            check_tokens(found.tokens, source)
+    return replace(task, calibration=calibration, lesson=lesson)
 
 
 def check_tokens(tokens: Tensor, source: ModelSource) -> None:

@@ -139,7 +139,7 @@ def _kind(task: Asked) -> str:
 
 def _with_text(source: ModelSource, wanted: Wanted, texts: _Texts) -> Asked:
     task = prepare(source, *wanted)
-    return with_text(task, known=texts.get(task.recipe.text)) if task.runs_model else task
+    return with_text(task, read=texts.get)
 
 
 def _norms_key(task: Asked) -> object:

@@ -73,13 +73,15 @@ def walk_cut(task: Decided, store: LayerStore, progress: Progress, kept: Kept | 
         along=None if kept is None else kept.walk(seen),
     )
     if task.recipe.distill:
+        lesson = task.lesson or text
         seen.plans = distilled(
             store,
             seen.plans,
-            own_batches(text.tokens, None, STEP_TOKENS, text.mask),
+            own_batches(lesson.tokens, None, STEP_TOKENS, lesson.mask),
             task.recipe.distill,
             seed=task.recipe.seed,
             at_once=task.compute.batch_size,
+            along=None if kept is None else kept.lesson(),
             progress=progress,
         )
     return seen

@@ -265,7 +265,8 @@ def method_name(recipe: Recipe) -> str:
 _SAID_BY_VALUE = ("compensate", "schedule", "entropy_search", "entropy_at")
 _SAID_BY_NAME = {
     **{"max_ratio": "max", "min_width": "min", "drop_threshold": "drop", "split": "split", "rolls": "rolls"},
-    **{"ridge": "ridge", "target": "target-", "distill": "distill", "width_multiple": "multiple", "stock": "stock-"},
+    **{"ridge": "ridge", "target": "target-", "distill": "distill", "distill_samples": "lesson"},
+    **{"width_multiple": "multiple", "stock": "stock-"},
 }
 
 
@@ -276,6 +277,7 @@ def _how(recipe: Recipe, method: Method) -> list[str]:
     words: list[str] = [method.axis] if method.axis not in (preset.axis, "block") else []
     words += [Path(method.allocate).stem] if method.allocate != usual else []
     words += [Path(recipe.entropy_profile).stem] if recipe.entropy_profile else []
+    words += [Path(recipe.distill_calib).stem] if recipe.distill_calib else []
     words += [f"of-{method.ratio_of}"] if method.ratio_of not in (preset.ratio_of, "chosen") else []
     words += [method.repair] if method.repair != preset.repair else []
     words += [f"propagate-{method.propagate}"] if (method.propagate == "pruned") != (method.repair != "none") else []
