@@ -15,9 +15,11 @@ without scipy everything but clustering runs.
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -48,6 +50,7 @@ except ImportError:  # stand-ins for what the recipes below read of it
 
 import dicer
 from dicer.decide.decide import score
+from dicer.decide.kept import Kept
 from dicer.decide.plan import PrunePlan
 from dicer.decide.task import prepare, with_text
 from dicer.measure.batches import own_batches
@@ -123,15 +126,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "skip_first": 1,
     },
     "best": {"method": "best"},
-    "best distilled": {"method": "best", "distill": 2},
-    "best 1e-1 target dense, not the first, distilled": {
-        "method": "best",
-        "ridge": 1e-1,
-        "target": "dense",
-        "skip_first": 1,
-        "distill": 2,
-    },
 }
+RECIPES |= {
+    f"{name}, distilled": {**RECIPES[name], "distill": 1}
+    for name in ("obs solved cosine", "obs solved 1e-1 cosine target dense, not the first")
+}
+_HEAD_LINES = 3279  # of the train text that train_head.txt has
 NO_TEXT = ("weight-l2", "optipfair-static")
 PEERS = ("taylor", "optipfair-static", "optipfair-data", "act-weight", "flap", "modegpt", "blocks")
 OURS = (
@@ -183,8 +183,10 @@ class Bench:
         self.source = from_memory(self.model)
         half = self.model if options.dtype == "float32" else source.load_model(options.dtype, options.device)
         self.store = ResidentStore(half, self.source.family)  # what is decided on
+        self.lesson, self.keep = options.lesson, options.keep
         self.device, self.dtype, self.windows = options.device, options.dtype, options.windows
-        data, name = Path(options.data), options.other
+        self.data = data = Path(options.data)
+        name = options.other
         self.train = self._ids((data / "wikitext2" / "train_head.txt").read_text(encoding="utf-8"))
         texts = {"wikitext2": data / "wikitext2" / "test.txt"} | ({Path(name).stem: data / name} if name else {})
         self.texts = {name: self._text(path) for name, path in texts.items()}
@@ -205,9 +207,24 @@ class Bench:
         windows = self.train[: len(self.train) // length * length].reshape(-1, length)
         chosen = np.random.default_rng(draw).permutation(len(windows))[:samples]
         rows = [{"input_ids": windows[i].tolist()} for i in chosen]
-        path = folder / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
+        return _written(rows, folder / "rows.jsonl")
+
+    def lesson_rows(self, folder: Path) -> Path:
+        """Rows of 512 to learn from: those of 454x512 first, then windows of more of wikitext2 in a random order.
+
+        What there is of the train text beyond its head has <unk> for rare words: sentences with one are left out.
+        """
+        head = [json.loads(line) for line in self.rows("454x512", 0, folder).open()]
+        text = (self.data / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
+        with gzip.open(self.data / "wikitext2" / "train.tokens.txt.gz", "rt", encoding="utf-8") as file:
+            lines = [line.strip() for line in file.read().split("\n")[_HEAD_LINES:]]
+        parts = [[line] if line.startswith("= ") else re.split(r"(?<= [.!?]) ", line) for line in lines]
+        known = [" ".join(part for part in line if "<unk>" not in part) for line in parts]
+        rest = "\n".join(f" {line} " for line in known if line)
+        more = [row for ids in map(self._ids, (text, rest)) for row in ids[: len(ids) // 512 * 512].reshape(-1, 512)]
+        order = torch.randperm(len(more), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [*head, *({"input_ids": more[i].tolist()} for i in order)]
+        return _written(rows[: self.lesson], folder / "lesson.jsonl")
 
     def loss(self, model: Any) -> dict[str, float]:
         """Perplexity and mean KL(dense || pruned) on each text."""
@@ -228,9 +245,13 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             rows = self.rows(size, draw, Path(folder))
             start = time.perf_counter()
+            if asked.get("distill") and self.lesson:
+                asked["distill_calib"] = str(self.lesson_rows(Path(folder)))
             recipe = dicer.Recipe(calib=str(rows), layers=layers, ratio=ratio, seed=42 + draw, **asked)
             task = with_text(prepare(self.source, recipe, dicer.Compute(dtype=self.dtype, device=self.device)))
-            plan = self._blocks(task) if name == "blocks" else score([task], self.store)[0]
+            place = self.keep and self.keep / re.sub(r"\W+", "-", f"{name} {layers} {ratio} {size} {draw}")
+            kept = Kept(place, task) if place else None
+            plan = self._blocks(task) if name == "blocks" else score([task], self.store, kept=kept)[0]
             seconds = time.perf_counter() - start
         pruned = build_model(plan_cut(self.source, plan), torch.float32, self.device)
         solved = [layer.repair.about for axis in plan.axes.values() for layer in axis.values() if layer.repair]
@@ -238,6 +259,7 @@ class Bench:
         size_after = sum(parameter.numel() for parameter in pruned.parameters())
         found = {**self.loss(pruned), "seconds": seconds, "parameters": size_after, "device": self.device}
         found |= {"dtype": self.dtype} if self.dtype != "float32" else {}
+        found |= {"lesson": self.lesson} if "distill_calib" in asked else {}
         return {**found, **(about if solved else {})}
 
     def _blocks(self, task: Any) -> PrunePlan:
@@ -247,6 +269,11 @@ class Bench:
         count = round(task.budget.target / sizes[task.layers[0]])
         gone = sorted(sorted(task.layers, key=lambda layer: turned[layer])[: max(count, 1)])
         return replace(task.outline(), axes={}, blocks=tuple(gone))
+
+
+def _written(rows: list[dict[str, Any]], path: Path) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @torch.no_grad()
@@ -348,6 +375,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="")
     parser.add_argument("--draws", type=int, default=0)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--lesson", type=int, default=0, help="rows of 512 to distill from; 0: those of calibration")
+    parser.add_argument("--keep", type=Path, default=None, help="a folder from which runs that were stopped go on")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--figure", type=Path, default=None, help="draw what the JSON file has, and run nothing")
