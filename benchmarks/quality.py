@@ -201,20 +201,20 @@ class Bench:
         ids = self._ids("\n\n".join(path.read_text(encoding="utf-8")[: self.windows * 12_000].split("\n")))
         return ids[: self.windows * 1024].reshape(self.windows, 1, 1024).to(self.device)
 
-    def rows(self, size: str, draw: int, folder: Path) -> Path:
+    def rows(self, size: str, draw: int, path: Path) -> Path:
         """Ready calibration rows: windows side by side, in another order for every draw."""
         samples, length = map(int, size.split("x"))
         windows = self.train[: len(self.train) // length * length].reshape(-1, length)
         chosen = np.random.default_rng(draw).permutation(len(windows))[:samples]
         rows = [{"input_ids": windows[i].tolist()} for i in chosen]
-        return _written(rows, folder / "rows.jsonl")
+        return _written(rows, path)
 
     def lesson_rows(self, folder: Path) -> Path:
         """Rows of 512 to learn from: those of 454x512 first, then windows of more of wikitext2 in a random order.
 
         What there is of the train text beyond its head has <unk> for rare words: sentences with one are left out.
         """
-        head = [json.loads(line) for line in self.rows("454x512", 0, folder).open()]
+        head = [json.loads(line) for line in self.rows("454x512", 0, folder / "head.jsonl").open()]
         text = (self.data / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
         with gzip.open(self.data / "wikitext2" / "train.tokens.txt.gz", "rt", encoding="utf-8") as file:
             lines = [line.strip() for line in file.read().split("\n")[_HEAD_LINES:]]
@@ -243,15 +243,17 @@ class Bench:
         """One recipe: its loss, and the seconds that deciding took."""
         asked = dict(RECIPES[name])
         with tempfile.TemporaryDirectory() as folder:
-            rows = self.rows(size, draw, Path(folder))
+            rows = self.rows(size, draw, Path(folder) / "rows.jsonl")
             start = time.perf_counter()
             if asked.get("distill") and self.lesson:
                 asked["distill_calib"] = str(self.lesson_rows(Path(folder)))
             recipe = dicer.Recipe(calib=str(rows), layers=layers, ratio=ratio, seed=42 + draw, **asked)
             task = with_text(prepare(self.source, recipe, dicer.Compute(dtype=self.dtype, device=self.device)))
-            place = self.keep and self.keep / re.sub(r"\W+", "-", f"{name} {layers} {ratio} {size} {draw}")
-            kept = Kept(place, task) if place else None
+            place = re.sub(r"\W+", "-", f"{name} {layers} {ratio} {size} {draw} {self.lesson}")
+            kept = Kept(self.keep / place, task) if self.keep and not task.needs_gradient else None
             plan = self._blocks(task) if name == "blocks" else score([task], self.store, kept=kept)[0]
+            if kept is not None:
+                kept.remove()
             seconds = time.perf_counter() - start
         pruned = build_model(plan_cut(self.source, plan), torch.float32, self.device)
         solved = [layer.repair.about for axis in plan.axes.values() for layer in axis.values() if layer.repair]
@@ -386,7 +388,8 @@ def main() -> None:
     if options.figure:
         figure(found, options.figure, options.layers or "5-28", options.sizes or "32x512", options.device)
         return
-    known = [{key: one[key] for key in ("recipe", "layers", "ratio", "size", "draw")} for one in found]
+    done = [one for one in found if one.get("lesson", options.lesson) == options.lesson]
+    known = [{key: one[key] for key in ("recipe", "layers", "ratio", "size", "draw")} for one in done]
     runs = [one for one in runs_of(options) if one not in known]
     bench = Bench(options)
     dense = bench.loss(bench.model)

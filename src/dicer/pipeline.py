@@ -281,7 +281,7 @@ def _reference(
 
 
 def _note_same_text(result: Result, task: Asked, perplexity_text: str | None) -> None:
-    same = task.calibration is not None and perplexity_text == task.recipe.text.source
+    same = task.calibration is not None and perplexity_text in {text.source for text in task.recipe.texts}
     if same and perplexity_text != "builtin":  # which keeps blocks apart
         result.notes.append("the perplexity is that of the calibration text itself; another would tell more")
 

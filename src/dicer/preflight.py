@@ -11,7 +11,7 @@ from typing import Any
 from dicer.ask.compute import Compute
 from dicer.ask.evaluation import Evaluation
 from dicer.ask.recipe import Recipe
-from dicer.decide.cost import check_streams
+from dicer.decide.cost import check_streams, planned_bytes
 from dicer.decide.task import Asked, Decided, prepare
 from dicer.errors import RecipeError
 from dicer.evaluate.texts import check_texts
@@ -92,7 +92,8 @@ def look(
     task = prepare(source, recipe, _as_it_is(model, compute) if in_memory else compute)
     check_streams(task, whole=bool(perplexity_text or fidelity_text))
     if task.runs_model:
-        check_text(recipe.text)
+        for text in recipe.texts:
+            check_text(text)
     if perplexity_text is not None:
         check_source(perplexity_text, ("builtin",), "perplexity text")
     check_texts(fidelity_evaluation(fidelity_text).text)
@@ -115,7 +116,7 @@ def look(
     else:
         before, after = foreseen(task)
     if output is not None:
-        check_space(Path(output), after.nbytes)
+        check_space(Path(output), after.nbytes + planned_bytes(task))
     return Look(task, before, after, pick_device(task.compute.device), cut, proofs, tokenizer)
 
 

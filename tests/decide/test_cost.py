@@ -16,7 +16,7 @@ import dicer
 from dicer.ask.compute import Compute
 from dicer.ask.recipe import Recipe
 from dicer.decide import cost
-from dicer.decide.cost import as_foreseen, foresee, open_store, weigh
+from dicer.decide.cost import as_foreseen, foresee, open_store, planned_bytes, weigh
 from dicer.decide.decide import score
 from dicer.decide.task import prepare, with_text
 from dicer.errors import ModelError, RecipeError
@@ -50,6 +50,20 @@ def test_weights(source):
     assert weights.whole == sum(info.nbytes for info in source.tensors.infos().values())
     half = weigh(source, Compute(dtype="bfloat16"))
     assert (half.layers, half.copied) == ((LAYER // 2,) * LAYERS, True)
+
+
+@pytest.mark.parametrize("axis", ["mlp", "all"])
+def test_what_a_plan_holds(source, calib, axis):
+    """No less than what it has of repaired and of learned tensors, and nothing without."""
+    sizes = []
+    for more in ({}, {"repair": "least-squares"}, {"repair": "least-squares", "distill": 1}):
+        recipe = Recipe(calib=calib, axis=axis, ratio=0.5, **more)
+        layers = [layer for own in dicer.make_plan(source.folder, recipe).axes.values() for layer in own.values()]
+        held = [t.nbytes for layer in layers for name, t in layer.tensors().items() if name.startswith(("rep", "lear"))]
+        foreseen = planned_bytes(asked(source, calib, axis=axis, ratio=0.5, **more))
+        assert sum(held) <= foreseen <= 2 * sum(held)
+        sizes.append(foreseen)
+    assert sizes[0] == 0 < sizes[1] < sizes[2]
 
 
 def test_ways(source, calib):

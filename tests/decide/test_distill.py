@@ -178,21 +178,35 @@ def test_plan_written_and_applied(many, tmp_path):
     plain = dicer.make_plan(model, recipe.model_copy(update={"distill": 0}))
     assert "layer 0 mlp: the same kept, repaired differently" in plain.diff(made)
     layer = made.mlp[0]
-    other = {name: tensor + 1 for name, tensor in layer.repair.inputs.items()}
-    layers = {**made.mlp, 0: replace(layer, repair=replace(layer.repair, inputs=other))}
+    other = {name: tensor + 1 for name, tensor in layer.repair.learned.items()}
+    layers = {**made.mlp, 0: replace(layer, repair=replace(layer.repair, learned=other))}
     assert made.diff(replace(made, axes={"mlp": layers})) == ["layer 0 mlp: the same kept, repaired differently"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "axis"),
-    [
-        *((kind, "all") for kind in ("falcon", "gpt_neox", "bloom", "qwen3", "phi", "glm", "gpt_bigcode")),
-        *((kind, "mlp") for kind in ("starcoder2", "cohere", "nemotron", "exaone4", "olmo2")),
-    ],
-)
-def test_written_as_it_was_learned(kind, axis, tmp_path):
+_GLU = {"mlp.gate_proj", "mlp.up_proj"}
+_QKV = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+LEARNED = {  # in a type's first layer, beside the output projection
+    "falcon": {"mlp": {"mlp.dense_h_to_4h"}},
+    "gpt_neox": {"mlp": {"mlp.dense_h_to_4h"}},
+    "bloom": {"mlp": {"mlp.dense_h_to_4h"}},
+    "qwen3": {"mlp": _GLU, "attention": _QKV},
+    "phi": {"mlp": {"mlp.fc1"}, "attention": _QKV},
+    "phi3": {"mlp": {"mlp.gate_up_proj"}, "attention": {"self_attn.qkv_proj"}},
+    "glm": {"mlp": {"mlp.gate_up_proj"}, "attention": _QKV},
+    "gpt_bigcode": {"mlp": {"mlp.c_fc"}},
+    "starcoder2": {"mlp": {"mlp.c_fc"}},
+    "cohere": {"mlp": _GLU},
+    "nemotron": {"mlp": {"mlp.up_proj"}},
+    "exaone4": {"mlp": _GLU},
+    "olmo2": {"mlp": _GLU},
+}
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_written_as_it_was_learned(kind, tmp_path):
     """Whatever form a type keeps its tensors in: written, it is nearer to the dense model, and what verify expects."""
     tiny_of_type(kind).save_pretrained(tmp_path / "model")
+    axis = "all" if "attention" in LEARNED[kind] else "mlp"
     tokens, asked = tiny_input(60), {"axis": axis, "ratio": 0.5, "repair": "least-squares"}
     source, losses = open_model(tmp_path / "model"), []
     dense = dicer.load(tmp_path / "model")
@@ -202,8 +216,11 @@ def test_written_as_it_was_learned(kind, axis, tmp_path):
         losses.append(loss_of(dicer.load(tmp_path / f"{passes}"), dense, tokens))
     assert losses[1] < losses[0]
     plan = dicer.load_plan(tmp_path / "10")
-    learned = {name for layer in plan.mlp.values() for name in layer.repair.inputs}
-    assert len(learned) >= 1
+    assert not any("learned along" in note for note in plan.notes)
+    for own in LEARNED[kind]:
+        repair = plan.axes[own][0].repair
+        found = {name.rpartition(".")[0] for name, change in repair.learned.items() if change.abs().max() > 0}
+        assert found == LEARNED[kind][own], own
     with torch.no_grad():
         expected = answers(masked_model(source, plan), tokens)
         torch.testing.assert_close(answers(dicer.load(tmp_path / "10"), tokens), expected, rtol=1e-4, atol=1e-3)
@@ -225,22 +242,80 @@ def test_learned_tensors_that_do_not_fit(many, tmp_path):
         with pytest.raises(PlanError, match="layer 2 has another repaired output projection than its JSON file says"):
             dicer.load_plan(tmp_path / "plan")
     layer = made.mlp[2]
-    inputs = layer.repair.inputs
+    inputs = layer.repair.learned
     for other in (
         {**inputs, "mlp.c_fc.bias": torch.zeros(3)},
         {**inputs, "mlp.c_proj.weight": layer.repair.weight.clone()},
         {**inputs, "mlp.nowhere": torch.zeros(3)},
     ):
-        layers = {**made.mlp, 2: replace(layer, repair=replace(layer.repair, inputs=other))}
+        layers = {**made.mlp, 2: replace(layer, repair=replace(layer.repair, learned=other))}
         replace(made, axes={"mlp": layers}).save(tmp_path / "other")
         with pytest.raises(PlanError, match=r"the plan's learned 'mlp.* in layer 2 is not the model's"):
             dicer.apply_plan(tmp_path / "other", model, tmp_path / "applied")
     endless = {"mlp.c_fc.bias": inputs["mlp.c_fc.bias"] * torch.inf}
-    layers = {**made.mlp, 2: replace(layer, repair=replace(layer.repair, inputs=endless))}
+    layers = {**made.mlp, 2: replace(layer, repair=replace(layer.repair, learned=endless))}
     replace(made, axes={"mlp": layers}).save(tmp_path / "other")
     with pytest.raises(PlanError, match="layer 2 has a repaired output projection that does not fit"):
         dicer.load_plan(tmp_path / "other")
     assert not (tmp_path / "applied").exists()
+
+
+def test_nothing_learned_is_nothing_changed(pruned, tmp_path, monkeypatch):
+    """What is computed in bfloat16 does not round what was not learned."""
+    monkeypatch.setattr(distill, "_share", lambda *_: 0.0)
+    recipe = dicer.Recipe(ratio=0.3, repair="least-squares", calib=pruned.rows, distill=1)
+    model, half = save_tiny(tmp_path / "model", "llama"), dicer.Compute(dtype="bfloat16")
+    dicer.prune(model, recipe, half, output=tmp_path / "learned")
+    dicer.prune(model, recipe.model_copy(update={"distill": 0}), half, output=tmp_path / "solved")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("learned", "solved")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_of_half_precision(dtype, pruned, monkeypatch):
+    """They point where those of float32 do: a mean over 1,024 tokens would be too small for float16."""
+    slopes = []
+
+    def stepping(self, closure=None):
+        slopes.append(torch.cat([weight.grad.flatten() for weight in self.param_groups[0]["params"]]))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
+    for model in (tiny_model("llama"), tiny_model("llama", dtype=getattr(torch, dtype))):
+        pruned(model, criterion="weight-l2", ridge=0.1, distill=1)
+    first, other = slopes[0], slopes[len(slopes) // 2]
+    assert torch.cosine_similarity(first, other, dim=0) > 0.98
+    assert first.norm() == pytest.approx(float(other.norm()), rel=0.1)
+
+
+def test_gradients_that_are_not_finite(pruned, monkeypatch):
+    """The last step's, too, behind which no loss would tell."""
+    take = distill._Learner.take_gradient
+
+    def taking(self, count):
+        take(self, count)
+        self.weight.grad.view(-1)[0] = torch.inf
+
+    monkeypatch.setattr(distill._Learner, "take_gradient", taking)
+    with pytest.raises(RecipeError, match="not finite while it learns"):
+        pruned(tiny_model("llama"), distill=1)
+
+
+def test_what_does_not_learn_is_said(pruned, monkeypatch):
+    """Tensors that lie in memory in another form than in the files."""
+    pieces = distill._pieces
+    monkeypatch.setattr(distill, "_pieces", lambda *given: (one for one in pieces(*given) if "up" not in one[0]))
+    plan = pruned(tiny_model("llama"), distill=1).plan
+    assert set(plan.mlp[0].repair.learned) == {"mlp.gate_proj.weight"}
+    assert [note for note in plan.notes if "learned along" in note] == [
+        "mlp.up_proj.weight: in memory in another form than in the files, so cut and not learned along"
+    ]
+
+
+def test_layers_that_share_a_tensor(pruned):
+    dense = tiny_model("llama")
+    dense.model.layers[1].mlp = dense.model.layers[0].mlp
+    with pytest.raises(RecipeError, match="share a tensor"):
+        pruned(dense, distill=1)
 
 
 def test_text_of_its_own(pruned, tmp_path):
@@ -283,8 +358,11 @@ def test_what_cannot_be(many, tmp_path, monkeypatch):
     recipe = dicer.Recipe(repair="least-squares", calib=many, distill=1)
     with pytest.raises(RecipeError, match="--distill-samples 9: ready input_ids are all read"):
         with_text(prepare(source, recipe.model_copy(update={"distill_samples": 9})))
+    nowhere = recipe.model_copy(update={"distill_calib": "no such text"})
     with pytest.raises(CalibrationError, match="no such text"):
-        with_text(prepare(source, recipe.model_copy(update={"distill_calib": "no such text"})))
+        with_text(prepare(source, nowhere))
+    with pytest.raises(CalibrationError, match="no such text"):
+        dicer.look(tmp_path / "model", nowhere)
     with pytest.raises(RecipeError, match="leave --stream out, or what reads them"):
         check_streams(prepare(source, recipe, dicer.Compute(stream=True)), whole=False)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -17,7 +17,7 @@ import dicer
 from dicer.ask.compute import Compute
 from dicer.ask.recipe import Recipe
 from dicer.decide import distill
-from dicer.decide.kept import _Files
+from dicer.decide.kept import _digest, _Files
 from dicer.errors import RecipeError
 from dicer.measure.stores.streamed import StreamedStore
 
@@ -104,9 +104,13 @@ def test_damaged_lesson(model, calib, tmp_path, monkeypatch):
         _killing(patch, 7)
         with pytest.raises(Killed):
             dicer.prune(model, recipe, output=tmp_path / "out", resume=True)
-    _flipped(tmp_path / "out.resume" / "distill" / "lesson.safetensors")
-    with pytest.raises(RecipeError, match="cannot be gone on from"):
-        dicer.prune(model, recipe, output=tmp_path / "out", resume=True)
+    lesson = tmp_path / "out.resume" / "distill" / "lesson.safetensors"
+    whole = lesson.read_bytes()
+    for hurt in (_flipped, _said(layer="-5"), _said(layer="x"), _other_tensors):
+        lesson.write_bytes(whole)
+        hurt(lesson)
+        with pytest.raises(RecipeError, match="cannot be gone on from"):
+            dicer.prune(model, recipe, output=tmp_path / "out", resume=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -182,6 +186,13 @@ def _said(**metadata):
         save_file(tensors, path, metadata=said or None)
 
     return hurt
+
+
+def _other_tensors(path):
+    """A whole file, of another model."""
+    with safe_open(path, framework="pt") as file:
+        tensors, number = {name: file.get_tensor(name)[:1].clone() for name in file.keys()}, file.metadata()["layer"]  # noqa: SIM118
+    save_file(tensors, path, metadata={"layer": number, "sha256": _digest(tensors)})
 
 
 def _no_recipe(path):

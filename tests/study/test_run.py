@@ -23,6 +23,7 @@ from tiny_tasks import write_choice
 
 from dicer.ask.compute import Compute
 from dicer.ask.evaluation import Evaluation
+from dicer.ask.portable import portable
 from dicer.ask.recipe import Recipe
 from dicer.ask.spelling import Wanted
 from dicer.cli.experiments import describe
@@ -691,6 +692,20 @@ def test_the_commit_is_recorded_where_there_is_one(tmp_path, monkeypatch):
     revision = surroundings()["git"]
     assert len(revision) == 40
     assert os.environ.get("HOSTNAME", "no-host") not in json.dumps(surroundings())
+
+
+@pytest.mark.parametrize("name", ["calib", "distill_calib"])
+def test_a_text_counts_by_its_content(tmp_path, name):
+    """Two files of one name, or one that was changed, are not the same run."""
+    found = []
+    for content in ("one", "two"):
+        (tmp_path / content).mkdir()
+        (tmp_path / content / "text.txt").write_text(content)
+        recipe = Recipe(repair="least-squares", distill=1, **{name: str(tmp_path / content / "text.txt")})
+        run = Run("model", recipe, "text", Compute())
+        found.append(identity(run, portable(recipe, recipe.resolve(), Compute()), Evaluation(), "f"))
+    assert found[0] != found[1]
+    assert str(tmp_path) not in json.dumps(found)
 
 
 def test_runs_of_versions_that_knew_no_profile_are_still_known():

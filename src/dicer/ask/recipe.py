@@ -264,6 +264,11 @@ class Recipe(Strict):
             return None
         return self.text.part(self.distill_calib or self.text.source, self.distill_samples or self.text.samples)
 
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """Everything that is read."""
+        return (self.text,) if self.lesson is None else (self.text, self.lesson)
+
     def files(self) -> list[str]:
         """What it may name on the disk: text, ratios, a profile, and the files of parts of one's own."""
         parts = (part.rpartition(":")[0] for part in (self.criterion, self.grouping, self.merge) if part)

@@ -29,10 +29,10 @@ _READ_AROUND = 512 * 1024  # bytes of a block that the system maps for a row in 
 _MADE = 3  # tensors at once: what is written, the next that is made, and what that is made from
 _SHARDS = 2  # that are written at once
 _PIECES = 2**25  # bytes of what is written and of what is made next
-_LEARNED = 5  # float32 of each weight that learns: it, its gradient, two moments, and what the plan has
+_LEARNED = 6  # float32 of each weight that learns: as it was, it, its gradient, two moments, and what the plan has
 _AT_FULL_SIZE = 2  # of its whole tensor in the model's dtype: as the cut makes it, and its gradient
 _KEPT_STATES, _KEPT_INPUTS = 4, 4  # of a layer's hidden states and inner ones, that a gradient's way back reads
-_ANSWERS = 6  # rows of the vocabulary for each token: two models', as they are, as probabilities, their gradients
+_ANSWERS = 5  # rows of the vocabulary for each token: two models', their gradient, and what is made of them on the way
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
 
@@ -174,9 +174,7 @@ def _resident(task: Asked, weights: Weights) -> Cost:
 
 def _learning(task: Asked, layers: int) -> int:
     """Bytes of the weights that learn, with their gradients and moments, and of what a step keeps for its way back."""
-    family, width, infos = task.source.family, _width(task), task.source.tensors.infos()
-    pieces = {(place.layer, piece.name) for place in task.places for piece in family.axes[place.axis].slices}
-    weights = sum(info.numel for name, info in infos.items() if family.locate(name) in pieces)
+    family, width, weights = task.source.family, _width(task), _learners(task)
     inputs = sum(max(family.units(name)) * axis.channels for name, axis in family.axes.items())
     lesson = task.lesson or task.calibration
     length = 0 if lesson is None else lesson.tokens.shape[1]
@@ -184,8 +182,27 @@ def _learning(task: Asked, layers: int) -> int:
     tokens = min(samples, task.compute.batch_size or samples) * length
     behind = layers - min(task.layers)  # layers that a gradient goes back through
     kept = behind * (_KEPT_STATES * width + _KEPT_INPUTS * inputs) * _itemsize(task)
-    answers = _ANSWERS * 4 * int(task.source.text_config.vocab_size)
+    answers = _ANSWERS * _itemsize(task) * int(task.source.text_config.vocab_size)
     return (_LEARNED * 4 + _AT_FULL_SIZE * _itemsize(task)) * weights + tokens * (kept + answers)
+
+
+def _learners(task: Asked, *, outputs: bool = False) -> int:
+    """How many weights the sub-layers have that are cut, or their output projections."""
+    family, infos = task.source.family, task.source.tensors.infos()
+    pieces = {
+        (place.layer, piece.name)
+        for place in task.places
+        for piece in family.axes[place.axis].slices
+        if piece.is_output or not outputs
+    }
+    return sum(info.numel for name, info in infos.items() if family.locate(name) in pieces)
+
+
+def planned_bytes(task: Asked) -> int:
+    """At most what a plan holds of tensors that were solved anew or have learned, in float32."""
+    if task.method.repair == "none":
+        return 0
+    return 4 * _learners(task, outputs=not task.recipe.distill)
 
 
 def _streamed(task: Asked, weights: Weights, free: int | None) -> list[Cost]:

@@ -12,7 +12,7 @@ from dicer.decide.choose import Scores, batches_of, choose, scores_of
 from dicer.decide.kept import Kept, Seen
 from dicer.decide.plan import PrunePlan
 from dicer.decide.task import Asked, Decided, asked_groups, without_empty
-from dicer.decide.walk_cut import evidence_notes, walk_cut
+from dicer.decide.walk_cut import evidence_notes, unlearned_notes, walk_cut
 from dicer.errors import RecipeError
 from dicer.measure.entropy.cache import entropy_profile
 from dicer.measure.experts import FEW_TOKENS
@@ -134,7 +134,7 @@ def _see(task: Asked, seen: Seen, visit: Visit) -> None:
 def _plan(task: Decided, seen: Seen) -> PrunePlan:
     source, amounts = task.source, task.amounts
     notes = [*amounts.provenance.get("notes", ()), *_groups_note(task), *_tokens_note(seen.tokens)]
-    notes += evidence_notes(task)
+    notes += [*evidence_notes(task), *unlearned_notes(task, seen.plans)]
     axes, empty = without_empty(task, seen.plans)
     return PrunePlan(
         model={"name": source.name, "model_type": str(source.config.model_type), "fingerprint": source.fingerprint},

@@ -33,6 +33,7 @@ _BETAS = (0.9, 0.99)
 _WARM = 0.05  # of all steps, in which the rate rises
 _LARGEST = 1.0  # norm of a step's gradient
 _WEIGHT = "weight"
+_KEPT = (_WEIGHT, "exp_avg", "exp_avg_sq")
 _KEEP = 100  # steps between two that are kept
 _ROWS = 32  # tokens whose answers are compared at once: what the cache holds, not what memory does
 
@@ -40,8 +41,8 @@ _ROWS = 32  # tokens whose answers are compared at once: what the cache holds, n
 class Along(Protocol):
     """Where a distillation that may be killed keeps what it has learned."""
 
-    def state(self) -> tuple[int, Mapping[str, Tensor]]:
-        """Steps that are done, and what was kept of them."""
+    def state(self, shapes: Mapping[str, torch.Size]) -> tuple[int, Mapping[str, Tensor]]:
+        """Steps that are done, and what was kept of them: tensors of these names and shapes."""
 
     def keep(self, done: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep what was learned in so many steps."""
@@ -57,7 +58,8 @@ class _Learner:
         parameter: it, in the dense model.
         rows: int64, its rows along ``piece.dim`` that stay.
         whole: the cut tensor at its full size, in the model's dtype; what goes is behind columns of zeros.
-        weight: float32, what stays of it.
+        before: float32, what stays of it; the output projection as it was solved.
+        weight: the same as it is learned.
     """
 
     name: str
@@ -65,17 +67,18 @@ class _Learner:
     parameter: nn.Parameter
     rows: Tensor
     whole: Tensor
+    before: Tensor
     weight: Tensor
 
     def as_cut(self) -> Tensor:
         """The tensor at its full size, with what was learned up to now."""
         return self.whole.index_copy(self.piece.dim, self.rows, self.weight.to(self.whole.dtype))
 
-    def take_gradient(self) -> None:
-        """Add the gradient of the dense model's parameter, where there is one, to what stays of it."""
+    def take_gradient(self, count: int) -> None:
+        """Add the gradient of the dense model's parameter, a sum over tokens, to what stays of it, as a mean."""
         gradient, self.parameter.grad = self.parameter.grad, None
         if gradient is not None:
-            own = gradient.index_select(self.piece.dim, self.rows).to(self.weight.dtype)
+            own = gradient.index_select(self.piece.dim, self.rows).float() / count
             self.weight.grad = own if self.weight.grad is None else self.weight.grad + own
 
 
@@ -93,11 +96,11 @@ class _Pupil:
     def learned(self, layer: LayerPlan) -> LayerPlan:
         """The plan with what was learned."""
         assert layer.repair is not None
-        found = {learner.piece: learner.weight.detach().cpu() for learner in self.learners}
-        output = next(piece for piece in found if piece.is_output)
-        weight = found.pop(output).movedim(output.dim, 1).contiguous()
-        inputs = {piece.name: tensor.contiguous() for piece, tensor in found.items()}
-        return replace(layer, repair=replace(layer.repair, weight=weight, inputs=inputs))
+        output = next(learner for learner in self.learners if learner.piece.is_output)
+        weight = output.weight.detach().movedim(output.piece.dim, 1).cpu().contiguous()
+        inputs = [learner for learner in self.learners if learner is not output]
+        learned = {one.piece.name: (one.weight.detach() - one.before).cpu().contiguous() for one in inputs}
+        return replace(layer, repair=replace(layer.repair, weight=weight, learned=learned))
 
 
 def distilled(
@@ -129,23 +132,26 @@ def distilled(
         The same plans with other numbers in their repairs.
 
     Raises:
-        RecipeError: a loss that is not finite.
+        RecipeError: a loss or a gradient that is not finite, or sub-layers that share a tensor.
     """
     learning = {place: layer for place, layer in layers.items() if layer.repair is not None}
     if not learning or not batches:
         return dict(layers)
     model = store.whole()
     pupils = {place: _pupil(store, place, layer) for place, layer in learning.items()}
-    weights = [learner.weight for pupil in pupils.values() for learner in pupil.learners]
+    learners = [learner for pupil in pupils.values() for learner in pupil.learners]
+    if len({id(learner.parameter) for learner in learners}) < len(learners):
+        raise RecipeError("two of the sub-layers that would learn share a tensor: leave --distill out.")
+    weights = [learner.weight for learner in learners]
     optimizer = torch.optim.AdamW(weights, betas=_BETAS, weight_decay=0.0)
     steps, start = passes * len(batches), 0 if along is None else _restored(optimizer, weights, along)
     with evaluating(model), frozen(model):
         progress("distill", start, steps)
         for step, number in itertools.islice(enumerate(_order(len(batches), passes, seed)), start, None):
             loss = _divergence(store, pupils, batches[number], counted_of(batches)[number], at_once)
-            if not math.isfinite(loss):
+            norm = float(nn.utils.clip_grad_norm_(weights, _LARGEST))
+            if not math.isfinite(loss) or not math.isfinite(norm):
                 raise RecipeError("the pruned model's answers are not finite while it learns: try --dtype float32.")
-            nn.utils.clip_grad_norm_(weights, _LARGEST)
             optimizer.param_groups[0]["lr"] = rate * _share(step, steps)
             optimizer.step()
             optimizer.zero_grad()
@@ -166,10 +172,10 @@ def _pupil(store: LayerStore, place: SubLayer, layer: LayerPlan) -> _Pupil:
         parameter = parameters[name]
         whole = others.pop(name, parameter.detach())
         rows = piece.rows(layer.keep, layer.units).to(whole.device)
-        kept = layer.repair.tensor(piece)
-        kept = whole.index_select(piece.dim, rows) if kept is None else kept.to(whole.device, copy=True)
-        weight = kept.float().contiguous().requires_grad_(True)
-        learners.append(_Learner(name, piece, parameter, rows, whole, weight))
+        solved = layer.repair.weight.movedim(1, piece.dim).to(whole.device) if piece.is_output else None
+        before = (whole.index_select(piece.dim, rows) if solved is None else solved).float().contiguous()
+        weight = before.clone().requires_grad_(True)
+        learners.append(_Learner(name, piece, parameter, rows, whole, before, weight))
     return _Pupil(tuple(learners), others)
 
 
@@ -186,20 +192,20 @@ def _learned(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> dic
     """The weights and what the optimizer knows of each, by their number."""
     found: dict[str, Tensor] = {}
     for number, weight in enumerate(weights):
-        found |= {f"{number}/{name}": tensor for name, tensor in {_WEIGHT: weight, **optimizer.state[weight]}.items()}
+        held = {_WEIGHT: weight, **optimizer.state[weight]}
+        found |= {f"{number}/{name}": held.get(name, torch.zeros_like(weight)) for name in _KEPT}
     return found
 
 
 def _restored(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], along: Along) -> int:
     """Take in what :func:`_learned` gave; how many steps were done."""
-    done, held = along.state()
-    for name, tensor in held.items():
-        number, _, what = name.partition("/")
-        weight = weights[int(number)]
-        if what == _WEIGHT:
-            weight.data.copy_(tensor)
-        else:
-            optimizer.state[weight][what] = tensor.to(tensor.device if what == "step" else weight.device)
+    done, held = along.state(
+        {f"{number}/{name}": weight.shape for number, weight in enumerate(weights) for name in _KEPT}
+    )
+    for number, weight in enumerate(weights if done else ()):
+        weight.data.copy_(held[f"{number}/{_WEIGHT}"])
+        moments = {name: held[f"{number}/{name}"].to(weight.device) for name in _KEPT if name != _WEIGHT}
+        optimizer.state[weight] = {"step": torch.tensor(float(done)), **moments}
     return done
 
 
@@ -232,10 +238,10 @@ def _divergence(
         with torch.enable_grad(), _as_cut(store, pupils):  # the way back, too, reads what the cut has made
             logits = _logits(model, tokens)
             apart, slope = _apart(dense, logits.detach(), own.to(logits.device))
-            logits.backward(slope.div_(count))
+            logits.backward(slope)  # a sum, as float16 would lose much of a mean
         for pupil in pupils.values():
             for learner in pupil.learners:
-                learner.take_gradient()
+                learner.take_gradient(count)
         total += apart / count
     return total
 

@@ -89,7 +89,8 @@ class _Files:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(exist_ok=True)
+        with as_output_error(folder):
+            folder.mkdir(exist_ok=True)
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], number: int) -> None:
         with as_output_error(self._folder), folder_beside(self._folder / name) as scratch:
@@ -151,10 +152,17 @@ class KeptWalk(_Files):
 class KeptLesson(_Files):
     """The distillation of a run that may be killed (:class:`dicer.decide.distill.Along`)."""
 
-    def state(self) -> tuple[int, dict[str, Tensor]]:
-        """Steps that are done, and what was learned in them; nothing in none."""
+    def state(self, shapes: Mapping[str, torch.Size]) -> tuple[int, dict[str, Tensor]]:
+        """Steps that are done, and what was learned in them, tensors of these names and shapes; nothing in none."""
         done = self._number(_LESSON)
-        return (0, {}) if done < 0 else (done, self._read(_LESSON))
+        if done < 0:
+            return 0, {}
+        held = self._read(_LESSON)
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in held.items()} != {
+            name: (shape, torch.float32) for name, shape in shapes.items()
+        }:
+            raise self._broken(ValueError(f"{_LESSON} is of another model"))
+        return done, held
 
     def keep(self, done: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep what was learned in so many steps."""

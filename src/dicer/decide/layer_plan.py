@@ -60,18 +60,18 @@ class Repair:
         weight: float32 [d, K * C], its columns for the units that stay, C for each.
         bias: float32 [d], what is added to its own bias; None where nothing is compensated.
         about: how it came about: ``ridge``, ``tokens``, ``error`` before and after; in the plan's JSON file.
-        inputs: what else of the sub-layer has learned from the dense model since, by its name inside the layer as on
-            disk: float32, cut, in the file's order. Empty where nothing has.
+        learned: what the sub-layer's other tensors have become more than they are cut, by their names inside the layer
+            as on disk: float32, in the file's order. Empty where nothing has learned.
     """
 
     weight: Tensor
     bias: Tensor | None
     about: dict[str, Any]
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def tensor(self, piece: Slice) -> Tensor | None:
-        """What a tensor of the sub-layer becomes, in the file's order; None where it is only cut."""
-        return self.weight.movedim(1, piece.dim) if piece.is_output else self.inputs.get(piece.name)
+    def touches(self, piece: Slice) -> bool:
+        """Whether a tensor of the sub-layer becomes another than it is cut."""
+        return piece.is_output or piece.name in self.learned
 
     def fits(self, keep: int) -> bool:
         """Whether these are finite numbers for so many units that stay."""
@@ -80,7 +80,7 @@ class Repair:
         tensors = (self.weight, bias)
         numbers = all(
             t is not None and t.dtype == torch.float32 and bool(t.isfinite().all())
-            for t in (*tensors, *self.inputs.values())
+            for t in (*tensors, *self.learned.values())
         )
         return fit and numbers and bias is not None and bias.shape == self.weight.shape[:1]
 
@@ -90,7 +90,7 @@ class Repair:
         for tensor in (self.weight, self.bias):
             if tensor is not None:
                 digest.update(tensor.contiguous().numpy().tobytes())
-        for name, tensor in sorted(self.inputs.items()):
+        for name, tensor in sorted(self.learned.items()):
             digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -123,7 +123,7 @@ class LayerPlan:
         found = {"keep": self.keep, "scores": self.scores, **merged, "means": self.means}
         if self.repair is not None:
             found |= {"repaired": self.repair.weight, "repaired_bias": self.repair.bias}
-            found |= {f"{LEARNED}{name}": tensor for name, tensor in self.repair.inputs.items()}
+            found |= {f"{LEARNED}{name}": tensor for name, tensor in self.repair.learned.items()}
         return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
     def widths(self) -> dict[str, Any]:

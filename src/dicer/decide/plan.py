@@ -91,7 +91,7 @@ class PrunePlan:
                 axes.setdefault(axis, {})[str(index)] = layer.widths()
                 tensors |= {f"{axis}.{index}.{name}": tensor for name, tensor in layer.tensors().items()}
         repairs = [layer.repair for part in self.axes.values() for layer in part.values() if layer.repair]
-        learned = any(repair.inputs for repair in repairs)
+        learned = any(repair.learned for repair in repairs)
         record = {
             "format": FORMAT if learned else WITHOUT_LEARNED if repairs else WITHOUT_REPAIR,
             "model": self.model,

@@ -12,6 +12,7 @@ from dicer.ask.axes import kind_of
 from dicer.decide.choose import batches_of, choose, own_batches_of, scores_of
 from dicer.decide.distill import STEP_TOKENS, distilled
 from dicer.decide.kept import Kept, Seen
+from dicer.decide.layer_plan import LayerPlan
 from dicer.decide.repair import ENOUGH, few, masked, repaired
 from dicer.decide.task import Decided
 from dicer.errors import RecipeError
@@ -19,6 +20,7 @@ from dicer.measure.batches import ABSENT, COUNTED, Batches, counted_of, own_batc
 from dicer.measure.propagate import CutVisit, Tokens, propagate
 from dicer.measure.stores.store import LayerStore
 from dicer.measure.text import Calibration
+from dicer.model.units import SubLayer
 from dicer.progress import Progress
 
 _HELD = 8  # one of so many samples is held out
@@ -131,6 +133,20 @@ def held_out(text: Calibration) -> Tensor:
             "text, or a --ridge such as 0.01."
         )
     return held
+
+
+def unlearned_notes(task: Decided, plans: Mapping[SubLayer, LayerPlan]) -> list[str]:
+    """What did not learn along, where all that stays was to."""
+    axes = task.source.family.axes
+    missing = {
+        piece.name
+        for place, layer in plans.items()
+        for piece in axes[place.axis].required
+        if task.recipe.distill and layer.repair is not None and not layer.repair.touches(piece)
+    }
+    if not missing:
+        return []
+    return [f"{', '.join(sorted(missing))}: in memory in another form than in the files, so cut and not learned along"]
 
 
 def evidence_notes(task: Decided) -> list[str]:

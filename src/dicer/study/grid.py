@@ -301,6 +301,7 @@ def identity(run: Run, recipe: dict[str, Any], evaluation: Evaluation, fingerpri
     decides = {name: value for name, value in decides.items() if name not in _LATER or value != _LATER[name]}
     if run.recipe is not None:
         decides["calib"] = portable_text(run.recipe.text.source)
+        decides |= {"distill_calib": portable_text(text)} if (text := run.recipe.distill_calib) else {}
     measured = portable_evaluation(evaluation)
     measured.pop("batch_size", None)
     return {"recipe": decides, "text": run.text, "evaluation": measured, "fingerprint": fingerprint}

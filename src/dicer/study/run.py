@@ -179,7 +179,8 @@ def _check_runs(tasks: list[Task]) -> None:
                 check_streams(asked, whole=False)
                 check_proofs(task.source, proofs(asked))
                 if asked.runs_model:
-                    check_text(recipe.text)
+                    for text in recipe.texts:
+                        check_text(text)
 
 
 def _proofs(source: ModelSource) -> Callable[[Asked], list[Proof]]:

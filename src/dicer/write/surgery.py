@@ -36,8 +36,15 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
         The tensor with K units along ``piece.dim``: selected rows bit by bit, or the merge map applied in float32 (or
         what was solved anew or has learned), rounded once to the tensor's own dtype.
     """
-    if layer.repair is not None and (made := layer.repair.tensor(piece)) is not None:
-        return made.to(tensor.dtype)
+    if piece.is_output and layer.repair is not None:
+        return layer.repair.weight.movedim(1, piece.dim).to(tensor.dtype)
+    learned = None if layer.repair is None else layer.repair.learned.get(piece.name)
+    made = _selected_or_merged(tensor, piece, layer)
+    return (made if learned is None else made.float() + learned).to(tensor.dtype)
+
+
+def _selected_or_merged(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
+    """As it is, or in float32 where it is merged."""
     matrices = layer.merge_matrices()
     if matrices is None:
         return tensor.index_select(piece.dim, piece.rows(layer.keep, layer.units).to(tensor.device))
@@ -48,7 +55,7 @@ def slice_tensor(tensor: Tensor, piece: Slice, layer: LayerPlan) -> Tensor:
     merged = [torch.sparse.mm(matrix, segment.reshape(layer.units, -1).cpu()) for segment in segments]
     joined = torch.stack(merged, 1) if piece.interleaved else torch.cat(merged)
     shaped = joined.reshape(-1, *by_unit.shape[1:])
-    return shaped.movedim(0, piece.dim).to(tensor.dtype)
+    return shaped.movedim(0, piece.dim)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class _Sliced:
     def written(self) -> Tensor | Selection:
         """The same to be written: where rows are selected, which."""
         repair = self.layer.repair
-        if self.layer.merge is not None or (repair is not None and repair.tensor(self.piece) is not None):
+        if self.layer.merge is not None or (repair is not None and repair.touches(self.piece)):
             return self()
         rows = self.piece.rows(self.layer.keep, self.layer.units)
         return Selection(self.source.tensors.read(self.name), self.piece.dim, rows)
@@ -173,7 +180,7 @@ def _check(
             channels = found * axes[axis].channels
             if layer.repair is not None and layer.repair.weight.shape[1] * found != len(layer.keep) * channels:
                 raise PlanError(f"the plan's repaired output projection of {axis} in layer {index} is not the model's.")
-            for name, tensor in ({} if layer.repair is None else layer.repair.inputs).items():
+            for name, tensor in ({} if layer.repair is None else layer.repair.learned).items():
                 piece = next((one for one in axes[axis].slices if one.name == name and not one.is_output), None)
                 shape = before.get((index, name))
                 if piece is None or shape is None or tensor.shape != _cut_shape(shape, piece, layer):
