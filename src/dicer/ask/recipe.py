@@ -110,7 +110,7 @@ class Recipe(Strict):
     repair: Repairs | None = Field(
         default=None,
         description="least-squares: the kept columns of output projections are solved anew, so that outputs stay what "
-        "they were; --samples and --seq-len are 32 and 512 then (default: none)",
+        "they were; samples are then 32, of 512 tokens each (default: none)",
         json_schema_extra=REPAIR,
     )
     ridge: float | Literal["auto"] = Field(
@@ -140,14 +140,14 @@ class Recipe(Strict):
     )
     distill_calib: str | None = Field(
         default=None,
-        description="text that --distill reads, as --calib says one (default: the calibration text)",
+        description="text that distillation reads, named as calibration's is (default: the same text)",
         json_schema_extra=REPAIR,
     )
     distill_samples: int = Field(
         default=0,
         ge=0,
         le=LARGEST,
-        description="samples that --distill reads (default: as many as --samples)",
+        description="samples that distillation reads; 0: as many as are for calibration",
         json_schema_extra=REPAIR,
     )
     rolls: int = Field(
