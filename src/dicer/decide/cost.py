@@ -29,10 +29,10 @@ _READ_AROUND = 512 * 1024  # bytes of a block that the system maps for a row in 
 _MADE = 3  # tensors at once: what is written, the next that is made, and what that is made from
 _SHARDS = 2  # that are written at once
 _PIECES = 2**25  # bytes of what is written and of what is made next
-_LEARNED = 6  # float32 of each weight that learns: as it was, it, its gradient, two moments, and what the plan has
+_LEARNED = 5  # float32 of each weight that learns: as it was, as it is, its gradient, two moments
 _AT_FULL_SIZE = 2  # of its whole tensor in the model's dtype: as the cut makes it, and its gradient
 _KEPT_STATES, _KEPT_INPUTS = 4, 4  # of a layer's hidden states and inner ones, that a gradient's way back reads
-_ANSWERS = 5  # rows of the vocabulary for each token: two models', their gradient, and what is made of them on the way
+_ANSWERS = 4  # rows of the vocabulary for each token: two models', their gradient, and what is made of it on the way
 _SOLVED = 3  # of a Gram matrix, with what is solved or grouped by it
 _COPIES = 3  # of the hidden states, where transfer entropy or a dense target keeps more than one set
 
